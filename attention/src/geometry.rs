@@ -1,0 +1,157 @@
+//! Head geometry: how many heads of what size, and how scores are scaled.
+
+use std::fmt;
+
+use crate::{InvalidAttention, Span};
+
+/// Largest head dimension (of Q/K or of V) that Outboard accepts.
+pub const MAX_HEAD_DIM: usize = 256;
+/// Largest number of query heads that Outboard accepts.
+pub const MAX_HEADS: usize = 4096;
+/// Largest document, in tokens. Positions then fit 32 bits, signed differences included.
+pub const MAX_TOKENS: usize = 1 << 30;
+
+/// Element type of Q, K, V and of whole results. Partial results, LSE and D are always f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub enum DType {
+    /// IEEE 754 single precision.
+    F32,
+    /// bfloat16.
+    Bf16,
+    /// IEEE 754 half precision.
+    F16,
+}
+
+impl DType {
+    /// Size of one element in bytes.
+    pub fn bytes(self) -> usize {
+        match self {
+            DType::F32 => 4,
+            DType::Bf16 | DType::F16 => 2,
+        }
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DType::F32 => "f32",
+            DType::Bf16 => "bf16",
+            DType::F16 => "f16",
+        })
+    }
+}
+
+/// Unchecked fields of a [`HeadGeometry`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeadShape {
+    /// Query heads, a multiple of `kv_heads`.
+    pub q_heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of one head of Q and K.
+    pub head_dim: usize,
+    /// Elements of one head of V and O.
+    pub v_head_dim: usize,
+    /// Factor on `Q K^T` before the softmax.
+    pub scale: f32,
+    /// Element type of Q, K, V.
+    pub dtype: DType,
+}
+
+/// Heads of one attention layer, validated: `q_heads` is a multiple of `kv_heads`, dimensions are within
+/// `1..=`[`MAX_HEAD_DIM`], and the scale is finite and positive. Query head `h` reads kv head `h / group()`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct HeadGeometry(HeadShape);
+
+impl TryFrom<HeadShape> for HeadGeometry {
+    type Error = InvalidAttention;
+
+    fn try_from(shape: HeadShape) -> Result<Self, InvalidAttention> {
+        let in_range = |field, value: usize, max: usize| {
+            if (1..=max).contains(&value) {
+                Ok(())
+            } else {
+                Err(InvalidAttention::OutOfRange { field, value: value as u64, min: 1, max: max as u64 })
+            }
+        };
+        in_range("q_heads", shape.q_heads, MAX_HEADS)?;
+        in_range("kv_heads", shape.kv_heads, MAX_HEADS)?;
+        in_range("head_dim", shape.head_dim, MAX_HEAD_DIM)?;
+        in_range("v_head_dim", shape.v_head_dim, MAX_HEAD_DIM)?;
+        if !shape.q_heads.is_multiple_of(shape.kv_heads) {
+            return Err(InvalidAttention::UnevenGroups { q_heads: shape.q_heads, kv_heads: shape.kv_heads });
+        }
+        if !(shape.scale.is_finite() && shape.scale > 0.0) {
+            return Err(InvalidAttention::BadScale { scale: shape.scale });
+        }
+        Ok(HeadGeometry(shape))
+    }
+}
+
+impl HeadGeometry {
+    /// Geometry of a common layer: equal Q/K and V dims, scale `1/sqrt(head_dim)`, f32.
+    ///
+    /// # Errors
+    /// As [`HeadGeometry::try_from`].
+    pub fn standard(q_heads: usize, kv_heads: usize, head_dim: usize) -> Result<Self, InvalidAttention> {
+        let scale = 1.0 / (head_dim.max(1) as f32).sqrt();
+        HeadShape { q_heads, kv_heads, head_dim, v_head_dim: head_dim, scale, dtype: DType::F32 }.try_into()
+    }
+
+    /// Query heads.
+    pub fn q_heads(&self) -> usize {
+        self.0.q_heads
+    }
+
+    /// Key/value heads.
+    pub fn kv_heads(&self) -> usize {
+        self.0.kv_heads
+    }
+
+    /// Query heads that share one kv head.
+    pub fn group(&self) -> usize {
+        self.0.q_heads / self.0.kv_heads
+    }
+
+    /// Elements of one head of Q and K.
+    pub fn head_dim(&self) -> usize {
+        self.0.head_dim
+    }
+
+    /// Elements of one head of V and O.
+    pub fn v_head_dim(&self) -> usize {
+        self.0.v_head_dim
+    }
+
+    /// Factor on `Q K^T` before the softmax.
+    pub fn scale(&self) -> f32 {
+        self.0.scale
+    }
+
+    /// Element type of Q, K, V.
+    pub fn dtype(&self) -> DType {
+        self.0.dtype
+    }
+
+    /// The plain fields.
+    pub fn shape(&self) -> HeadShape {
+        self.0
+    }
+
+    /// The query heads that read the kv heads of `kv_heads`.
+    pub fn q_heads_of(&self, kv_heads: Span) -> Span {
+        Span::at(kv_heads.start() * self.group(), kv_heads.len() * self.group())
+    }
+
+    /// Forward FLOPs of `cells` cells of one kv head: two products over its whole query group.
+    pub fn forward_flops(&self, cells: u64) -> f64 {
+        2.0 * cells as f64 * self.group() as f64 * (self.0.head_dim + self.0.v_head_dim) as f64
+    }
+
+    /// Backward FLOPs of `cells` cells of one kv head: three products over Q/K dims, two over V dims.
+    pub fn backward_flops(&self, cells: u64) -> f64 {
+        2.0 * cells as f64 * self.group() as f64 * (3 * self.0.head_dim + 2 * self.0.v_head_dim) as f64
+    }
+}

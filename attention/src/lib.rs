@@ -1,0 +1,22 @@
+//! The domain of core attention, pure: head geometry, documents, masks of band slices, tasks, plans, the merge of
+//! partial results, a naive f64 reference, and the CPU kernel.
+//!
+//! Nothing here does IO, reads a clock or the environment, or knows an async runtime, serde or protobuf.
+
+mod document;
+mod error;
+mod geometry;
+mod mask;
+mod plan;
+mod span;
+mod task;
+mod tensor;
+
+pub use document::{Document, DocumentId, HomeRange};
+pub use error::InvalidAttention;
+pub use geometry::{DType, HeadGeometry, HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS};
+pub use mask::{BandSlice, Mask, MaskPart};
+pub use plan::{InvalidPlan, PlannedTask, StepPlan, TickPlan};
+pub use span::Span;
+pub use task::{Direction, Task, TaskShapes};
+pub use tensor::{TensorLayout, TensorSlice, TensorView};

@@ -1,0 +1,191 @@
+//! Views of tensors laid out `[tokens, heads, dim]`, with a stride from token to token.
+
+use std::sync::Arc;
+
+use crate::{InvalidAttention, Span};
+
+/// A borrowed view `[tokens, heads, dim]` of f32: element `(t, h, d)` is `data[t * stride + h * dim + d]`.
+#[derive(Clone, Copy, Debug)]
+pub struct TensorView<'a> {
+    data: &'a [f32],
+    shape: [usize; 3],
+    stride: usize,
+}
+
+impl<'a> TensorView<'a> {
+    /// A view of `data`. `stride` is the distance in elements from one token to the next.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::BadTensor`] when `data` is too short, or the stride shorter than a token.
+    pub fn new(
+        tensor: &'static str,
+        data: &'a [f32],
+        shape: [usize; 3],
+        stride: usize,
+    ) -> Result<Self, InvalidAttention> {
+        let [tokens, heads, dim] = shape;
+        let row = heads.saturating_mul(dim);
+        let needed = match tokens {
+            0 => 0,
+            n => (n - 1).saturating_mul(stride).saturating_add(row),
+        };
+        if data.len() < needed || stride < row {
+            return Err(InvalidAttention::BadTensor { tensor, actual: data.len(), shape, stride, needed });
+        }
+        Ok(TensorView { data, shape, stride })
+    }
+
+    /// A view of contiguous data.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::BadTensor`] when `data` does not hold exactly the shape's elements.
+    pub fn contiguous(tensor: &'static str, data: &'a [f32], shape: [usize; 3]) -> Result<Self, InvalidAttention> {
+        let stride = shape[1].saturating_mul(shape[2]);
+        let needed = shape[0].saturating_mul(stride);
+        if data.len() != needed {
+            return Err(InvalidAttention::BadTensor { tensor, actual: data.len(), shape, stride, needed });
+        }
+        Ok(TensorView { data, shape, stride })
+    }
+
+    /// `[tokens, heads, dim]`.
+    pub fn shape(&self) -> [usize; 3] {
+        self.shape
+    }
+
+    /// Elements from one token to the next.
+    pub fn stride(&self) -> usize {
+        self.stride
+    }
+
+    /// The elements from the first token's first head on.
+    pub fn data(&self) -> &'a [f32] {
+        self.data
+    }
+
+    /// The `heads * dim` elements of one token.
+    ///
+    /// # Panics
+    /// When `token` is not below the number of tokens.
+    pub fn token(&self, token: usize) -> &'a [f32] {
+        &self.data[token * self.stride..][..self.shape[1] * self.shape[2]]
+    }
+
+    /// The `dim` elements of one head of one token.
+    ///
+    /// # Panics
+    /// When either index is out of range.
+    pub fn row(&self, token: usize, head: usize) -> &'a [f32] {
+        &self.token(token)[head * self.shape[2]..][..self.shape[2]]
+    }
+
+    /// Checks that the view has the given shape.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::ShapeMismatch`] when it does not.
+    pub fn expect(&self, tensor: &'static str, expected: [usize; 3]) -> Result<(), InvalidAttention> {
+        if self.shape == expected {
+            Ok(())
+        } else {
+            Err(InvalidAttention::ShapeMismatch { tensor, actual: self.shape, expected })
+        }
+    }
+}
+
+/// A shared, immutable tensor: some heads of some tokens of a document, inside storage that others may share.
+///
+/// Cloning costs a reference count. The storage lives as long as any slice of it, so an operation in flight owns what
+/// it reads.
+#[derive(Clone, Debug)]
+pub struct TensorSlice {
+    storage: Arc<Vec<f32>>,
+    offset: usize,
+    stride: usize,
+    tokens: Span,
+    heads: usize,
+    dim: usize,
+}
+
+/// Where a [`TensorSlice`] lies in its storage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TensorLayout {
+    /// Index of the first token's first head.
+    pub offset: usize,
+    /// Elements from one token to the next.
+    pub stride: usize,
+    /// Positions in the document of the tokens held.
+    pub tokens: Span,
+    /// Heads held.
+    pub heads: usize,
+    /// Elements of a head.
+    pub dim: usize,
+}
+
+impl TensorSlice {
+    /// A slice of `storage`.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::BadTensor`] when it reaches beyond the storage.
+    pub fn new(
+        tensor: &'static str,
+        storage: Arc<Vec<f32>>,
+        layout: TensorLayout,
+    ) -> Result<Self, InvalidAttention> {
+        let TensorLayout { offset, stride, tokens, heads, dim } = layout;
+        let shape = [tokens.len(), heads, dim];
+        let data = storage.get(offset..).unwrap_or_default();
+        TensorView::new(tensor, data, shape, stride)?;
+        Ok(TensorSlice { storage, offset, stride, tokens, heads, dim })
+    }
+
+    /// Contiguous data `[tokens, heads, dim]`.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::BadTensor`] when `data` does not hold exactly the shape's elements.
+    pub fn contiguous(
+        tensor: &'static str,
+        data: Vec<f32>,
+        tokens: Span,
+        heads: usize,
+        dim: usize,
+    ) -> Result<Self, InvalidAttention> {
+        TensorView::contiguous(tensor, &data, [tokens.len(), heads, dim])?;
+        Ok(TensorSlice { storage: Arc::new(data), offset: 0, stride: heads * dim, tokens, heads, dim })
+    }
+
+    /// Positions in the document of the tokens held.
+    pub fn tokens(&self) -> Span {
+        self.tokens
+    }
+
+    /// Heads held.
+    pub fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// Elements of a head.
+    pub fn dim(&self) -> usize {
+        self.dim
+    }
+
+    /// Bytes of the elements held, as they travel.
+    pub fn bytes(&self) -> usize {
+        self.tokens.len() * self.heads * self.dim * size_of::<f32>()
+    }
+
+    /// A borrowed view of all tokens.
+    pub fn view(&self) -> TensorView<'_> {
+        let shape = [self.tokens.len(), self.heads, self.dim];
+        TensorView { data: self.storage.get(self.offset..).unwrap_or_default(), shape, stride: self.stride }
+    }
+
+    /// A borrowed view of the tokens at the positions `tokens`, `None` when the slice does not hold them all.
+    pub fn view_of(&self, tokens: Span) -> Option<TensorView<'_>> {
+        if !self.tokens.covers(tokens) {
+            return None;
+        }
+        let skip = (tokens.start() - self.tokens.start()) * self.stride;
+        let shape = [tokens.len(), self.heads, self.dim];
+        Some(TensorView { data: self.storage.get(self.offset + skip..).unwrap_or_default(), shape, stride: self.stride })
+    }
+}

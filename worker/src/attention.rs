@@ -1,0 +1,90 @@
+//! What a model asks of core attention, whoever computes it.
+
+use std::sync::Arc;
+
+use outboard_attention::{DocumentId, HeadGeometry, Span};
+
+use crate::WorkerError;
+
+/// A document's place in a rank's packed activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PackedDocument {
+    /// The document. Its token `i` is row `rows.start() + i`.
+    pub id: DocumentId,
+    /// Its rows.
+    pub rows: Span,
+}
+
+/// One layer's core attention of one tick, as a rank sees it: the documents it is home of, packed one after another.
+#[derive(Clone, Debug)]
+pub struct LayerCall {
+    /// Training step.
+    pub step: u64,
+    /// Layer, from zero.
+    pub layer: u32,
+    /// Nano-batch.
+    pub tick: u32,
+    /// Heads.
+    pub geometry: HeadGeometry,
+    /// The documents, in row order, covering all rows.
+    pub documents: Arc<[PackedDocument]>,
+}
+
+/// Q `[rows, q_heads, head_dim]`, K `[rows, kv_heads, head_dim]` and V `[rows, kv_heads, v_head_dim]`, contiguous f32,
+/// positions already applied. Shared, so that backward reads what forward was given without a copy.
+#[derive(Clone, Debug)]
+pub struct Qkv {
+    /// Queries.
+    pub q: Arc<Vec<f32>>,
+    /// Keys.
+    pub k: Arc<Vec<f32>>,
+    /// Values.
+    pub v: Arc<Vec<f32>>,
+}
+
+/// What forward gives back.
+#[derive(Clone, Debug)]
+pub struct Attended {
+    /// O `[rows, q_heads, v_head_dim]`.
+    pub o: Vec<f32>,
+    /// Log-sum-exp of each row's scores, natural log, `[rows, q_heads]`; -inf for a row without a key.
+    pub lse: Arc<Vec<f32>>,
+}
+
+/// What backward needs besides Q, K, V.
+#[derive(Clone, Debug)]
+pub struct OutputGradient {
+    /// dO `[rows, q_heads, v_head_dim]`.
+    pub d_o: Arc<Vec<f32>>,
+    /// The LSE that forward gave back.
+    pub lse: Arc<Vec<f32>>,
+    /// D = rowsum(dO * O), `[rows, q_heads]`.
+    pub d: Arc<Vec<f32>>,
+}
+
+/// dQ, dK, dV with the shapes of Q, K, V.
+#[derive(Clone, Debug)]
+pub struct QkvGradient {
+    /// Gradient of Q.
+    pub dq: Vec<f32>,
+    /// Gradient of K.
+    pub dk: Vec<f32>,
+    /// Gradient of V.
+    pub dv: Vec<f32>,
+}
+
+/// Computes core attention for a model: on this device alone, or through the pool. Calls block until the result is
+/// there; each may fail with an error that names job, step, layer and rank.
+pub trait CoreAttention: Send + Sync {
+    /// O and LSE of one layer.
+    ///
+    /// # Errors
+    /// When the inputs do not fit the call, or the attention cannot be computed.
+    fn forward(&self, call: &LayerCall, qkv: &Qkv) -> Result<Attended, WorkerError>;
+
+    /// dQ, dK, dV of one layer.
+    ///
+    /// # Errors
+    /// When the inputs do not fit the call, or the attention cannot be computed.
+    fn backward(&self, call: &LayerCall, qkv: &Qkv, grad: &OutputGradient) -> Result<QkvGradient, WorkerError>;
+}
