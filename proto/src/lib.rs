@@ -1,1 +1,19 @@
-//! p
+//! The wire contract of Outboard: generated messages and services, domain <-> wire conversions, and how an error
+//! becomes a gRPC status.
+
+mod error;
+mod header;
+
+pub use error::{ErrorKind, RetryHint, TaskError};
+pub use header::TaskHeader;
+
+/// The protocol version this crate speaks.
+pub const PROTOCOL_VERSION: u32 = 1;
+/// Most payload bytes in one chunk.
+pub const MAX_CHUNK_BYTES: usize = 1 << 20;
+
+/// Generated messages, clients and servers of `outboard.v1`.
+#[allow(missing_docs, unreachable_pub, clippy::all, rustdoc::all)]
+pub mod v1 {
+    tonic::include_proto!("outboard.v1");
+}

@@ -1,1 +1,31 @@
-//! placeholder
+//! Tensors on the move: one [`Transport`] trait from worker to attention server, in-process or by gRPC, both ends.
+
+mod budget;
+mod handler;
+mod task;
+
+pub use budget::{ByteBudget, ByteLease};
+pub use handler::{ArrivedTask, Origin, TaskHandler};
+pub use task::{GradientInputs, Pending, Reply, TaskInputs, TaskOutcome, TaskRequest};
+
+/// Ships tasks to one attention server.
+pub trait Transport: Send + Sync {
+    /// Ships tasks together; the result of each is awaited by its [`Pending`], in the same order. Never blocks: room
+    /// at the server (credits, in bytes) is awaited inside. All tasks of a shipment are admitted together.
+    fn ship(&self, shipment: Vec<TaskRequest>) -> Vec<Pending>;
+
+    /// What has crossed the link since it was made.
+    fn traffic(&self) -> Traffic;
+
+    /// The numerics id of the server, once known.
+    fn numerics_id(&self) -> Option<String>;
+}
+
+/// Tensor bytes that crossed a link; in-process tasks cross none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Traffic {
+    /// From client to server.
+    pub sent: u64,
+    /// From server to client.
+    pub received: u64,
+}

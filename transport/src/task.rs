@@ -1,0 +1,146 @@
+//! What is shipped, and what comes back.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use outboard_attention::kernel::Results;
+use outboard_attention::{InvalidAttention, TensorSlice};
+use outboard_proto::{TaskError, TaskHeader};
+use tokio::sync::oneshot;
+
+/// The tensors that a backward task reads besides Q, K, V.
+#[derive(Clone, Debug)]
+pub struct GradientInputs {
+    /// dO, shaped as O.
+    pub d_o: TensorSlice,
+    /// LSE `[tokens, q_heads, 1]`.
+    pub lse: TensorSlice,
+    /// D = rowsum(dO * O) `[tokens, q_heads, 1]`.
+    pub d: TensorSlice,
+}
+
+/// The tensors that a task reads. Each holds at least the tokens that the task needs, and exactly its heads.
+#[derive(Clone, Debug)]
+pub struct TaskInputs {
+    /// Queries.
+    pub q: TensorSlice,
+    /// Keys.
+    pub k: TensorSlice,
+    /// Values.
+    pub v: TensorSlice,
+    /// For backward.
+    pub gradient: Option<GradientInputs>,
+}
+
+/// A task to ship. Tasks of one shipment that hold the same slice of the same storage send it once.
+#[derive(Clone, Debug)]
+pub struct TaskRequest {
+    /// Everything but the tensors.
+    pub header: TaskHeader,
+    /// The tensors.
+    pub inputs: TaskInputs,
+}
+
+impl TaskRequest {
+    /// Checks that the tensors fit the header: tokens held, heads and dims.
+    ///
+    /// # Errors
+    /// [`InvalidAttention`] naming the tensor at fault.
+    pub fn check(&self) -> Result<(), InvalidAttention> {
+        let TaskRequest { header, inputs } = self;
+        let task = &header.task;
+        task.check(&header.geometry)?;
+        let shapes = task.shapes(&header.geometry);
+        let fits = |name, tensor: &TensorSlice, needed: outboard_attention::Span, shape: [usize; 3]| {
+            match tensor.view_of(needed) {
+                Some(view) => view.expect(name, shape),
+                None => Err(InvalidAttention::OutsideSpan {
+                    field: name,
+                    span: needed,
+                    bound_name: "the tokens it holds",
+                    bound: tensor.tokens(),
+                }),
+            }
+        };
+        fits("q", &inputs.q, task.q(), shapes.q)?;
+        fits("k", &inputs.k, task.kv(), shapes.k)?;
+        fits("v", &inputs.v, task.kv(), shapes.v)?;
+        if let Some(gradient) = &inputs.gradient {
+            fits("d_o", &gradient.d_o, task.q(), shapes.o)?;
+            fits("lse", &gradient.lse, task.q(), shapes.row)?;
+            fits("d", &gradient.d, task.q(), shapes.row)?;
+        }
+        Ok(())
+    }
+}
+
+/// A task's result and what it took.
+#[derive(Debug)]
+pub struct TaskOutcome {
+    /// O and LSE, or dQ, dK and dV.
+    pub results: Results,
+    /// Who computed it.
+    pub numerics_id: Arc<str>,
+    /// From arrival of the last input to the start of the computation.
+    pub queued: Duration,
+    /// Of the computation; a batch's time is shared among its tasks by work.
+    pub compute: Duration,
+}
+
+/// A shipped task. Dropping it cancels the task: buffers in flight stay with their operation until it ends.
+#[derive(Debug)]
+pub struct Pending {
+    receiver: oneshot::Receiver<Result<TaskOutcome, TaskError>>,
+}
+
+/// The other end of a [`Pending`].
+#[derive(Debug)]
+pub struct Reply {
+    sender: oneshot::Sender<Result<TaskOutcome, TaskError>>,
+}
+
+impl Pending {
+    /// A pending task and the way to end it.
+    pub fn new() -> (Reply, Pending) {
+        let (sender, receiver) = oneshot::channel();
+        (Reply { sender }, Pending { receiver })
+    }
+
+    /// A task that has failed already.
+    pub fn failed(error: TaskError) -> Pending {
+        let (reply, pending) = Pending::new();
+        reply.send(Err(error));
+        pending
+    }
+}
+
+impl Future for Pending {
+    type Output = Result<TaskOutcome, TaskError>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Pin::new(&mut self.receiver).poll(cx).map(|received| {
+            received.unwrap_or_else(|_| Err(TaskError::unavailable("the connection ended before the task did")))
+        })
+    }
+}
+
+impl Reply {
+    /// Ends the task. A task that was cancelled meanwhile is dropped.
+    pub fn send(self, outcome: Result<TaskOutcome, TaskError>) {
+        // The receiver is gone exactly when the task was cancelled, which is no error.
+        let _ = self.sender.send(outcome);
+    }
+
+    /// True when the task was cancelled, so that nobody waits for the result.
+    pub fn is_cancelled(&self) -> bool {
+        self.sender.is_closed()
+    }
+
+    /// Resolves when the task is cancelled.
+    pub async fn cancelled(&mut self) {
+        self.sender.closed().await;
+    }
+}
