@@ -159,9 +159,10 @@ impl Mask {
         &self.0
     }
 
-    /// Number of cells, each counted once per kv head.
+    /// Number of cells, each counted once per kv head. Saturates.
     pub fn cells(&self) -> u64 {
-        self.0.iter().map(|p| p.slice.cells() * p.kv_heads.len() as u64).sum()
+        let cells = |p: &MaskPart| p.slice.cells().saturating_mul(p.kv_heads.len() as u64);
+        self.0.iter().map(cells).fold(0, u64::saturating_add)
     }
 
     /// The part inside a rectangle of queries x keys x kv heads. Empty parts are dropped.

@@ -138,12 +138,12 @@ impl StepPlan {
 fn check_document(document: &Document, tasks: &[&PlannedTask], geometry: &HeadGeometry) -> Result<(), InvalidPlan> {
     let id = document.id();
     let mask = document.mask(geometry.kv_heads());
-    let mut planned = 0;
+    let mut planned = 0u64;
     for (n, a) in tasks.iter().enumerate() {
         let bad = |source| InvalidPlan::BadTask { document: id, source };
         let task = a.task(&mask).map_err(bad)?;
         task.check(geometry).map_err(bad)?;
-        planned += task.cells();
+        planned = task.cells().saturating_add(planned);
         for b in &tasks[..n] {
             let (q, kv) = (a.q.intersect(b.q), a.kv.intersect(b.kv));
             let kv_heads = a.kv_heads.intersect(b.kv_heads);

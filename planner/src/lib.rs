@@ -1,1 +1,35 @@
-//! placeholder
+//! The planner: who computes which piece of a step's core attention. `plan(problem) -> plan`, pure.
+//!
+//! # Goals
+//! 1. Balance. In every tick, cells over weight of the busiest slot stay within `1 + tolerance` of the mean.
+//! 2. Few bytes. Work starts where its queries live; only the excess of busy slots moves, in few, large slices.
+//! 3. Pieces. A slot's work comes as at least 8 tasks, none above a quarter of it, so that the work of a server that
+//!    dies spreads over all that are left.
+//!
+//! # What is guaranteed
+//! - Every cell of every document lies in exactly one task ([`outboard_attention::StepPlan::check`]); no task is
+//!   empty, and no task's queries or keys reach beyond the first and last that its part of the mask uses.
+//! - The plan is a function of documents, homes, geometry, slots and tolerance. The order in which documents come
+//!   does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations, so
+//!   any machine makes the same plan. Measured speeds and membership are no input.
+//! - Cuts are by query rows and by kv heads, never by keys. Rows are cut at multiples of 128 tokens, or of 64, 32 or 16
+//!   where a block of 128 is too much work to balance. Balance is then within the tolerance or one such block.
+//! - Tasks of one document on one slot share their kv-head ranges or have none in common; those of one range form a
+//!   reduction group.
+//! - No input makes it panic: what it cannot plan is a [`PlanError`] that names the field and the value.
+//!
+//! # How it works
+//! [`plan`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
+//! where there is room; `balance` decides who gives how much to whom; `cut` chooses the slices that cost the fewest
+//! bytes (priced by `cost`); `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
+//! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
+
+mod error;
+mod loads;
+mod plan;
+mod problem;
+
+pub use error::PlanError;
+pub use loads::Loads;
+pub use plan::plan;
+pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};

@@ -1,0 +1,76 @@
+//! Why a problem cannot be planned.
+
+use outboard_attention::DocumentId;
+
+/// A problem that makes no sense. Every variant names the field and the values at fault.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlanError {
+    /// Nobody to compute anything.
+    #[error("slots is empty; a plan needs at least one")]
+    NoSlots,
+    /// More slots than a plan can number.
+    #[error("slots holds {slots} entries; at most {max} are planned")]
+    TooManySlots {
+        /// How many there are.
+        slots: usize,
+        /// The most there may be.
+        max: usize,
+    },
+    /// A weight that is not a positive finite number.
+    #[error("slots[{slot}].weight is {weight}; it must be finite and above zero")]
+    BadWeight {
+        /// Index of the slot.
+        slot: usize,
+        /// Its weight.
+        weight: f64,
+    },
+    /// Weights whose sum, or whose share of it, a floating-point number cannot hold.
+    #[error(
+        "slots[].weight add up to {total}, the smallest is {smallest}; they must lie within a factor of 1e12"
+    )]
+    WeightRange {
+        /// The sum.
+        total: f64,
+        /// The smallest.
+        smallest: f64,
+    },
+    /// Two in-place slots of one rank.
+    #[error("slots[{first}].rank and slots[{second}].rank are both {rank}; a rank has one in-place slot")]
+    SharedRank {
+        /// The rank.
+        rank: u32,
+        /// Index of one slot.
+        first: usize,
+        /// Index of the other.
+        second: usize,
+    },
+    /// A tolerance that is negative or not a number, or above one.
+    #[error("tolerance is {tolerance}; it must be between 0 and 1")]
+    BadTolerance {
+        /// What was given.
+        tolerance: f64,
+    },
+    /// Two documents of one name.
+    #[error("documents holds {document} twice; ids must be unique within a step")]
+    DuplicateDocument {
+        /// The name.
+        document: DocumentId,
+    },
+    /// A step too large to count.
+    #[error("documents holds {cells} cells over {kv_heads} kv heads; at most {max} are planned")]
+    TooManyCells {
+        /// How many cells, up to the document at which counting stopped.
+        cells: u128,
+        /// Kv heads of the geometry.
+        kv_heads: usize,
+        /// The most there may be.
+        max: u64,
+    },
+    /// More tasks than a plan can number.
+    #[error("the plan needs more than {max} tasks")]
+    TooManyTasks {
+        /// The most there may be.
+        max: u32,
+    },
+}

@@ -1,0 +1,116 @@
+//! What is to be planned.
+
+use std::collections::BTreeMap;
+
+use outboard_attention::{Document, HeadGeometry};
+
+use crate::PlanError;
+
+/// The tolerance of a problem that names none: the busiest slot within 1% of the mean.
+pub const DEFAULT_TOLERANCE: f64 = 0.01;
+
+/// Largest number of cells of a step, summed over kv heads, so that sums of work fit 64 bits with room to spare.
+const MAX_CELLS: u64 = 1 << 61;
+/// Largest number of slots.
+const MAX_SLOTS: usize = 1 << 20;
+/// Largest ratio of the weights' sum to the smallest weight.
+const MAX_WEIGHT_RATIO: f64 = 1e12;
+
+/// One unit of a job's planned parallelism.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Slot {
+    /// The rank whose device the slot shares, `None` for a slot of a dedicated pool.
+    pub rank: Option<u32>,
+    /// How much work the slot takes, relative to the others: finite and above zero.
+    pub weight: f64,
+}
+
+impl Slot {
+    /// A slot of weight 1 on the device of `rank`.
+    pub fn in_place(rank: u32) -> Slot {
+        Slot { rank: Some(rank), weight: 1.0 }
+    }
+
+    /// A slot of weight 1 with a device of its own.
+    pub fn dedicated() -> Slot {
+        Slot { rank: None, weight: 1.0 }
+    }
+}
+
+/// One step of a job (of one tensor-parallel lane): documents to compute and slots to compute them.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Problem {
+    /// Heads of the layers; bytes are counted with its element type.
+    pub geometry: HeadGeometry,
+    /// The step's documents, in any order; they are planned in the order of their ids.
+    pub documents: Vec<Document>,
+    /// The job's slots; a task's slot is an index into them.
+    pub slots: Vec<Slot>,
+    /// How far the busiest slot may lie above the mean, as a fraction of it: 0 to 1. More tolerance moves fewer bytes.
+    pub tolerance: f64,
+}
+
+impl Problem {
+    /// A problem with the [`DEFAULT_TOLERANCE`].
+    pub fn new(geometry: HeadGeometry, documents: Vec<Document>, slots: Vec<Slot>) -> Problem {
+        Problem { geometry, documents, slots, tolerance: DEFAULT_TOLERANCE }
+    }
+
+    /// Checks that the problem can be planned.
+    ///
+    /// # Errors
+    /// The first [`PlanError`] found.
+    pub fn check(&self) -> Result<(), PlanError> {
+        self.check_slots()?;
+        if !(0.0..=1.0).contains(&self.tolerance) {
+            return Err(PlanError::BadTolerance { tolerance: self.tolerance });
+        }
+        let mut ids: Vec<_> = self.documents.iter().map(Document::id).collect();
+        ids.sort_unstable();
+        if let Some(pair) = ids.windows(2).find(|pair| pair[0] == pair[1]) {
+            return Err(PlanError::DuplicateDocument { document: pair[0] });
+        }
+        let kv_heads = self.geometry.kv_heads();
+        let mut cells = 0u128;
+        for document in &self.documents {
+            let mask = document.mask(kv_heads);
+            cells += mask
+                .parts()
+                .iter()
+                .map(|p| u128::from(p.slice.cells()) * p.kv_heads.len() as u128)
+                .sum::<u128>();
+            if cells > u128::from(MAX_CELLS) {
+                return Err(PlanError::TooManyCells { cells, kv_heads, max: MAX_CELLS });
+            }
+        }
+        Ok(())
+    }
+
+    fn check_slots(&self) -> Result<(), PlanError> {
+        if self.slots.is_empty() {
+            return Err(PlanError::NoSlots);
+        }
+        if self.slots.len() > MAX_SLOTS {
+            return Err(PlanError::TooManySlots { slots: self.slots.len(), max: MAX_SLOTS });
+        }
+        let mut of_rank = BTreeMap::new();
+        let (mut total, mut smallest) = (0.0, f64::INFINITY);
+        for (slot, &Slot { rank, weight }) in self.slots.iter().enumerate() {
+            if !(weight.is_finite() && weight > 0.0) {
+                return Err(PlanError::BadWeight { slot, weight });
+            }
+            (total, smallest) = (total + weight, weight.min(smallest));
+            if let Some(rank) = rank
+                && let Some(first) = of_rank.insert(rank, slot)
+            {
+                return Err(PlanError::SharedRank { rank, first, second: slot });
+            }
+        }
+        let ratio = total / smallest;
+        if total.is_finite() && ratio <= MAX_WEIGHT_RATIO {
+            Ok(())
+        } else {
+            Err(PlanError::WeightRange { total, smallest })
+        }
+    }
+}
