@@ -49,13 +49,21 @@ impl Document {
     pub fn new(id: DocumentId, tokens: usize, homes: Vec<HomeRange>) -> Result<Self, InvalidAttention> {
         if tokens == 0 || tokens > MAX_TOKENS {
             let (min, max) = (1, MAX_TOKENS as u64);
-            return Err(InvalidAttention::OutOfRange { field: "document.tokens", value: tokens as u64, min, max });
+            return Err(InvalidAttention::OutOfRange {
+                field: "document.tokens",
+                value: tokens as u64,
+                min,
+                max,
+            });
         }
         let bad = |detail: String| InvalidAttention::BadHomes { document: id, tokens, detail };
         let mut at = 0;
         for home in &homes {
             if home.tokens.start() != at || home.tokens.is_empty() {
-                return Err(bad(format!("expected a range from {at}, found {} on rank {}", home.tokens, home.rank)));
+                return Err(bad(format!(
+                    "expected a range from {at}, found {} on rank {}",
+                    home.tokens, home.rank
+                )));
             }
             at = home.tokens.end();
         }

@@ -19,7 +19,9 @@ pub enum InvalidAttention {
         max: u64,
     },
     /// Query heads that cannot be shared evenly among kv heads.
-    #[error("q_heads is {q_heads}, which kv_heads {kv_heads} does not divide; every kv head needs the same number of query heads")]
+    #[error(
+        "q_heads is {q_heads}, which kv_heads {kv_heads} does not divide; every kv head needs the same number of query heads"
+    )]
     UnevenGroups {
         /// Query heads.
         q_heads: usize,
@@ -79,7 +81,9 @@ pub enum InvalidAttention {
         detail: String,
     },
     /// A tensor whose element count does not match its shape.
-    #[error("{tensor} holds {actual} elements; its shape {shape:?} with token stride {stride} needs {needed}")]
+    #[error(
+        "{tensor} holds {actual} elements; its shape {shape:?} with token stride {stride} needs {needed}"
+    )]
     BadTensor {
         /// Which tensor.
         tensor: &'static str,

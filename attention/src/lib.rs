@@ -6,8 +6,12 @@
 mod document;
 mod error;
 mod geometry;
+pub mod kernel;
 mod mask;
+mod math;
+pub mod merge;
 mod plan;
+pub mod reference;
 mod span;
 mod task;
 mod tensor;

@@ -135,7 +135,11 @@ impl StepPlan {
     }
 }
 
-fn check_document(document: &Document, tasks: &[&PlannedTask], geometry: &HeadGeometry) -> Result<(), InvalidPlan> {
+fn check_document(
+    document: &Document,
+    tasks: &[&PlannedTask],
+    geometry: &HeadGeometry,
+) -> Result<(), InvalidPlan> {
     let id = document.id();
     let mask = document.mask(geometry.kv_heads());
     let mut planned = 0u64;

@@ -38,7 +38,13 @@ impl Task {
     ///
     /// # Errors
     /// [`InvalidAttention::EmptySpan`] when a side, or the part of the mask, is empty.
-    pub fn new(document: DocumentId, q: Span, kv: Span, kv_heads: Span, mask: &Mask) -> Result<Self, InvalidAttention> {
+    pub fn new(
+        document: DocumentId,
+        q: Span,
+        kv: Span,
+        kv_heads: Span,
+        mask: &Mask,
+    ) -> Result<Self, InvalidAttention> {
         for (field, span) in [("task.q", q), ("task.kv", kv), ("task.kv_heads", kv_heads)] {
             if span.is_empty() {
                 return Err(InvalidAttention::EmptySpan { field, span });
@@ -46,7 +52,10 @@ impl Task {
         }
         let mask = mask.clip(q, kv, kv_heads);
         if mask.parts().is_empty() {
-            return Err(InvalidAttention::EmptySpan { field: "task.mask (no cell within the rectangle) of q", span: q });
+            return Err(InvalidAttention::EmptySpan {
+                field: "task.mask (no cell within the rectangle) of q",
+                span: q,
+            });
         }
         Ok(Task { document, q, kv, kv_heads, mask })
     }
@@ -61,7 +70,12 @@ impl Task {
             Ok(())
         } else {
             let span = self.kv_heads;
-            Err(InvalidAttention::OutsideSpan { field: "task.kv_heads", span, bound_name: "geometry.kv_heads", bound })
+            Err(InvalidAttention::OutsideSpan {
+                field: "task.kv_heads",
+                span,
+                bound_name: "geometry.kv_heads",
+                bound,
+            })
         }
     }
 

@@ -39,7 +39,11 @@ impl<'a> TensorView<'a> {
     ///
     /// # Errors
     /// [`InvalidAttention::BadTensor`] when `data` does not hold exactly the shape's elements.
-    pub fn contiguous(tensor: &'static str, data: &'a [f32], shape: [usize; 3]) -> Result<Self, InvalidAttention> {
+    pub fn contiguous(
+        tensor: &'static str,
+        data: &'a [f32],
+        shape: [usize; 3],
+    ) -> Result<Self, InvalidAttention> {
         let stride = shape[1].saturating_mul(shape[2]);
         let needed = shape[0].saturating_mul(stride);
         if data.len() != needed {
@@ -77,6 +81,16 @@ impl<'a> TensorView<'a> {
     /// When either index is out of range.
     pub fn row(&self, token: usize, head: usize) -> &'a [f32] {
         &self.token(token)[head * self.shape[2]..][..self.shape[2]]
+    }
+
+    /// A view of some of the tokens and heads, counted from the view's first, `None` when they reach outside it.
+    pub fn part(&self, tokens: Span, heads: Span) -> Option<TensorView<'a>> {
+        let [all_tokens, all_heads, dim] = self.shape;
+        if !(Span::to(all_tokens).covers(tokens) && Span::to(all_heads).covers(heads)) {
+            return None;
+        }
+        let data = self.data.get(tokens.start() * self.stride + heads.start() * dim..).unwrap_or_default();
+        Some(TensorView { data, shape: [tokens.len(), heads.len(), dim], stride: self.stride })
     }
 
     /// Checks that the view has the given shape.
@@ -186,6 +200,10 @@ impl TensorSlice {
         }
         let skip = (tokens.start() - self.tokens.start()) * self.stride;
         let shape = [tokens.len(), self.heads, self.dim];
-        Some(TensorView { data: self.storage.get(self.offset + skip..).unwrap_or_default(), shape, stride: self.stride })
+        Some(TensorView {
+            data: self.storage.get(self.offset + skip..).unwrap_or_default(),
+            shape,
+            stride: self.stride,
+        })
     }
 }
