@@ -24,12 +24,22 @@
 //! bytes (priced by `cost`); `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
 //! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
 
+mod balance;
+mod cost;
+mod cut;
 mod error;
+mod group;
 mod loads;
 mod plan;
 mod problem;
+mod rows;
+mod sheet;
+mod split;
+mod start;
+mod traffic;
 
 pub use error::PlanError;
 pub use loads::Loads;
 pub use plan::plan;
 pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};
+pub use traffic::{Pass, Traffic};

@@ -1,49 +1,47 @@
 //! A step's plan, tick by tick.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use outboard_attention::{PlannedTask, Span, StepPlan, TickPlan};
+use outboard_attention::{Document, PlannedTask, Span, StepPlan, TickPlan};
 
-use crate::{PlanError, Problem};
+use crate::balance::balance;
+use crate::cost::Cost;
+use crate::sheet::Sheet;
+use crate::split::split;
+use crate::start::{shares, start};
+use crate::{PlanError, Problem, group};
 
-/// Decides who computes which piece of every document.
+/// Decides who computes which piece of every document. See the crate's documentation for what is guaranteed.
 ///
 /// # Errors
 /// A [`PlanError`] when the problem makes no sense.
 pub fn plan(problem: &Problem) -> Result<StepPlan, PlanError> {
     problem.check()?;
-    let kv_heads = problem.geometry.kv_heads();
-    let slot_of: BTreeMap<u32, u32> =
-        problem.slots.iter().zip(0..).filter_map(|(slot, n)| Some((slot.rank?, n))).collect();
-    let mut documents: Vec<_> = problem.documents.iter().collect();
-    documents.sort_unstable_by_key(|d| d.id());
-    let ticks: BTreeSet<u32> = documents.iter().map(|d| d.tick()).collect();
-    let mut group = 0;
-    let mut plans = Vec::new();
-    for tick in ticks {
-        let mut tasks = Vec::new();
-        for (n, document) in documents.iter().filter(|d| d.tick() == tick).enumerate() {
-            let mask = document.mask(kv_heads);
-            for home in document.homes() {
-                let rows = mask.clip(home.tokens, Span::to(document.tokens()), Span::to(kv_heads));
-                if rows.parts().is_empty() {
-                    continue;
-                }
-                let slot = slot_of.get(&home.rank).copied().unwrap_or((n % problem.slots.len()) as u32);
-                let (q, kv) = (home.tokens, Span::to(document.tokens()));
-                tasks.push(PlannedTask {
-                    document: document.id(),
-                    q,
-                    kv,
-                    kv_heads: Span::to(kv_heads),
-                    slot,
-                    group,
-                    position: 0,
-                });
-                group += 1;
-            }
-        }
-        plans.push(TickPlan { tick, tasks });
+    let mut by_tick: BTreeMap<u32, Vec<&Document>> = BTreeMap::new();
+    for document in &problem.documents {
+        by_tick.entry(document.tick()).or_default().push(document);
     }
-    Ok(StepPlan { ticks: plans, slots: problem.slots.len() as u32 })
+    let mut next_group = 0;
+    let mut ticks = Vec::with_capacity(by_tick.len());
+    for (tick, mut documents) in by_tick {
+        documents.sort_unstable_by_key(|document| document.id());
+        ticks.push(TickPlan { tick, tasks: plan_tick(problem, &documents, &mut next_group)? });
+    }
+    Ok(StepPlan { ticks, slots: problem.slots.len() as u32 })
+}
+
+fn plan_tick(
+    problem: &Problem,
+    documents: &[&Document],
+    next_group: &mut u32,
+) -> Result<Vec<PlannedTask>, PlanError> {
+    let sheets: Vec<Sheet<'_>> =
+        documents.iter().flat_map(|d| Sheet::of(d, problem.geometry.kv_heads())).collect();
+    let work =
+        |sheet: &Sheet<'_>| sheet.cells(Span::to(sheet.document.tokens())) * sheet.kv_heads.len() as u64;
+    let shares = shares(problem, sheets.iter().map(work).sum());
+    let mut held = start(&sheets, &shares);
+    balance(&sheets, &Cost::new(&problem.geometry), &shares, &mut held);
+    let pieces: Vec<_> = held.iter().map(|strips| split(&sheets, strips)).collect();
+    group::tasks(&sheets, &pieces, next_group)
 }

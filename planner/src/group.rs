@@ -1,0 +1,49 @@
+//! Order and reduction groups: in which order partial dK and dV are summed.
+
+use outboard_attention::{PlannedTask, Span};
+
+use crate::PlanError;
+use crate::sheet::{Sheet, Strip};
+
+/// Turns the pieces of all slots into a tick's tasks, ordered by document, kv heads, slot and rows. Tasks of one
+/// document, kv-head range and slot form a group; group numbers go on from `next_group`.
+///
+/// # Errors
+/// [`PlanError::TooManyTasks`] when group numbers run out.
+pub(crate) fn tasks(
+    sheets: &[Sheet<'_>],
+    pieces: &[Vec<Strip>],
+    next_group: &mut u32,
+) -> Result<Vec<PlannedTask>, PlanError> {
+    let of_slot = |(slot, strips): (u32, &Vec<Strip>)| {
+        strips.iter().map(move |&strip| (slot, strip)).collect::<Vec<_>>()
+    };
+    let mut placed: Vec<(u32, Strip)> = (0..).zip(pieces).flat_map(of_slot).collect();
+    let group_key = |slot: u32, strip: &Strip| (sheets[strip.sheet].document.id(), strip.kv_heads, slot);
+    placed.sort_unstable_by_key(|(slot, strip)| (group_key(*slot, strip), strip.q));
+    let mut tasks = Vec::with_capacity(placed.len());
+    let mut current: Option<((_, Span, u32), u32, u32)> = None;
+    for (slot, strip) in &placed {
+        let key = group_key(*slot, strip);
+        let (group, position) = match current {
+            Some((same, group, position)) if same == key => (group, position + 1),
+            _ => {
+                let group = *next_group;
+                *next_group = group.checked_add(1).ok_or(PlanError::TooManyTasks { max: u32::MAX })?;
+                (group, 0)
+            }
+        };
+        current = Some((key, group, position));
+        let sheet = &sheets[strip.sheet];
+        tasks.push(PlannedTask {
+            document: sheet.document.id(),
+            q: strip.q,
+            kv: sheet.keys(strip.q),
+            kv_heads: strip.kv_heads,
+            slot: *slot,
+            group,
+            position,
+        });
+    }
+    Ok(tasks)
+}

@@ -1,0 +1,132 @@
+//! Cells of a kv head's query rows, summed up: how many lie above a row, and at which row a sum is reached.
+
+use outboard_attention::{BandSlice, MAX_TOKENS};
+
+/// The cells of `len` query rows as a function of the row: arithmetic ramps, one after the other.
+#[derive(Clone, Debug)]
+pub(crate) struct Rows {
+    ramps: Vec<Ramp>,
+    len: usize,
+}
+
+/// Row `start + n` holds `first + n * slope` cells, until the next ramp starts.
+#[derive(Clone, Copy, Debug)]
+struct Ramp {
+    start: usize,
+    /// Cells of all rows before `start`.
+    before: u64,
+    first: i64,
+    slope: i64,
+}
+
+impl Ramp {
+    fn upto(&self, row: usize) -> u64 {
+        let n = (row - self.start) as i128;
+        let cells = n * i128::from(self.first) + i128::from(self.slope) * (n * (n - 1) / 2);
+        self.before + cells as u64
+    }
+}
+
+impl Rows {
+    /// The rows `[0, len)` of disjoint `slices`, which lie within them.
+    pub(crate) fn new(slices: &[BandSlice], len: usize) -> Rows {
+        // Changes of the level and of the slope, at the row from which they hold. A level is taken at row 0.
+        let mut changes = vec![(0, 0, 0)];
+        for slice in slices {
+            for (from, to, first, slope) in ramps_of(slice) {
+                let at_zero = first - slope * from as i64;
+                changes.push((from, at_zero, slope));
+                changes.push((to, -at_zero, -slope));
+            }
+        }
+        changes.sort_unstable();
+        let mut ramps: Vec<Ramp> = Vec::new();
+        let (mut level, mut slope) = (0i64, 0i64);
+        for (start, more_level, more_slope) in changes {
+            level += more_level;
+            slope += more_slope;
+            let before = ramps.last().map_or(0, |ramp| ramp.upto(start));
+            if ramps.last().is_some_and(|ramp| ramp.start == start) {
+                ramps.pop();
+            }
+            ramps.push(Ramp { start, before, first: level + slope * start as i64, slope });
+        }
+        Rows { ramps, len }
+    }
+
+    /// Cells of the rows `[0, row)`.
+    pub(crate) fn upto(&self, row: usize) -> u64 {
+        let row = row.min(self.len);
+        let after = self.ramps.partition_point(|ramp| ramp.start <= row);
+        after.checked_sub(1).and_then(|n| self.ramps.get(n)).map_or(0, |ramp| ramp.upto(row))
+    }
+
+    /// The first row at which [`Rows::upto`] has reached `cells`; the number of rows when it never does.
+    pub(crate) fn reach(&self, cells: u64) -> usize {
+        let after = self.ramps.partition_point(|ramp| ramp.before < cells);
+        let Some(ramp) = after.checked_sub(1).and_then(|n| self.ramps.get(n)) else { return 0 };
+        let (mut short, mut enough) = (ramp.start, self.ramps.get(after).map_or(self.len, |next| next.start));
+        while short + 1 < enough {
+            let middle = short + (enough - short) / 2;
+            if ramp.upto(middle) < cells { short = middle } else { enough = middle }
+        }
+        enough
+    }
+}
+
+/// The rows of a slice as ramps `(from, to, cells of row from, slope)`.
+fn ramps_of(slice: &BandSlice) -> Vec<(usize, usize, i64, i64)> {
+    // Positions fit 31 bits, so a band end beyond them is as good as open.
+    let open = 2 * MAX_TOKENS as i64;
+    let lo = slice.lo().unwrap_or(-open).clamp(-open, open);
+    let hi = slice.hi().unwrap_or(open).clamp(-open, open);
+    let (start, end) = (slice.kv().start() as i64, slice.kv().end() as i64);
+    let cells = |i: i64| (end.min(i + hi + 1) - start.max(i + lo)).max(0);
+    let (first, last) = (slice.q().start() as i64, slice.q().end() as i64);
+    // Where the band meets the ends of the key range, the count changes its slope.
+    let mut kinks = vec![first, last];
+    kinks.extend(
+        [start - hi - 1, end - hi - 1, start - lo, end - lo]
+            .into_iter()
+            .filter(|k| (first..last).contains(k)),
+    );
+    kinks.sort_unstable();
+    kinks.dedup();
+    let ramp = |pair: &[i64]| {
+        (pair[0] as usize, pair[1] as usize, cells(pair[0]), cells(pair[0] + 1) - cells(pair[0]))
+    };
+    kinks.windows(2).map(ramp).filter(|&(_, _, first, slope)| (first, slope) != (0, 0)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use outboard_attention::Span;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn slices() -> impl Strategy<Value = Vec<BandSlice>> {
+        let end =
+            prop_oneof![Just(None), (-50i64..50).prop_map(Some), Just(Some(i64::MIN)), Just(Some(i64::MAX))];
+        let slice = (0usize..40, 1usize..30, 0usize..40, 1usize..30, end.clone(), end);
+        let slice = slice.prop_filter_map("lo above hi", |(q, rows, kv, keys, lo, hi)| {
+            BandSlice::new(Span::at(q, rows), Span::at(kv, keys), lo, hi).ok()
+        });
+        prop::collection::vec(slice, 0..5)
+    }
+
+    proptest! {
+        #[test]
+        fn sums_agree_with_counting(slices in slices()) {
+            let rows = Rows::new(&slices, 70);
+            let mut sum = 0;
+            for i in 0..=70 {
+                prop_assert_eq!(rows.upto(i), sum, "row {}", i);
+                let first = (0..=i).find(|&x| rows.upto(x) >= sum).unwrap_or(i);
+                prop_assert_eq!(rows.reach(sum), first);
+                sum += slices.iter().map(|s| s.keys_of(i).len() as u64).sum::<u64>();
+            }
+            prop_assert_eq!(rows.reach(sum + 1), 70);
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! Pieces: what a slot holds, cut into tasks. Cutting what stays on one slot costs no bytes.
+
+use std::collections::BTreeMap;
+
+use outboard_attention::Span;
+
+use crate::cut::{round, step};
+use crate::sheet::{Sheet, Strip};
+
+/// A slot's work is at least this many pieces, none much larger than its part.
+const PIECES: u64 = 8;
+
+/// The pieces of one slot. Pieces of one document have the same kv heads or none in common.
+pub(crate) fn split(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Strip> {
+    let work: u64 = strips.iter().map(Strip::cells).sum();
+    let parts =
+        |cells: u64| (u128::from(cells) * u128::from(PIECES)).div_ceil(u128::from(work.max(1))) as usize;
+    let mut pieces = Vec::new();
+    for bundle in bundles(sheets, strips) {
+        let cells = bundle.iter().map(Strip::cells).sum();
+        let Some(kv_heads) = bundle.first().map(|strip| strip.kv_heads) else { continue };
+        // Heads first, since a cut between heads changes no bit; rows where heads do not suffice.
+        for heads in even(kv_heads, parts(cells)) {
+            for strip in &bundle {
+                let strip = Strip { kv_heads: heads, ..*strip };
+                pieces.extend(by_rows(sheets, &strip, parts(strip.cells())));
+            }
+        }
+    }
+    pieces
+}
+
+/// What a slot holds of a sheet, parted where any strip's kv heads begin or end: strips of the same kv heads, rows
+/// ascending, neighbours joined.
+fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
+    let mut by_sheet: BTreeMap<usize, Vec<&Strip>> = BTreeMap::new();
+    for strip in strips {
+        by_sheet.entry(strip.sheet).or_default().push(strip);
+    }
+    let mut bundles = Vec::new();
+    for (sheet, strips) in by_sheet {
+        let mut borders: Vec<usize> =
+            strips.iter().flat_map(|s| [s.kv_heads.start(), s.kv_heads.end()]).collect();
+        borders.sort_unstable();
+        borders.dedup();
+        for pair in borders.windows(2) {
+            let heads = Span::at(pair[0], pair[1] - pair[0]);
+            let mut rows: Vec<Span> =
+                strips.iter().filter(|s| s.kv_heads.covers(heads)).map(|s| s.q).collect();
+            rows.sort_unstable();
+            let joined = rows.into_iter().fold(Vec::new(), |mut joined: Vec<Span>, q| {
+                match joined.last_mut() {
+                    Some(last) if last.end() >= q.start() => *last = last.hull(q),
+                    _ => joined.push(q),
+                }
+                joined
+            });
+            bundles.push(joined.into_iter().filter_map(|q| Strip::new(sheets, sheet, heads, q)).collect());
+        }
+    }
+    bundles
+}
+
+/// A range in up to `parts` parts whose sizes differ by one at most.
+fn even(span: Span, parts: usize) -> impl Iterator<Item = Span> {
+    let parts = parts.clamp(1, span.len().max(1));
+    let border = move |n: usize| span.start() + span.len() * n / parts;
+    (0..parts).filter_map(move |n| Span::new(border(n), border(n + 1)))
+}
+
+/// A strip in up to `parts` pieces of about equal work, cut between rows.
+fn by_rows(sheets: &[Sheet<'_>], strip: &Strip, parts: usize) -> Vec<Strip> {
+    let sheet = &sheets[strip.sheet];
+    let share = strip.unit / parts.max(1) as u64;
+    let step = step(sheet, strip.q, share / 2);
+    let mut pieces = Vec::new();
+    let mut at = strip.q.start();
+    for n in 1..=parts {
+        let target = u128::from(strip.unit) * n as u128 / parts.max(1) as u128;
+        let end = match n == parts {
+            true => strip.q.end(),
+            false => round(sheet.end_of(strip.q.start(), target as u64), step).min(strip.q.end()),
+        };
+        if let Some(q) = Span::new(at, end)
+            && let Some(piece) = Strip::new(sheets, strip.sheet, strip.kv_heads, q)
+        {
+            pieces.push(piece);
+            at = end;
+        }
+    }
+    pieces
+}
