@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use outboard_attention::{DocumentId, HeadGeometry, Span};
+use outboard_attention::{DocumentId, HeadGeometry, HeadShape, InvalidAttention, Span, TensorView};
 
 use crate::WorkerError;
 
@@ -28,6 +28,50 @@ pub struct LayerCall {
     pub geometry: HeadGeometry,
     /// The documents, in row order, covering all rows.
     pub documents: Arc<[PackedDocument]>,
+}
+
+impl LayerCall {
+    /// Rows of the packed activations.
+    pub fn rows(&self) -> usize {
+        self.documents.last().map_or(0, |last| last.rows.end())
+    }
+
+    /// Checks that the documents cover the rows one after another, and that Q, K and V fit them.
+    ///
+    /// # Errors
+    /// [`InvalidAttention`] naming what does not fit.
+    pub fn check(&self, qkv: &Qkv) -> Result<(), InvalidAttention> {
+        let mut at = 0;
+        for PackedDocument { rows, .. } in self.documents.iter() {
+            if rows.start() != at || rows.is_empty() {
+                let bound = Span::at(at, rows.len());
+                let bound_name = "where the document before it ends";
+                return Err(InvalidAttention::OutsideSpan { field: "document rows", span: *rows, bound_name, bound });
+            }
+            at = rows.end();
+        }
+        let HeadShape { q_heads, kv_heads, head_dim, v_head_dim, .. } = self.geometry.shape();
+        TensorView::contiguous("q", &qkv.q, [at, q_heads, head_dim])?;
+        TensorView::contiguous("k", &qkv.k, [at, kv_heads, head_dim])?;
+        TensorView::contiguous("v", &qkv.v, [at, kv_heads, v_head_dim])?;
+        Ok(())
+    }
+
+    /// Checks that dO, LSE and D fit the call.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::BadTensor`] naming the tensor that does not.
+    pub fn check_gradient(&self, gradient: &OutputGradient) -> Result<(), InvalidAttention> {
+        let (rows, heads) = (self.rows(), self.geometry.q_heads());
+        TensorView::contiguous("d_o", &gradient.d_o, [rows, heads, self.geometry.v_head_dim()])?;
+        TensorView::contiguous("lse", &gradient.lse, [rows, heads, 1])?;
+        TensorView::contiguous("d", &gradient.d, [rows, heads, 1])?;
+        Ok(())
+    }
+
+    pub(crate) fn invalid(&self, source: InvalidAttention) -> WorkerError {
+        WorkerError::Invalid { step: self.step, layer: self.layer, source }
+    }
 }
 
 /// Q `[rows, q_heads, head_dim]`, K `[rows, kv_heads, head_dim]` and V `[rows, kv_heads, v_head_dim]`, contiguous f32,

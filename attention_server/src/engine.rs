@@ -1,0 +1,155 @@
+//! The engine: a task handler that any transport can plug into, in front of the executor.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use outboard_attention::DType;
+use outboard_attention::kernel::{CpuKernel, KernelConfig};
+use outboard_proto::v1::GetServerStatsResponse;
+use outboard_proto::{ErrorKind, TaskError, TaskHeader};
+use outboard_transport::{ArrivedTask, ByteBudget, TaskHandler};
+
+use crate::queue::TaskQueue;
+use crate::stats::Stats;
+use crate::{EngineOptions, ServerError, executor};
+
+/// What the engine and its executor share.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    pub(crate) queue: TaskQueue,
+    pub(crate) stats: Stats,
+    pub(crate) numerics_id: Arc<str>,
+    pub(crate) batch_flops: f64,
+    budget: ByteBudget,
+    draining: AtomicBool,
+}
+
+/// A running engine. Clones share it; its executor ends once [`Engine::close`] was called and no task is left.
+#[derive(Clone, Debug)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+impl Engine {
+    /// Starts the executor.
+    ///
+    /// # Errors
+    /// [`ServerError::Kernel`] and [`ServerError::Thread`].
+    pub fn start(options: &EngineOptions) -> Result<Engine, ServerError> {
+        let config = KernelConfig { isa: options.isa, threads: options.threads };
+        let kernel = CpuKernel::new(config).map_err(|e| ServerError::Kernel(e.to_string()))?;
+        let shared = Arc::new(Shared {
+            queue: TaskQueue::default(),
+            stats: Stats::default(),
+            numerics_id: kernel.numerics_id().into(),
+            batch_flops: options.batch_flops_per_thread * options.threads as f64,
+            budget: ByteBudget::new(options.memory_bytes),
+            draining: AtomicBool::new(false),
+        });
+        // The thread owns itself: it ends by the queue's closing, and holds only what it shares.
+        executor::start(kernel, Arc::clone(&shared))?;
+        Ok(Engine { shared })
+    }
+
+    /// Refuses new tasks from now on; those in hand run on.
+    pub fn drain(&self) {
+        self.shared.draining.store(true, Ordering::Release);
+    }
+
+    /// True after [`Engine::drain`].
+    pub fn is_draining(&self) -> bool {
+        self.shared.draining.load(Ordering::Acquire)
+    }
+
+    /// Waits until no task is in hand, nor any byte of their buffers held.
+    ///
+    /// # Errors
+    /// [`ServerError::DrainTimeout`] when that takes longer than `timeout`.
+    pub async fn idle(&self, timeout: Duration) -> Result<(), ServerError> {
+        let start = Instant::now();
+        loop {
+            let tasks = self.shared.queue.len();
+            if tasks == 0 {
+                return Ok(());
+            }
+            if start.elapsed() > timeout {
+                return Err(ServerError::DrainTimeout { tasks, seconds: timeout.as_secs_f64() });
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    }
+
+    /// Ends the executor once no task is left.
+    pub fn close(&self) {
+        self.drain();
+        self.shared.queue.close();
+        self.shared.budget.close();
+    }
+}
+
+impl TaskHandler for Engine {
+    fn numerics_id(&self) -> &str {
+        &self.shared.numerics_id
+    }
+
+    fn budget(&self) -> &ByteBudget {
+        &self.shared.budget
+    }
+
+    fn admit(&self, header: &TaskHeader) -> Result<(), TaskError> {
+        if self.is_draining() {
+            return Err(TaskError::unavailable("the server is draining; send the task to another"));
+        }
+        if let Some(needed) = header.numerics_id.as_deref()
+            && needed != self.numerics_id()
+        {
+            let message = format!(
+                "the task needs numerics id {needed}, this server has {}; send it to a server of that id, or start the \
+                 job anew to change it",
+                self.numerics_id()
+            );
+            return Err(TaskError::new(ErrorKind::NumericsMismatch, message));
+        }
+        for (field, dtype) in [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)] {
+            if dtype != DType::F32 {
+                let message = format!("{field} is {dtype}; this server computes f32");
+                return Err(TaskError::new(ErrorKind::Unsupported, message));
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&self, task: ArrivedTask) {
+        self.shared.queue.push(task);
+    }
+
+    fn count_bytes(&self, received: u64, sent: u64) {
+        self.shared.stats.bytes_in.fetch_add(received, Ordering::Relaxed);
+        self.shared.stats.bytes_out.fetch_add(sent, Ordering::Relaxed);
+    }
+
+    fn count_failed(&self, error: &TaskError) {
+        self.shared.stats.failed(error);
+    }
+
+    fn stats(&self) -> GetServerStatsResponse {
+        let Shared { stats, budget, .. } = &*self.shared;
+        let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        GetServerStatsResponse {
+            numerics_id: self.numerics_id().to_owned(),
+            forward_tasks: load(&stats.forward_tasks),
+            backward_tasks: load(&stats.backward_tasks),
+            cells: load(&stats.cells),
+            batches: load(&stats.batches),
+            failed_tasks: load(&stats.failed_tasks),
+            cancelled_tasks: load(&stats.cancelled_tasks),
+            bytes_in: load(&stats.bytes_in),
+            bytes_out: load(&stats.bytes_out),
+            compute_seconds: load(&stats.compute_nanos) as f64 / 1e9,
+            memory_used_bytes: budget.used(),
+            memory_limit_bytes: budget.limit(),
+            draining: self.is_draining(),
+        }
+    }
+}

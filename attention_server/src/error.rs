@@ -1,0 +1,47 @@
+//! Why a server cannot start or go on.
+
+use std::net::SocketAddr;
+
+/// Why a server cannot start or go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ServerError {
+    /// The kernel cannot be made.
+    #[error("the kernel cannot be made: {0}")]
+    Kernel(String),
+    /// The executor's thread cannot be started.
+    #[error("the executor's thread cannot be started: {0}")]
+    Thread(std::io::Error),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}; choose another address, or port 0 for any free port")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The coordinator refused the server or cannot be reached.
+    #[error("cannot register with the coordinator at {url}: {message}")]
+    Register {
+        /// Its URL.
+        url: String,
+        /// Why.
+        message: String,
+    },
+    /// Serving ended by an error.
+    #[error("serving on {address} ended: {message}")]
+    Serve {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        message: String,
+    },
+    /// Tasks in hand did not finish in time.
+    #[error("{tasks} tasks were still running {seconds:.0} s after the request to drain")]
+    DrainTimeout {
+        /// How many.
+        tasks: usize,
+        /// How long they had.
+        seconds: f64,
+    },
+}

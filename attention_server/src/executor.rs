@@ -1,0 +1,116 @@
+//! The thread that owns the device: takes batches from the queue, computes them, and ends each task as it finishes.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use outboard_attention::kernel::{CpuKernel, KernelTask, Operands, Results};
+use outboard_attention::{Direction, TensorSlice, TensorView};
+use outboard_proto::TaskError;
+use outboard_transport::{ArrivedTask, TaskInputs, TaskOutcome};
+
+use crate::ServerError;
+use crate::engine::Shared;
+use crate::queue::QueuedTask;
+
+/// Starts the executor. It ends when the queue is closed and empty.
+pub(crate) fn start(mut kernel: CpuKernel, shared: Arc<Shared>) -> Result<JoinHandle<()>, ServerError> {
+    let run = move || {
+        let dropped = |error: &TaskError| shared.stats.failed(error);
+        while let Some(batch) = shared.queue.next_batch(shared.batch_flops, dropped) {
+            let tasks = batch.len();
+            shared.stats.batches.fetch_add(1, Ordering::Relaxed);
+            run_batch(&mut kernel, batch, &shared);
+            shared.queue.ended(tasks);
+        }
+    };
+    std::thread::Builder::new().name("executor".into()).spawn(run).map_err(ServerError::Thread)
+}
+
+/// What remains of a task once its operands are borrowed by the kernel.
+struct Running {
+    task: QueuedTask,
+    started: Instant,
+}
+
+fn run_batch(kernel: &mut CpuKernel, batch: Vec<QueuedTask>, shared: &Shared) {
+    let started = Instant::now();
+    // The inputs are cloned (by reference count) so that the kernel's borrow does not tie down the task, which is
+    // ended, and its memory freed, from within the kernel.
+    let inputs: Vec<_> = batch.iter().map(|t| (t.task.header.clone(), t.task.inputs.clone())).collect();
+    let mut kernel_tasks = Vec::with_capacity(batch.len());
+    let mut running = Vec::with_capacity(batch.len());
+    for (queued, (header, inputs)) in batch.into_iter().zip(&inputs) {
+        match operands(&queued.task, inputs) {
+            Ok(operands) => {
+                let results = Results::zeroed(&header.task, &header.geometry, header.direction);
+                kernel_tasks.push(KernelTask { geometry: header.geometry, task: &header.task, operands, results });
+                running.push(Mutex::new(Some(Running { task: queued, started })));
+            }
+            Err(error) => fail(queued, error, shared),
+        }
+    }
+
+    let previous_end = Mutex::new(started);
+    let done = |index: usize, results: Results| {
+        let slot: Option<&Mutex<Option<Running>>> = running.get(index);
+        if let Some(running) = slot.and_then(|slot| lock(slot).take()) {
+            let now = Instant::now();
+            let compute = now.duration_since(std::mem::replace(&mut *lock(&previous_end), now));
+            succeed(running, results, compute, shared);
+        }
+    };
+    let outcome = catch_unwind(AssertUnwindSafe(|| kernel.run(kernel_tasks, &done)));
+    let error = match outcome {
+        Ok(Ok(())) => TaskError::internal("the kernel returned without a result for this task"),
+        Ok(Err(error)) => TaskError::new(outboard_proto::ErrorKind::Unsupported, error.to_string()),
+        Err(_) => TaskError::internal("the kernel panicked; this is a defect, please report it"),
+    };
+    for left in running {
+        if let Some(running) = left.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            fail(running.task, error.clone(), shared);
+        }
+    }
+}
+
+fn succeed(running: Running, results: Results, compute: Duration, shared: &Shared) {
+    let Running { task: QueuedTask { task, arrived, .. }, started } = running;
+    let header = &task.header;
+    shared.stats.computed(header.direction, header.task.cells(), compute);
+    let queued = started.duration_since(arrived);
+    task.reply.send(Ok(TaskOutcome { results, numerics_id: Arc::clone(&shared.numerics_id), queued, compute }));
+}
+
+fn fail(queued: QueuedTask, error: TaskError, shared: &Shared) {
+    let error = error.context(queued.task.header.name());
+    shared.stats.failed(&error);
+    queued.task.reply.send(Err(error));
+}
+
+fn operands<'a>(task: &ArrivedTask, inputs: &'a TaskInputs) -> Result<Operands<'a>, TaskError> {
+    let (q_span, kv_span) = (task.header.task.q(), task.header.task.kv());
+    let view = |name: &str, tensor: &'a TensorSlice, span| -> Result<TensorView<'a>, TaskError> {
+        let missing = || TaskError::invalid(format!("tensor {name} holds {}, the task needs {span}", tensor.tokens()));
+        tensor.view_of(span).ok_or_else(missing)
+    };
+    let q = view("q", &inputs.q, q_span)?;
+    let k = view("k", &inputs.k, kv_span)?;
+    let v = view("v", &inputs.v, kv_span)?;
+    match (task.header.direction, &inputs.gradient) {
+        (Direction::Forward, _) => Ok(Operands::Forward { q, k, v }),
+        (Direction::Backward, Some(gradient)) => {
+            let d_o = view("d_o", &gradient.d_o, q_span)?;
+            let lse = view("lse", &gradient.lse, q_span)?;
+            let d = view("d", &gradient.d, q_span)?;
+            Ok(Operands::Backward { q, k, v, d_o, lse, d })
+        }
+        (Direction::Backward, None) => Err(TaskError::invalid("a backward task needs dO, LSE and D")),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // What the locks guard is whole at every moment, so a panic elsewhere does not spoil it.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,121 @@
+//! A rank's place in a job: it joins, submits its documents, and gets its part of each step's plan.
+
+use outboard_attention::Document;
+use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
+use outboard_proto::v1::{JoinJobRequest, LeaveJobRequest, ReportStepRequest, ServerReport, SubmitStepRequest};
+use outboard_proto::{PROTOCOL_VERSION, TaskError};
+use tonic::transport::{Channel, Endpoint};
+
+use crate::plan::RankPlan;
+use crate::{JobOptions, WorkerError};
+
+/// A joined job. Clones share the connection.
+#[derive(Clone, Debug)]
+pub(crate) struct Job {
+    client: CoordinatorServiceClient<Channel>,
+    options: JobOptions,
+    id: u64,
+    numerics_id: String,
+    slots: u32,
+}
+
+/// What a rank reports of a finished step.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct StepReport {
+    pub(crate) step: u64,
+    pub(crate) seconds: f64,
+    pub(crate) exposed_seconds: f64,
+    pub(crate) servers: Vec<ServerReport>,
+}
+
+impl Job {
+    /// Joins; returns when all ranks have.
+    pub(crate) async fn join(options: JobOptions) -> Result<Job, WorkerError> {
+        let failed = |source: TaskError| error(&options, "joining the job".into(), source);
+        let endpoint = Endpoint::from_shared(options.coordinator.clone())
+            .map_err(|e| failed(TaskError::invalid(format!("{e}; give it as http://host:port"))))?
+            .connect_timeout(options.connect_timeout)
+            .tcp_nodelay(true);
+        let channel = endpoint.connect().await.map_err(|e| {
+            let why = outboard_transport::describe(&e);
+            failed(TaskError::unavailable(format!("{why}; is `outboard coordinator` running there?")))
+        })?;
+        let mut client = CoordinatorServiceClient::new(channel);
+        let request = JoinJobRequest {
+            protocol_version: PROTOCOL_VERSION,
+            job: options.job.clone(),
+            rank: options.rank,
+            ranks: options.ranks,
+            geometry: Some((&options.geometry).into()),
+            slots: Vec::new(),
+            min_servers: options.min_servers,
+        };
+        let joined = bounded(&options, client.join_job(request)).await.map_err(failed)?;
+        let slots = joined.slots.len() as u32;
+        Ok(Job { client, options, id: joined.job_id, numerics_id: joined.numerics_id, slots })
+    }
+
+    pub(crate) fn options(&self) -> &JobOptions {
+        &self.options
+    }
+
+    /// The numerics id that the job started with, and keeps.
+    pub(crate) fn numerics_id(&self) -> &str {
+        &self.numerics_id
+    }
+
+    /// Submits this rank's documents; returns when the step is planned.
+    pub(crate) async fn submit(&self, step: u64, documents: Vec<Document>) -> Result<RankPlan, WorkerError> {
+        let request = SubmitStepRequest {
+            job_id: self.id,
+            rank: self.options.rank,
+            step,
+            documents: documents.iter().map(Into::into).collect(),
+        };
+        let mut client = self.client.clone();
+        let response = bounded(&self.options, client.submit_step(request)).await;
+        let response = response.map_err(|e| error(&self.options, format!("submitting step {step}"), e))?;
+        RankPlan::new(response, &documents, &self.options.geometry, self.slots).map_err(|message| {
+            WorkerError::BadPlan { job: self.options.job.clone(), rank: self.options.rank, step, message }
+        })
+    }
+
+    /// Reports a finished step.
+    pub(crate) async fn report(&self, report: StepReport) -> Result<(), WorkerError> {
+        let step = report.step;
+        let request = ReportStepRequest {
+            job_id: self.id,
+            rank: self.options.rank,
+            step,
+            seconds: report.seconds,
+            exposed_seconds: report.exposed_seconds,
+            servers: report.servers,
+        };
+        let mut client = self.client.clone();
+        let outcome = bounded(&self.options, client.report_step(request)).await;
+        outcome.map(drop).map_err(|e| error(&self.options, format!("reporting step {step}"), e))
+    }
+
+    /// Leaves; `reason` is empty when the rank's work is done.
+    pub(crate) async fn leave(&self, reason: String) -> Result<(), WorkerError> {
+        let request = LeaveJobRequest { job_id: self.id, rank: self.options.rank, reason };
+        let mut client = self.client.clone();
+        let outcome = bounded(&self.options, client.leave_job(request)).await;
+        outcome.map(drop).map_err(|e| error(&self.options, "leaving the job".into(), e))
+    }
+}
+
+async fn bounded<T>(
+    options: &JobOptions,
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, TaskError> {
+    match tokio::time::timeout(options.barrier_timeout, call).await {
+        Ok(answer) => answer.map(tonic::Response::into_inner).map_err(TaskError::from),
+        Err(_) => Err(TaskError::deadline("the call", options.barrier_timeout)),
+    }
+}
+
+fn error(options: &JobOptions, doing: String, source: TaskError) -> WorkerError {
+    let JobOptions { job, rank, coordinator, .. } = options;
+    WorkerError::Coordinator { job: job.clone(), rank: *rank, doing, url: coordinator.clone(), source }
+}

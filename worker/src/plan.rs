@@ -1,0 +1,58 @@
+//! A rank's part of a step's plan, checked against what the rank submitted.
+
+use std::collections::BTreeMap;
+
+use outboard_attention::{Document, DocumentId, HeadGeometry, Mask, PlannedTask, StepPlan, Task, TickPlan};
+use outboard_proto::v1::{PlanSummary, ServerInfo, SubmitStepResponse};
+
+/// A task of this rank's documents and the server that computes it.
+#[derive(Clone, Debug)]
+pub(crate) struct PlacedTask {
+    pub(crate) tick: u32,
+    pub(crate) planned: PlannedTask,
+    pub(crate) task: Task,
+    pub(crate) server: u64,
+}
+
+/// Everything a rank needs to know of a step's plan.
+#[derive(Clone, Debug)]
+pub(crate) struct RankPlan {
+    pub(crate) epoch: u64,
+    /// In plan order.
+    pub(crate) tasks: Vec<PlacedTask>,
+    /// Servers of the plan, and those that may take over.
+    pub(crate) servers: BTreeMap<u64, ServerInfo>,
+    pub(crate) summary: PlanSummary,
+}
+
+impl RankPlan {
+    /// Reads a plan. It must compute every cell of `documents` exactly once, on servers that it lists.
+    pub(crate) fn new(
+        response: SubmitStepResponse,
+        documents: &[Document],
+        geometry: &HeadGeometry,
+        slots: u32,
+    ) -> Result<RankPlan, String> {
+        let servers: BTreeMap<_, _> = response.servers.into_iter().map(|s| (s.id, s)).collect();
+        let masks: BTreeMap<DocumentId, Mask> =
+            documents.iter().map(|d| (d.id(), d.mask(geometry.kv_heads()))).collect();
+        let mut tasks = Vec::with_capacity(response.tasks.len());
+        let mut ticks: BTreeMap<u32, TickPlan> = BTreeMap::new();
+        for wire in &response.tasks {
+            let (tick, server) = (wire.tick, wire.server_id);
+            let planned = PlannedTask::try_from(wire).map_err(|e| e.message)?;
+            let document = planned.document;
+            let mask = masks.get(&document).ok_or(format!("document {document} was not submitted"))?;
+            let task = planned.task(mask).map_err(|e| format!("document {document}: {e}"))?;
+            if !servers.contains_key(&server) {
+                return Err(format!("a task of document {document} is on server {server}, which is not listed"));
+            }
+            ticks.entry(tick).or_insert(TickPlan { tick, tasks: Vec::new() }).tasks.push(planned);
+            tasks.push(PlacedTask { tick, planned, task, server });
+        }
+        let plan = StepPlan { ticks: ticks.into_values().collect(), slots };
+        plan.check(documents, geometry).map_err(|e| e.to_string())?;
+        let summary = response.summary.ok_or("it has no summary")?;
+        Ok(RankPlan { epoch: response.plan_epoch, tasks, servers, summary })
+    }
+}

@@ -1,0 +1,292 @@
+//! Core attention through the pool.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use outboard_attention::Document;
+use outboard_attention::kernel::Results;
+use outboard_proto::TaskError;
+use outboard_proto::v1::{PlanSummary, ServerInfo};
+use outboard_transport::grpc::{GrpcOptions, GrpcTransport};
+use outboard_transport::{InProcess, TaskHandler, Traffic, Transport};
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+use crate::assemble::{Part, merge_outputs, sum_gradients};
+use crate::dispatch::{Dispatch, DispatchCounters};
+use crate::job::{Job, StepReport};
+use crate::peers::{Peer, Peers};
+use crate::plan::RankPlan;
+use crate::request::{Shipping, requests};
+use crate::{Attended, CoreAttention, JobOptions, LayerCall, OutputGradient, Qkv, QkvGradient, WorkerError};
+
+/// Most steps submitted ahead of the one in hand.
+const MAX_STEPS_AHEAD: usize = 4;
+
+/// A rank's way to the pool: a joined job, its plans, and connections to the servers.
+///
+/// Its blocking calls must come from a thread that is not of the async runtime.
+pub struct PoolAttention {
+    job: Job,
+    runtime: Handle,
+    in_place: Option<Arc<dyn TaskHandler>>,
+    peers: Peers,
+    counters: DispatchCounters,
+    steps: Mutex<BTreeMap<u64, Step>>,
+}
+
+/// A submitted step.
+enum Step {
+    /// The coordinator has not answered yet.
+    Waiting(JoinHandle<Result<RankPlan, WorkerError>>),
+    /// Its plan, and what has been done of it.
+    Planned(Arc<PlannedStep>),
+}
+
+struct PlannedStep {
+    plan: RankPlan,
+    /// The servers of the plan and those that may take over.
+    peers: BTreeMap<u64, Arc<Peer>>,
+    at_start: Totals,
+    times: Mutex<Times>,
+}
+
+/// Counters when a step began.
+#[derive(Clone, Copy, Default)]
+struct Totals {
+    traffic: Traffic,
+    resent: u64,
+    servers_lost: u64,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Times {
+    tasks: u64,
+    attention: Duration,
+    exposed: Duration,
+}
+
+/// What a step's attention took on this rank.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepStats {
+    /// Facts about the whole plan.
+    pub summary: PlanSummary,
+    /// Tasks of this rank's documents, over all layers and both directions.
+    pub tasks: u64,
+    /// Tasks sent again.
+    pub tasks_resent: u64,
+    /// Servers lost during the step.
+    pub servers_lost: u64,
+    /// Tensor bytes that left and entered this rank as a client.
+    pub bytes_moved: u64,
+    /// Wall time inside attention calls.
+    pub attention: Duration,
+    /// Of that, the time in which this rank's own device computed no attention, for anybody.
+    pub exposed: Duration,
+}
+
+impl PoolAttention {
+    /// Joins a job; returns when all its ranks have. `in_place` is the handler of the server that shares this process.
+    ///
+    /// # Errors
+    /// [`WorkerError::Coordinator`] when the coordinator cannot be reached or refuses, or ranks or servers are missing.
+    pub fn join(
+        options: JobOptions,
+        runtime: Handle,
+        in_place: Option<Arc<dyn TaskHandler>>,
+    ) -> Result<PoolAttention, WorkerError> {
+        let job = runtime.block_on(Job::join(options))?;
+        Ok(PoolAttention {
+            job,
+            runtime,
+            in_place,
+            peers: Peers::default(),
+            counters: DispatchCounters::default(),
+            steps: Mutex::default(),
+        })
+    }
+
+    /// Equal ids give equal bits; fixed for the job.
+    pub fn numerics_id(&self) -> &str {
+        self.job.numerics_id()
+    }
+
+    /// Submits this rank's documents of a step, best one step before it is used. Does not wait for the plan.
+    ///
+    /// # Errors
+    /// [`WorkerError::BadPlan`] when more steps than a few are outstanding.
+    pub fn submit_step(&self, step: u64, documents: Vec<Document>) -> Result<(), WorkerError> {
+        let mut steps = self.lock_steps();
+        if steps.len() > MAX_STEPS_AHEAD {
+            let message = format!("{} steps are submitted and not finished; finish one first", steps.len());
+            return Err(self.bad_plan(step, message));
+        }
+        let job = self.job.clone();
+        let waiting = self.runtime.spawn(async move { job.submit(step, documents).await });
+        steps.insert(step, Step::Waiting(waiting));
+        Ok(())
+    }
+
+    /// Waits until the step is planned and says what the plan is like.
+    ///
+    /// # Errors
+    /// [`WorkerError::NotSubmitted`], or why there is no plan.
+    pub fn await_plan(&self, step: u64) -> Result<PlanSummary, WorkerError> {
+        Ok(self.planned(step)?.plan.summary)
+    }
+
+    /// Ends a step: reports it and says what its attention took. `seconds` is the step's wall time on this rank.
+    ///
+    /// # Errors
+    /// [`WorkerError::NotSubmitted`], or when the report does not reach the coordinator.
+    pub fn finish_step(&self, step: u64, seconds: f64) -> Result<StepStats, WorkerError> {
+        let planned = self.planned(step)?;
+        self.lock_steps().remove(&step);
+        let (now, start) = (self.totals(), planned.at_start);
+        let times = *planned.times.lock().unwrap_or_else(PoisonError::into_inner);
+        let report = StepReport {
+            step,
+            seconds,
+            exposed_seconds: times.exposed.as_secs_f64(),
+            servers: self.peers.take_reports(),
+        };
+        self.runtime.block_on(self.job.report(report))?;
+        let bytes = |t: Traffic| t.sent + t.received;
+        Ok(StepStats {
+            summary: planned.plan.summary,
+            tasks: times.tasks,
+            tasks_resent: now.resent - start.resent,
+            servers_lost: now.servers_lost - start.servers_lost,
+            bytes_moved: bytes(now.traffic) - bytes(start.traffic),
+            attention: times.attention,
+            exposed: times.exposed,
+        })
+    }
+
+    /// Leaves the job. `reason` is for the other ranks; empty when the work is done.
+    ///
+    /// # Errors
+    /// When the coordinator cannot be told.
+    pub fn leave(&self, reason: &str) -> Result<(), WorkerError> {
+        self.runtime.block_on(self.job.leave(reason.to_owned()))
+    }
+
+    fn run(
+        &self,
+        call: &LayerCall,
+        qkv: &Qkv,
+        gradient: Option<&OutputGradient>,
+    ) -> Result<Vec<(Part, Results)>, WorkerError> {
+        call.check(qkv).map_err(|e| call.invalid(e))?;
+        gradient.map_or(Ok(()), |g| call.check_gradient(g)).map_err(|e| call.invalid(e))?;
+        let step = self.planned(call.step)?;
+        let started = Instant::now();
+        let busy_before = self.device_busy();
+        let shipping =
+            Shipping { options: self.job.options(), numerics_id: self.job.numerics_id(), plan: &step.plan };
+        let requests = requests(shipping, call, qkv, gradient).map_err(|e| call.invalid(e))?;
+        let tasks = requests.len() as u64;
+        let dispatch = Dispatch {
+            rank: self.job.options().rank,
+            numerics_id: self.job.numerics_id(),
+            peers: &step.peers,
+            counters: &self.counters,
+        };
+        let results = self.runtime.block_on(dispatch.run(requests))?;
+        let elapsed = started.elapsed();
+        let busy = self.device_busy().saturating_sub(busy_before);
+        let mut times = step.times.lock().unwrap_or_else(PoisonError::into_inner);
+        times.tasks += tasks;
+        times.attention += elapsed;
+        times.exposed += elapsed.saturating_sub(busy);
+        Ok(results)
+    }
+
+    /// The plan of a submitted step, awaited if need be.
+    fn planned(&self, step: u64) -> Result<Arc<PlannedStep>, WorkerError> {
+        let waiting = {
+            let mut steps = self.lock_steps();
+            match steps.remove(&step) {
+                None => {
+                    let JobOptions { job, rank, .. } = self.job.options();
+                    return Err(WorkerError::NotSubmitted { job: job.clone(), rank: *rank, step });
+                }
+                Some(Step::Planned(planned)) => {
+                    steps.insert(step, Step::Planned(Arc::clone(&planned)));
+                    return Ok(planned);
+                }
+                Some(Step::Waiting(waiting)) => waiting,
+            }
+        };
+        let plan = self.runtime.block_on(waiting);
+        let plan = plan.map_err(|e| self.bad_plan(step, format!("the submission did not end: {e}")))??;
+        let peers = plan.servers.values().map(|info| (info.id, self.peers.meet(info.id, || self.peer(info))));
+        let peers = peers.collect();
+        let planned = PlannedStep { plan, peers, at_start: self.totals(), times: Mutex::default() };
+        let planned = Arc::new(planned);
+        self.lock_steps().insert(step, Step::Planned(Arc::clone(&planned)));
+        Ok(planned)
+    }
+
+    fn peer(&self, info: &ServerInfo) -> Peer {
+        let JobOptions { job, rank, task_timeout, connect_timeout, .. } = self.job.options();
+        let handler = self.in_place.as_ref().filter(|_| info.job == *job && info.rank == Some(*rank));
+        let transport: Box<dyn Transport> = match handler {
+            Some(handler) => Box::new(InProcess::new(Arc::clone(handler), self.runtime.clone())),
+            None => Box::new(GrpcTransport::new(
+                GrpcOptions {
+                    address: info.address.clone(),
+                    job: job.clone(),
+                    rank: *rank,
+                    connect_timeout: *connect_timeout,
+                    task_timeout: *task_timeout,
+                    ..GrpcOptions::default()
+                },
+                self.runtime.clone(),
+            )),
+        };
+        Peer::new(info, handler.is_some(), transport)
+    }
+
+    /// Time that the in-place server has computed so far, for anybody.
+    fn device_busy(&self) -> Duration {
+        let seconds = self.in_place.as_ref().map_or(0.0, |handler| handler.stats().compute_seconds);
+        Duration::from_secs_f64(seconds)
+    }
+
+    fn totals(&self) -> Totals {
+        Totals {
+            traffic: self.peers.traffic(),
+            resent: self.counters.resent.load(Ordering::Relaxed),
+            servers_lost: self.counters.servers_lost.load(Ordering::Relaxed),
+        }
+    }
+
+    fn bad_plan(&self, step: u64, message: String) -> WorkerError {
+        let JobOptions { job, rank, .. } = self.job.options();
+        WorkerError::BadPlan { job: job.clone(), rank: *rank, step, message }
+    }
+
+    fn lock_steps(&self) -> MutexGuard<'_, BTreeMap<u64, Step>> {
+        self.steps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl CoreAttention for PoolAttention {
+    fn forward(&self, call: &LayerCall, qkv: &Qkv) -> Result<Attended, WorkerError> {
+        let finished = self.run(call, qkv, None)?;
+        merge_outputs(call, &finished).map_err(|e| call.invalid(e))
+    }
+
+    fn backward(
+        &self,
+        call: &LayerCall,
+        qkv: &Qkv,
+        gradient: &OutputGradient,
+    ) -> Result<QkvGradient, WorkerError> {
+        let finished = self.run(call, qkv, Some(gradient))?;
+        sum_gradients(call, &finished).map_err(|e| call.invalid(e))
+    }
+}
