@@ -23,4 +23,4 @@ pub use mask::{BandSlice, Mask, MaskPart};
 pub use plan::{InvalidPlan, PlannedTask, StepPlan, TickPlan};
 pub use span::Span;
 pub use task::{Direction, Task, TaskShapes};
-pub use tensor::{TensorLayout, TensorSlice, TensorView};
+pub use tensor::{TensorIdentity, TensorLayout, TensorSlice, TensorView};

@@ -120,6 +120,16 @@ pub struct TensorSlice {
     dim: usize,
 }
 
+/// See [`TensorSlice::identity`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct TensorIdentity {
+    storage: usize,
+    origin: u64,
+    stride: usize,
+    heads: usize,
+    dim: usize,
+}
+
 /// Where a [`TensorSlice`] lies in its storage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TensorLayout {
@@ -185,6 +195,26 @@ impl TensorSlice {
     /// Bytes of the elements held, as they travel.
     pub fn bytes(&self) -> usize {
         self.tokens.len() * self.heads * self.dim * size_of::<f32>()
+    }
+
+    /// The tokens at the positions `tokens` as a slice of the same storage, `None` when they are not all in it. They may
+    /// reach beyond this slice, as long as the storage holds them.
+    pub fn with_tokens(&self, tokens: Span) -> Option<TensorSlice> {
+        let offset = match tokens.start().checked_sub(self.tokens.start()) {
+            Some(after) => self.offset.checked_add(after.checked_mul(self.stride)?)?,
+            None => self.offset.checked_sub((self.tokens.start() - tokens.start()).checked_mul(self.stride)?)?,
+        };
+        let TensorSlice { stride, heads, dim, .. } = *self;
+        let layout = TensorLayout { offset, stride, tokens, heads, dim };
+        TensorSlice::new("slice", Arc::clone(&self.storage), layout).ok()
+    }
+
+    /// What slices of one storage have in common when they agree on where every position lies, so that equal positions
+    /// are the same memory. Meaningful while the storage lives.
+    pub fn identity(&self) -> TensorIdentity {
+        let origin = (self.offset as u64).wrapping_sub((self.tokens.start() as u64).wrapping_mul(self.stride as u64));
+        let storage = Arc::as_ptr(&self.storage) as usize;
+        TensorIdentity { storage, origin, stride: self.stride, heads: self.heads, dim: self.dim }
     }
 
     /// A borrowed view of all tokens.

@@ -1,11 +1,19 @@
 //! The wire contract of Outboard: generated messages and services, domain <-> wire conversions, and how an error
 //! becomes a gRPC status.
 
+#![forbid(unsafe_code)]
+
+mod convert;
 mod error;
 mod header;
+mod status;
 
+pub use convert::{
+    AssignedTask, MAX_NAME_BYTES, MAX_SLICES, TensorKind, TensorRef, WireTask, check_protocol_version,
+};
 pub use error::{ErrorKind, RetryHint, TaskError};
 pub use header::TaskHeader;
+pub use status::failure_of;
 
 /// The protocol version this crate speaks.
 pub const PROTOCOL_VERSION: u32 = 1;

