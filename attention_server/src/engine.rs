@@ -62,14 +62,19 @@ impl Engine {
         self.shared.draining.load(Ordering::Acquire)
     }
 
-    /// Waits until no task is in hand, nor any byte of their buffers held.
+    /// Tasks waiting or running.
+    pub fn tasks(&self) -> usize {
+        self.shared.queue.len()
+    }
+
+    /// Waits until no task is waiting or running.
     ///
     /// # Errors
     /// [`ServerError::DrainTimeout`] when that takes longer than `timeout`.
     pub async fn idle(&self, timeout: Duration) -> Result<(), ServerError> {
         let start = Instant::now();
         loop {
-            let tasks = self.shared.queue.len();
+            let tasks = self.tasks();
             if tasks == 0 {
                 return Ok(());
             }

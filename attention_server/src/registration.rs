@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
-use outboard_proto::v1::{HeartbeatRequest, RegisterServerRequest, ServerInfo};
-use outboard_proto::{ErrorKind, PROTOCOL_VERSION, TaskError};
+use outboard_proto::v1::{DrainServerRequest, HeartbeatRequest, RegisterServerRequest, ServerInfo};
+use outboard_proto::{ErrorKind, PROTOCOL_VERSION, TaskError, describe};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Channel, Endpoint};
 
@@ -29,7 +29,7 @@ impl Registration {
             .connect_timeout(timeout)
             .timeout(timeout);
         let channel = endpoint.connect().await.map_err(|e| {
-            failed(format!("{}; is `outboard coordinator` running there?", outboard_transport::describe(&e)))
+            failed(format!("{}; is `outboard coordinator` running there?", describe(&e)))
         })?;
         let client = CoordinatorServiceClient::new(channel);
         let mut registration =
@@ -38,19 +38,14 @@ impl Registration {
         Ok(registration)
     }
 
-    /// The server's id in the pool.
-    pub(crate) fn id(&self) -> u64 {
-        self.id
-    }
-
     /// Renews the lease until `stop`. A coordinator that does not answer is asked again at every heartbeat, and one
     /// that has forgotten the server gets it registered anew; when it asks the server to drain, the engine does.
-    pub(crate) async fn keep(mut self, engine: Engine, stop: CancellationToken) {
+    pub(crate) async fn keep(mut self, engine: Engine, stop: CancellationToken) -> Registration {
         let mut reachable = true;
         loop {
             tokio::select! {
                 () = tokio::time::sleep(self.lease / 3) => {}
-                () = stop.cancelled() => return,
+                () = stop.cancelled() => return self,
             }
             let error = match self.heartbeat(&engine).await {
                 Ok(()) => {
@@ -74,15 +69,13 @@ impl Registration {
         }
     }
 
-    /// Asks the coordinator to plan without this server from now on.
-    pub(crate) async fn leave(client: &mut CoordinatorServiceClient<Channel>, id: u64) -> Result<(), TaskError> {
-        let request = outboard_proto::v1::DrainServerRequest { server_id: id };
-        client.drain_server(request).await.map(drop).map_err(TaskError::from)
-    }
-
-    /// A client of the same coordinator.
-    pub(crate) fn client(&self) -> CoordinatorServiceClient<Channel> {
-        self.client.clone()
+    /// Asks the coordinator to plan without this server from now on. A coordinator that cannot be told finds out when
+    /// the lease ends.
+    pub(crate) async fn leave(mut self) {
+        let request = DrainServerRequest { server_id: self.id };
+        if let Err(status) = self.client.drain_server(request).await {
+            tracing::warn!(url = %self.url, message = status.message(), "cannot tell the coordinator of the shutdown");
+        }
     }
 
     async fn register(&mut self) -> Result<(), TaskError> {

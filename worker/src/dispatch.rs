@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -37,10 +37,19 @@ pub(crate) struct Dispatch<'a> {
     pub(crate) counters: &'a DispatchCounters,
 }
 
+/// Results of all tasks in the order of their requests.
+pub(crate) struct Dispatched {
+    pub(crate) results: Vec<(Part, Results)>,
+    /// The longest that tensors of one task, there and back, were on their way: its time with another machine less what
+    /// it waited and was computed there.
+    pub(crate) communication: Duration,
+}
+
 /// One task on its way.
 struct Flight {
     index: usize,
     peer: Arc<Peer>,
+    shipped: Instant,
     flops: f64,
     busy: u32,
     /// Servers that failed it, with their errors.
@@ -49,7 +58,8 @@ struct Flight {
 
 impl Dispatch<'_> {
     /// Ships all requests and returns their results in the same order.
-    pub(crate) async fn run(&self, requests: Vec<PlacedRequest>) -> Result<Vec<(Part, Results)>, WorkerError> {
+    pub(crate) async fn run(&self, requests: Vec<PlacedRequest>) -> Result<Dispatched, WorkerError> {
+        let mut communication = Duration::ZERO;
         let mut results: Vec<Option<Results>> = requests.iter().map(|_| None).collect();
         let mut flights: FuturesUnordered<_> = FuturesUnordered::new();
         for flight in self.ship_all(&requests)? {
@@ -59,14 +69,21 @@ impl Dispatch<'_> {
             flight.peer.ended(flight.flops);
             let request = &requests[flight.index];
             match outcome {
-                Ok(outcome) => results[flight.index] = Some(self.accept(request, &flight, outcome)?),
+                Ok(outcome) => {
+                    if !flight.peer.in_place {
+                        let there = outcome.queued + outcome.compute;
+                        communication = communication.max(flight.shipped.elapsed().saturating_sub(there));
+                    }
+                    results[flight.index] = Some(self.accept(request, &flight, outcome)?);
+                }
                 Err(error) => {
                     let (flight, pending) = self.retry(request, flight, error).await?;
                     flights.push(land(flight, pending));
                 }
             }
         }
-        Ok(requests.into_iter().zip(results).filter_map(|(r, result)| Some((r.part, result?))).collect())
+        let results = requests.into_iter().zip(results).filter_map(|(r, result)| Some((r.part, result?)));
+        Ok(Dispatched { results: results.collect(), communication })
     }
 
     /// Ships each server's requests together, other machines first, so that transfer begins while this one computes.
@@ -147,7 +164,8 @@ impl Dispatch<'_> {
         Ok(self.resend(request, flight))
     }
 
-    fn resend(&self, request: &PlacedRequest, flight: Flight) -> (Flight, Pending) {
+    fn resend(&self, request: &PlacedRequest, mut flight: Flight) -> (Flight, Pending) {
+        flight.shipped = Instant::now();
         self.counters.resent.fetch_add(1, Ordering::Relaxed);
         let mut again = request.request.clone();
         again.header.attempt = flight.tried.len() as u32 + flight.busy;
@@ -175,7 +193,7 @@ impl Flight {
     fn new(index: usize, request: &PlacedRequest, peer: Arc<Peer>) -> Flight {
         let header = &request.request.header;
         let flops = header.task.flops(&header.geometry, header.direction);
-        Flight { index, peer, flops, busy: 0, tried: Vec::new() }
+        Flight { index, peer, shipped: Instant::now(), flops, busy: 0, tried: Vec::new() }
     }
 }
 

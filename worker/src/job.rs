@@ -3,7 +3,7 @@
 use outboard_attention::Document;
 use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use outboard_proto::v1::{JoinJobRequest, LeaveJobRequest, ReportStepRequest, ServerReport, SubmitStepRequest};
-use outboard_proto::{PROTOCOL_VERSION, TaskError};
+use outboard_proto::{PROTOCOL_VERSION, TaskError, describe};
 use tonic::transport::{Channel, Endpoint};
 
 use crate::plan::RankPlan;
@@ -37,7 +37,7 @@ impl Job {
             .connect_timeout(options.connect_timeout)
             .tcp_nodelay(true);
         let channel = endpoint.connect().await.map_err(|e| {
-            let why = outboard_transport::describe(&e);
+            let why = describe(&e);
             failed(TaskError::unavailable(format!("{why}; is `outboard coordinator` running there?")))
         })?;
         let mut client = CoordinatorServiceClient::new(channel);

@@ -1,13 +1,23 @@
 //! The client library of Outboard: ships a rank's core attention to the pool by plan, awaits, merges and sums.
 //!
-//! A model calls [`CoreAttention`]. [`LocalAttention`] computes it on this device alone.
+//! A model calls [`CoreAttention`]. [`PoolAttention`] has the pool compute it, [`LocalAttention`] this device alone.
 #![forbid(unsafe_code)]
 
 mod assemble;
 mod attention;
+mod dispatch;
 mod error;
+mod job;
 mod local;
+mod options;
+mod peers;
+mod plan;
+mod pool;
+mod request;
 
 pub use attention::{Attended, CoreAttention, LayerCall, OutputGradient, PackedDocument, Qkv, QkvGradient};
 pub use error::WorkerError;
 pub use local::LocalAttention;
+pub use options::JobOptions;
+pub use outboard_proto::v1::PlanSummary;
+pub use pool::{PoolAttention, StepStats};

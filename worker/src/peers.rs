@@ -72,8 +72,14 @@ impl Peer {
 
 impl Peers {
     /// The server of this id, met now if it was not before.
-    pub(crate) fn meet(&self, id: u64, new: impl FnOnce() -> Peer) -> Arc<Peer> {
-        Arc::clone(self.lock().entry(id).or_insert_with(|| Arc::new(new())))
+    pub(crate) fn meet<E>(&self, id: u64, new: impl FnOnce() -> Result<Peer, E>) -> Result<Arc<Peer>, E> {
+        let mut by_id = self.lock();
+        if let Some(peer) = by_id.get(&id) {
+            return Ok(Arc::clone(peer));
+        }
+        let peer = Arc::new(new()?);
+        by_id.insert(id, Arc::clone(&peer));
+        Ok(peer)
     }
 
     /// All servers, by id.

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use outboard_attention::{Document, DocumentId, HeadGeometry, Mask, PlannedTask, StepPlan, Task, TickPlan};
+use outboard_proto::AssignedTask;
 use outboard_proto::v1::{PlanSummary, ServerInfo, SubmitStepResponse};
 
 /// A task of this rank's documents and the server that computes it.
@@ -38,9 +39,9 @@ impl RankPlan {
             documents.iter().map(|d| (d.id(), d.mask(geometry.kv_heads()))).collect();
         let mut tasks = Vec::with_capacity(response.tasks.len());
         let mut ticks: BTreeMap<u32, TickPlan> = BTreeMap::new();
-        for wire in &response.tasks {
-            let (tick, server) = (wire.tick, wire.server_id);
-            let planned = PlannedTask::try_from(wire).map_err(|e| e.message)?;
+        for wire in response.tasks {
+            let assigned = AssignedTask::try_from(wire).map_err(|e| e.message)?;
+            let AssignedTask { tick, server_id: server, task: planned } = assigned;
             let document = planned.document;
             let mask = masks.get(&document).ok_or(format!("document {document} was not submitted"))?;
             let task = planned.task(mask).map_err(|e| format!("document {document}: {e}"))?;

@@ -9,7 +9,7 @@ use outboard_attention::Document;
 use outboard_attention::kernel::Results;
 use outboard_proto::TaskError;
 use outboard_proto::v1::{PlanSummary, ServerInfo};
-use outboard_transport::grpc::{GrpcOptions, GrpcTransport};
+use outboard_transport::grpc::{ClientConfig, GrpcTransport};
 use outboard_transport::{InProcess, TaskHandler, Traffic, Transport};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
@@ -66,6 +66,7 @@ struct Times {
     tasks: u64,
     attention: Duration,
     exposed: Duration,
+    communication: Duration,
 }
 
 /// What a step's attention took on this rank.
@@ -85,6 +86,8 @@ pub struct StepStats {
     pub attention: Duration,
     /// Of that, the time in which this rank's own device computed no attention, for anybody.
     pub exposed: Duration,
+    /// Time that tensors of this rank's tasks were on their way: for each call that of the longest task, summed.
+    pub communication: Duration,
 }
 
 impl PoolAttention {
@@ -162,6 +165,7 @@ impl PoolAttention {
             bytes_moved: bytes(now.traffic) - bytes(start.traffic),
             attention: times.attention,
             exposed: times.exposed,
+            communication: times.communication,
         })
     }
 
@@ -194,14 +198,15 @@ impl PoolAttention {
             peers: &step.peers,
             counters: &self.counters,
         };
-        let results = self.runtime.block_on(dispatch.run(requests))?;
+        let dispatched = self.runtime.block_on(dispatch.run(requests))?;
         let elapsed = started.elapsed();
         let busy = self.device_busy().saturating_sub(busy_before);
         let mut times = step.times.lock().unwrap_or_else(PoisonError::into_inner);
         times.tasks += tasks;
         times.attention += elapsed;
         times.exposed += elapsed.saturating_sub(busy);
-        Ok(results)
+        times.communication += dispatched.communication;
+        Ok(dispatched.results)
     }
 
     /// The plan of a submitted step, awaited if need be.
@@ -222,32 +227,36 @@ impl PoolAttention {
         };
         let plan = self.runtime.block_on(waiting);
         let plan = plan.map_err(|e| self.bad_plan(step, format!("the submission did not end: {e}")))??;
-        let peers = plan.servers.values().map(|info| (info.id, self.peers.meet(info.id, || self.peer(info))));
-        let peers = peers.collect();
+        let meet = |info: &ServerInfo| {
+            let peer = self.peers.meet(info.id, || self.peer(info));
+            let failed = |e: TaskError| self.bad_plan(step, format!("server {}: {e}", info.id));
+            peer.map(|peer| (info.id, peer)).map_err(failed)
+        };
+        let peers = plan.servers.values().map(meet).collect::<Result<_, _>>()?;
         let planned = PlannedStep { plan, peers, at_start: self.totals(), times: Mutex::default() };
         let planned = Arc::new(planned);
         self.lock_steps().insert(step, Step::Planned(Arc::clone(&planned)));
         Ok(planned)
     }
 
-    fn peer(&self, info: &ServerInfo) -> Peer {
+    fn peer(&self, info: &ServerInfo) -> Result<Peer, TaskError> {
         let JobOptions { job, rank, task_timeout, connect_timeout, .. } = self.job.options();
         let handler = self.in_place.as_ref().filter(|_| info.job == *job && info.rank == Some(*rank));
         let transport: Box<dyn Transport> = match handler {
             Some(handler) => Box::new(InProcess::new(Arc::clone(handler), self.runtime.clone())),
-            None => Box::new(GrpcTransport::new(
-                GrpcOptions {
-                    address: info.address.clone(),
+            None => {
+                let config = ClientConfig {
                     job: job.clone(),
                     rank: *rank,
+                    numerics_id: Some(self.job.numerics_id().to_owned()),
                     connect_timeout: *connect_timeout,
-                    task_timeout: *task_timeout,
-                    ..GrpcOptions::default()
-                },
-                self.runtime.clone(),
-            )),
+                    credit_timeout: *task_timeout,
+                    ..ClientConfig::new(&info.address)
+                };
+                Box::new(GrpcTransport::new(config, self.runtime.clone())?)
+            }
         };
-        Peer::new(info, handler.is_some(), transport)
+        Ok(Peer::new(info, handler.is_some(), transport))
     }
 
     /// Time that the in-place server has computed so far, for anybody.

@@ -1,0 +1,164 @@
+//! The service edge: listens, joins the pool, and shuts down in three phases - gate, drain, tear down.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use outboard_attention::MAX_HEAD_DIM;
+use outboard_proto::v1::attention_service_server::AttentionServiceServer;
+use outboard_proto::v1::{DType, ServerInfo};
+use outboard_transport::TaskHandler;
+use outboard_transport::grpc::{self, ServerConfig};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
+
+use crate::registration::Registration;
+use crate::{Engine, EngineOptions, ServerError, ServiceOptions};
+
+/// A server on the network. Dropping it ends it at once; [`Service::shut_down`] lets tasks in hand finish.
+#[derive(Debug)]
+pub struct Service {
+    engine: Engine,
+    address: SocketAddr,
+    options: ServiceOptions,
+    /// Ends the streams once they are idle.
+    drain: CancellationToken,
+    serving: JoinHandle<Result<(), ServerError>>,
+    heartbeat: Option<Heartbeat>,
+}
+
+/// The task that renews the lease.
+#[derive(Debug)]
+struct Heartbeat {
+    stop: CancellationToken,
+    task: JoinHandle<Registration>,
+}
+
+/// Starts the engine, listens, and registers with the coordinator if there is one.
+///
+/// # Errors
+/// [`ServerError`] when any of this fails; then nothing is left running.
+pub async fn serve(engine: &EngineOptions, options: ServiceOptions) -> Result<Service, ServerError> {
+    let listen_error = |source| ServerError::Listen { address: options.listen, source };
+    let listener = TcpListener::bind(options.listen).await.map_err(listen_error)?;
+    let address = listener.local_addr().map_err(listen_error)?;
+    let memory_bytes = engine.memory_bytes;
+    let engine = Engine::start(engine)?;
+    let registered = register(&engine, address, memory_bytes, &options).await;
+    let registration = registered.inspect_err(|_| engine.close())?;
+
+    let (health, health_service) = tonic_health::server::health_reporter();
+    health.set_serving::<AttentionServiceServer<()>>().await;
+    let handler: Arc<dyn TaskHandler> = Arc::new(engine.clone());
+    let drain = CancellationToken::new();
+    let router = grpc::router(handler, &ServerConfig::default(), drain.clone()).add_service(health_service);
+    let draining = drain.clone();
+    let serving = tokio::spawn(async move {
+        let served = grpc::serve(router, listener, draining).await;
+        served.map_err(|e| ServerError::Serve { address, message: e.message })
+    });
+    let heartbeat = registration.map(|registration| {
+        let stop = CancellationToken::new();
+        let task = tokio::spawn(registration.keep(engine.clone(), stop.clone()));
+        Heartbeat { stop, task }
+    });
+    Ok(Service { engine, address, options, drain, serving, heartbeat })
+}
+
+async fn register(
+    engine: &Engine,
+    address: SocketAddr,
+    memory_bytes: u64,
+    options: &ServiceOptions,
+) -> Result<Option<Registration>, ServerError> {
+    let Some(url) = &options.coordinator else { return Ok(None) };
+    let (job, rank) = match &options.in_place {
+        Some(in_place) => (in_place.job.clone(), Some(in_place.rank)),
+        None => (String::new(), None),
+    };
+    let server = ServerInfo {
+        id: 0,
+        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
+        device: "cpu".to_owned(),
+        memory_bytes,
+        dtypes: vec![DType::F32.into()],
+        max_head_dim: MAX_HEAD_DIM as u32,
+        numerics_id: engine.numerics_id().to_owned(),
+        job,
+        rank,
+        socket: String::new(),
+    };
+    Registration::new(url, server, options.coordinator_timeout).await.map(Some)
+}
+
+impl Service {
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Equal ids give equal bits.
+    pub fn numerics_id(&self) -> &str {
+        self.engine.numerics_id()
+    }
+
+    /// The engine, for a rank in the same process.
+    pub fn engine(&self) -> Engine {
+        self.engine.clone()
+    }
+
+    /// Resolves when serving ends by itself: by an error, or because the coordinator asked the server to drain and the
+    /// last task is done.
+    ///
+    /// # Errors
+    /// [`ServerError::Serve`].
+    pub async fn ended(&mut self) -> Result<(), ServerError> {
+        let drained = async {
+            while !self.engine.is_draining() || self.engine.tasks() > 0 {
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+            }
+        };
+        tokio::select! {
+            served = &mut self.serving => served.unwrap_or_else(|e| {
+                Err(ServerError::Serve { address: self.address, message: e.to_string() })
+            }),
+            () = drained => Ok(()),
+        }
+    }
+
+    /// Takes no new tasks, tells the coordinator, finishes those in hand within the drain timeout, and ends.
+    ///
+    /// # Errors
+    /// [`ServerError::DrainTimeout`] when tasks were cut off.
+    pub async fn shut_down(mut self) -> Result<(), ServerError> {
+        self.engine.drain();
+        if let Some(Heartbeat { stop, task }) = self.heartbeat.take() {
+            stop.cancel();
+            // The task ends at the token, or has panicked, and then there is no lease to give back.
+            if let Ok(registration) = task.await {
+                registration.leave().await;
+            }
+        }
+        let idle = self.engine.idle(self.options.drain_timeout).await;
+        self.drain.cancel();
+        // Streams end once their last result is out; clients that do not read it are cut off.
+        let served = tokio::time::timeout(self.options.drain_timeout, &mut self.serving).await;
+        self.engine.close();
+        if served.is_err() {
+            self.serving.abort();
+            tracing::warn!(address = %self.address, "cut off clients that did not read their results");
+        }
+        idle
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        self.engine.close();
+        self.serving.abort();
+        if let Some(heartbeat) = &self.heartbeat {
+            heartbeat.stop.cancel();
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What the launcher and its rank processes tell each other: one JSON object a line, on standard input and output.
+
+use std::net::SocketAddr;
+
+use outboard_trainer::{ModelConfig, TrainConfig};
+use serde::{Deserialize, Serialize};
+
+/// Who computes core attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Mode {
+    /// Each rank its own.
+    Local,
+    /// The attention servers.
+    Pool,
+}
+
+impl Mode {
+    /// As it stands in tables and JSON.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Mode::Local => "local",
+            Mode::Pool => "pool",
+        }
+    }
+}
+
+/// From the launcher to a rank.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ToRank {
+    /// First: everything the rank needs to set itself up.
+    Setup(Box<Setup>),
+    /// Where each rank takes connections of the gradient exchange, in rank order.
+    Exchange { addresses: Vec<SocketAddr> },
+    /// All ranks are done: leave.
+    Finish,
+}
+
+/// A rank's part in a run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Setup {
+    pub(crate) job: String,
+    pub(crate) model: ModelConfig,
+    pub(crate) train: TrainConfig,
+    /// Trainings to run, alternating step by step.
+    pub(crate) modes: Vec<Mode>,
+    pub(crate) coordinator: Option<String>,
+    /// Whether the rank brings an attention server of its own into the pool.
+    pub(crate) in_place: bool,
+    /// Servers that must be in the pool before the job starts.
+    pub(crate) min_servers: u32,
+    /// Cores to run on; the kernel has as many threads.
+    pub(crate) cores: Vec<usize>,
+    /// Memory of the in-place server, in bytes.
+    pub(crate) memory_bytes: u64,
+    /// The documents: paths and lengths in bytes, in sorted order.
+    pub(crate) files: Vec<(std::path::PathBuf, u64)>,
+}
+
+/// From a rank to the launcher.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum FromRank {
+    /// Where it takes connections of the gradient exchange.
+    Listening { address: SocketAddr },
+    /// It has joined the job and begins.
+    Started { numerics_id: String },
+    /// A step of one training is done.
+    Step(RankStep),
+    /// All steps are done.
+    Done,
+    /// It cannot go on.
+    Failed { message: String },
+}
+
+/// One step of one training, as one rank saw it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct RankStep {
+    pub(crate) step: u64,
+    pub(crate) mode: Mode,
+    /// The global loss: the same bits on all ranks.
+    pub(crate) loss: f64,
+    /// Wall time of the step.
+    pub(crate) seconds: f64,
+    /// Of that, inside core attention.
+    pub(crate) attention_seconds: f64,
+    /// Of that, in the gradient exchange but not waiting.
+    pub(crate) exchange_seconds: f64,
+    /// Of that, waiting for the slowest rank's backward pass.
+    pub(crate) wait_seconds: f64,
+    pub(crate) tokens: u64,
+    pub(crate) documents: u64,
+    /// Bytes of files dropped because the rank's budget was full.
+    pub(crate) dropped_bytes: u64,
+    /// Attention cells of the rank's documents.
+    pub(crate) cells: u64,
+    pub(crate) pool: Option<PoolStep>,
+}
+
+/// What a pooled step took besides.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PoolStep {
+    pub(crate) imbalance_before: f64,
+    pub(crate) imbalance_after: f64,
+    /// Tasks of all ranks, of one layer and direction.
+    pub(crate) planned_tasks: u64,
+    /// Tasks of this rank's documents, over all layers and both directions.
+    pub(crate) tasks: u64,
+    pub(crate) tasks_resent: u64,
+    pub(crate) servers_lost: u64,
+    pub(crate) bytes_moved: u64,
+    /// Time inside attention in which the rank's device computed none.
+    pub(crate) exposed_seconds: f64,
+    /// Time that tensors of this rank's tasks were on their way.
+    pub(crate) communication_seconds: f64,
+    /// Wall time of planning at the coordinator.
+    pub(crate) plan_seconds: f64,
+}
