@@ -202,7 +202,9 @@ impl TensorSlice {
     pub fn with_tokens(&self, tokens: Span) -> Option<TensorSlice> {
         let offset = match tokens.start().checked_sub(self.tokens.start()) {
             Some(after) => self.offset.checked_add(after.checked_mul(self.stride)?)?,
-            None => self.offset.checked_sub((self.tokens.start() - tokens.start()).checked_mul(self.stride)?)?,
+            None => {
+                self.offset.checked_sub((self.tokens.start() - tokens.start()).checked_mul(self.stride)?)?
+            }
         };
         let TensorSlice { stride, heads, dim, .. } = *self;
         let layout = TensorLayout { offset, stride, tokens, heads, dim };
@@ -212,7 +214,8 @@ impl TensorSlice {
     /// What slices of one storage have in common when they agree on where every position lies, so that equal positions
     /// are the same memory. Meaningful while the storage lives.
     pub fn identity(&self) -> TensorIdentity {
-        let origin = (self.offset as u64).wrapping_sub((self.tokens.start() as u64).wrapping_mul(self.stride as u64));
+        let origin =
+            (self.offset as u64).wrapping_sub((self.tokens.start() as u64).wrapping_mul(self.stride as u64));
         let storage = Arc::as_ptr(&self.storage) as usize;
         TensorIdentity { storage, origin, stride: self.stride, heads: self.heads, dim: self.dim }
     }

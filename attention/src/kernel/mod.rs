@@ -1,14 +1,42 @@
 //! The CPU kernel: tiled attention in f32, forward and backward, over any batch of tasks.
 
+// Vectors, raw tiles and rows shared among threads are where this crate needs `unsafe`.
+#[allow(unsafe_code)]
+mod backward;
 mod batch;
+#[allow(unsafe_code)]
+mod dispatch;
 mod error;
+#[allow(unsafe_code)]
+mod forward;
 mod isa;
+#[allow(unsafe_code)]
+mod memory;
+mod pack;
+#[allow(unsafe_code)]
+mod peak;
+#[allow(unsafe_code)]
+mod product;
+#[allow(unsafe_code)]
+mod schedule;
+#[allow(unsafe_code)]
+mod vector;
+#[allow(unsafe_code)]
+mod visibility;
+#[allow(unsafe_code)]
+mod work;
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod x86;
 
 pub use batch::{KernelTask, Operands, Results};
 pub use error::KernelError;
 pub use isa::{Isa, UnknownIsa};
+pub use peak::fma_loop;
 
-use crate::reference;
+use forward::Scratch;
+use memory::Pool;
+use schedule::Schedule;
 
 /// Counts changes that alter bits; part of [`CpuKernel::numerics_id`].
 const REVISION: u32 = 1;
@@ -26,6 +54,9 @@ pub struct KernelConfig {
 #[derive(Debug)]
 pub struct CpuKernel {
     config: KernelConfig,
+    /// One for each thread.
+    scratch: Vec<Scratch>,
+    pool: Pool,
 }
 
 impl CpuKernel {
@@ -40,7 +71,8 @@ impl CpuKernel {
         if !config.isa.is_available() {
             return Err(KernelError::IsaUnavailable { isa: config.isa });
         }
-        Ok(CpuKernel { config })
+        let scratch = (0..config.threads).map(|_| Scratch::default()).collect();
+        Ok(CpuKernel { config, scratch, pool: Pool::default() })
     }
 
     /// The configuration.
@@ -66,29 +98,19 @@ impl CpuKernel {
         for (index, task) in batch.iter().enumerate() {
             task.check(index)?;
         }
-        for (index, work) in batch.into_iter().enumerate() {
-            let invalid = |source| KernelError::Invalid { index, source };
-            let round = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
-            let results = match work.operands {
-                Operands::Forward { q, k, v } => {
-                    let inputs = reference::Inputs { q, k, v };
-                    let out = reference::forward(&work.geometry, work.task, inputs).map_err(invalid)?;
-                    Results::Forward { o: round(out.o), lse: round(out.lse) }
-                }
-                Operands::Backward { q, k, v, d_o, lse, d } => {
-                    let inputs = reference::Inputs { q, k, v };
-                    let widen = |x: crate::TensorView<'_>| -> Vec<f64> {
-                        (0..x.shape()[0]).flat_map(|t| x.token(t).iter().map(|x| f64::from(*x))).collect()
-                    };
-                    let (lse, d) = (widen(lse), widen(d));
-                    let gradient = reference::OutputGradient { d_o, lse: &lse, d: &d };
-                    let out =
-                        reference::backward(&work.geometry, work.task, inputs, gradient).map_err(invalid)?;
-                    Results::Backward { dq: round(out.dq), dk: round(out.dk), dv: round(out.dv) }
-                }
-            };
-            done(index, results);
+        let schedule = Schedule::new(self.config.isa, batch, &self.pool, done);
+        let [own, others @ ..] = self.scratch.as_mut_slice() else { return Ok(()) };
+        if others.is_empty() {
+            schedule.work(own);
+            return Ok(());
         }
+        std::thread::scope(|scope| {
+            for scratch in others {
+                let schedule = &schedule;
+                scope.spawn(move || schedule.work(scratch));
+            }
+            schedule.work(own);
+        });
         Ok(())
     }
 }
