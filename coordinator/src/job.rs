@@ -1,0 +1,418 @@
+//! One run of a job: its ranks gather, it runs, it is over. Pure; time and pool come in as arguments.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use outboard_attention::{Document, HeadGeometry};
+use outboard_proto::ErrorKind;
+
+use crate::placement::{Assignment, Takers, assign};
+use crate::planning::{PlanInput, PlannedStep};
+use crate::pool::{Candidate, Gone, Pool};
+use crate::report::{RunTimes, StepReport};
+use crate::server::ServerId;
+use crate::slots::{Footing, Readiness, SlotSpec, Terms};
+use crate::steps::Steps;
+use crate::text::ranks;
+use crate::verdict::{Awaited, Verdict};
+use crate::{Error, Options};
+
+/// Names one run of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct JobId(pub u64);
+
+impl fmt::Display for JobId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0)
+    }
+}
+
+/// A run that has all its ranks.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Joined {
+    /// Names the run in later calls.
+    pub job: JobId,
+    /// Its slots.
+    pub slots: Vec<SlotSpec>,
+    /// The numerics id of its servers.
+    pub numerics_id: String,
+}
+
+/// One run of a job.
+#[derive(Debug)]
+pub(crate) struct Job {
+    id: JobId,
+    name: Arc<str>,
+    terms: Terms,
+    phase: Phase,
+    /// When a rank last spoke.
+    heard: Instant,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Gathering(Gathering),
+    Running(Box<Run>),
+    Over(Over),
+}
+
+/// Waits for ranks and servers.
+#[derive(Debug)]
+struct Gathering {
+    joined: BTreeSet<u32>,
+    since: Instant,
+    verdict: Verdict<Joined>,
+}
+
+#[derive(Debug)]
+struct Run {
+    footing: Arc<Footing>,
+    steps: Steps,
+    assignment: Assignment,
+    plan_epoch: u64,
+    times: RunTimes,
+}
+
+impl Run {
+    fn stuck(&self, now: Instant) -> Option<Error> {
+        self.steps.stuck(&self.footing.numerics_id, now)
+    }
+}
+
+/// How it ended: the error that its ranks get.
+#[derive(Debug)]
+struct Over {
+    error: Error,
+    since: Instant,
+}
+
+impl Job {
+    pub(crate) fn new(id: JobId, terms: Terms, now: Instant) -> Job {
+        let gathering = Gathering { joined: BTreeSet::new(), since: now, verdict: Verdict::new() };
+        Job { id, name: terms.job.as_str().into(), terms, phase: Phase::Gathering(gathering), heard: now }
+    }
+
+    pub(crate) fn id(&self) -> JobId {
+        self.id
+    }
+
+    /// Its name, how many ranks it has, and its heads.
+    pub(crate) fn facts(&self) -> (Arc<str>, u32, HeadGeometry) {
+        (self.name.clone(), self.terms.ranks, self.terms.geometry)
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// When it ended, if it has.
+    pub(crate) fn over_since(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Over(over) => Some(over.since),
+            _ => None,
+        }
+    }
+
+    /// True when no rank has joined or is left that waits to.
+    pub(crate) fn is_deserted(&self) -> bool {
+        matches!(&self.phase, Phase::Gathering(g) if g.joined.is_empty())
+    }
+
+    /// True when a run has ended, or none of its ranks has spoken for so long that another run may take its name.
+    pub(crate) fn may_be_replaced(&self, options: &Options, now: Instant) -> bool {
+        match &self.phase {
+            Phase::Gathering(_) => false,
+            Phase::Running(_) => now.saturating_duration_since(self.heard) >= options.step_timeout,
+            Phase::Over(_) => true,
+        }
+    }
+
+    /// Adds a rank to the gathering.
+    pub(crate) fn join(
+        &mut self,
+        rank: u32,
+        terms: &Terms,
+        options: &Options,
+        now: Instant,
+    ) -> Result<Awaited<Joined>, Error> {
+        let heard = now.saturating_duration_since(self.heard).as_secs_f64();
+        self.terms.check_same(terms, rank)?;
+        let gathering = match &mut self.phase {
+            Phase::Gathering(gathering) => gathering,
+            Phase::Over(over) => return Err(over.error.clone()),
+            Phase::Running(_) => {
+                let message = format!(
+                    "job {}: rank {rank} cannot join, since a run of that name is alive (run {}, heard of {heard:.1} s ago); end \
+                     it, wait {:.0} s after its last sign of life, or choose another name",
+                    self.name,
+                    self.id,
+                    options.step_timeout.as_secs_f64().ceil()
+                );
+                return Err(Error::invalid(message));
+            }
+        };
+        if !gathering.joined.insert(rank) {
+            let message = format!("job {}: rank {rank} has joined already; start each rank once", self.name);
+            return Err(Error::invalid(message));
+        }
+        self.heard = now;
+        Ok(gathering.verdict.awaited())
+    }
+
+    /// Takes a rank back whose call to join was given up. Nothing once the job runs.
+    pub(crate) fn unjoin(&mut self, rank: u32) {
+        if let Phase::Gathering(gathering) = &mut self.phase {
+            gathering.joined.remove(&rank);
+        }
+    }
+
+    /// Starts the job when its ranks and servers are there; looks at deadlines.
+    pub(crate) fn advance(&mut self, pool: &Pool, options: &Options, now: Instant) {
+        let idle = now.saturating_duration_since(self.heard) >= options.idle_timeout;
+        match &self.phase {
+            Phase::Gathering(_) => self.advance_gathering(pool, options, now),
+            Phase::Running(run) => match run.stuck(now) {
+                Some(error) => self.fail(error, now),
+                None if idle => {
+                    let limit = options.idle_timeout.as_secs_f64();
+                    self.fail(
+                        Error::new(ErrorKind::Aborted, format!("no rank has spoken for {limit:.1} s")),
+                        now,
+                    );
+                }
+                None => {}
+            },
+            Phase::Over(_) => {}
+        }
+    }
+
+    fn advance_gathering(&mut self, pool: &Pool, options: &Options, now: Instant) {
+        let Phase::Gathering(gathering) = &self.phase else { return };
+        let late = now.saturating_duration_since(gathering.since) >= options.join_timeout;
+        let limit = options.join_timeout.as_secs_f64();
+        let missing: Vec<u32> = match gathering.joined.len() == self.terms.ranks as usize {
+            true => Vec::new(),
+            false if !late => return,
+            false => (0..self.terms.ranks).filter(|rank| !gathering.joined.contains(rank)).collect(),
+        };
+        if !missing.is_empty() {
+            let message = format!(
+                "{} of {} did not join within {limit:.1} s; see whether all were started",
+                ranks(&missing),
+                self.terms.ranks
+            );
+            return self.fail(Error::new(ErrorKind::Aborted, message), now);
+        }
+        match self.terms.readiness(&pool.candidates(&self.name)) {
+            Readiness::Ready(footing) => self.start(footing, options, now),
+            Readiness::Refused(error) => self.fail(error, now),
+            Readiness::Waiting(what) if late => {
+                let message = format!(
+                    "{what} after {limit:.1} s; start attention servers with this coordinator's address"
+                );
+                self.fail(Error::unavailable(message), now);
+            }
+            Readiness::Waiting(_) => {}
+        }
+    }
+
+    fn start(&mut self, footing: Footing, options: &Options, now: Instant) {
+        let Phase::Gathering(gathering) = &self.phase else { return };
+        for note in &footing.left_out {
+            tracing::warn!(job = %self.name, "{note}; the job goes without it");
+        }
+        let (slots, numerics_id) = (footing.slots.clone(), footing.numerics_id.clone());
+        tracing::info!(job = %self.name, run = %self.id, ranks = self.terms.ranks, slots = slots.len(), %numerics_id, "job started");
+        gathering.verdict.give(Ok(Arc::new(Joined { job: self.id, slots, numerics_id })));
+        self.phase = Phase::Running(Box::new(Run {
+            footing: Arc::new(footing),
+            steps: Steps::new(self.terms.ranks, options.steps_ahead, options.step_timeout),
+            assignment: Assignment::default(),
+            plan_epoch: 0,
+            times: RunTimes::default(),
+        }));
+        self.heard = now;
+    }
+
+    /// Ends the run; all its waiting calls, and all later ones, get the error.
+    pub(crate) fn fail(&mut self, error: Error, now: Instant) {
+        let error = error.context(format_args!("job {}", self.name));
+        match &self.phase {
+            Phase::Gathering(gathering) => gathering.verdict.give(Err(error.clone())),
+            Phase::Running(run) => run.steps.fail(&error),
+            Phase::Over(_) => return,
+        }
+        tracing::warn!(run = %self.id, "{error}");
+        self.phase = Phase::Over(Over { error, since: now });
+    }
+
+    /// Takes a rank's documents of a step.
+    pub(crate) fn submit(
+        &mut self,
+        rank: u32,
+        step: u64,
+        documents: Arc<Vec<Document>>,
+        now: Instant,
+    ) -> Result<Awaited<PlannedStep>, Error> {
+        let name = self.name.clone();
+        let run = self.run_of(rank, now)?;
+        let awaited = run.steps.submit(rank, step, documents, now);
+        let awaited = awaited.map_err(|e| e.context(format_args!("job {name}, step {step}, rank {rank}")))?;
+        if let Some(error) = run.stuck(now) {
+            self.fail(error, now);
+        }
+        Ok(awaited)
+    }
+
+    /// The run, if it runs and the rank is part of it. The rank counts as alive.
+    fn run_of(&mut self, rank: u32, now: Instant) -> Result<&mut Run, Error> {
+        let (name, all) = (&self.name, self.terms.ranks);
+        if rank >= all {
+            return Err(Error::invalid(format!("rank is {rank}; job {name} has {all} ranks")));
+        }
+        match &mut self.phase {
+            Phase::Gathering(_) => {
+                Err(Error::invalid(format!("job {name} has not started; rank {rank} must join first")))
+            }
+            Phase::Over(over) => Err(over.error.clone()),
+            Phase::Running(run) if run.steps.has_left(rank) => {
+                Err(Error::invalid(format!("job {name}: rank {rank} has left it and cannot call any more")))
+            }
+            Phase::Running(run) => {
+                self.heard = now;
+                Ok(run)
+            }
+        }
+    }
+
+    /// What to plan next, if a step has all its submissions and some server takes its tasks.
+    pub(crate) fn next_plan(&mut self, pool: &Pool, options: &Options, now: Instant) -> Option<PlanInput> {
+        let Phase::Running(run) = &mut self.phase else { return None };
+        if !run.steps.has_complete() {
+            return None;
+        }
+        let servers = usable(pool, &self.name, &run.footing, &self.terms);
+        let in_place = run.footing.in_place.iter().map(|(&rank, &id)| (rank, id));
+        let takes = |id: ServerId| servers.binary_search_by_key(&id, |s| s.0).is_ok();
+        let takers = Takers {
+            in_place: in_place.filter(|&(_, id)| takes(id)).collect(),
+            dedicated: servers
+                .iter()
+                .filter(|(_, spec)| spec.in_place.is_none())
+                .map(|&(id, _)| id)
+                .collect(),
+        };
+        let assignment = assign(&run.footing.slots, &run.assignment, &takers)?;
+        let (step, submissions) = run.steps.next_complete(now)?;
+        if assignment != run.assignment {
+            // The first placement is epoch 0.
+            run.plan_epoch += u64::from(run.assignment != Assignment::default());
+            run.assignment = assignment.clone();
+        }
+        Some(PlanInput {
+            job: self.id,
+            name: self.name.clone(),
+            step,
+            ranks: self.terms.ranks,
+            geometry: self.terms.geometry,
+            footing: run.footing.clone(),
+            submissions,
+            assignment,
+            plan_epoch: run.plan_epoch,
+            servers,
+            tolerance: options.tolerance,
+        })
+    }
+
+    /// Answers all who wait for a step; a step that cannot be planned ends the run.
+    pub(crate) fn planned(&mut self, step: u64, plan: Result<PlannedStep, Error>, now: Instant) {
+        match (plan, &mut self.phase) {
+            (Ok(plan), Phase::Running(run)) => run.steps.planned(step, Arc::new(plan)),
+            (Err(error), Phase::Running(_)) => self.fail(error, now),
+            _ => {}
+        }
+    }
+
+    /// Notes that a rank has received its part of a step.
+    pub(crate) fn fetched(&mut self, rank: u32, step: u64) {
+        if let Phase::Running(run) = &mut self.phase {
+            run.steps.fetched(rank, step);
+        }
+    }
+
+    /// Keeps a rank's times; names the servers that it gave up.
+    pub(crate) fn report(
+        &mut self,
+        report: &StepReport,
+        pool: &Pool,
+        now: Instant,
+    ) -> Result<Vec<ServerId>, Error> {
+        let run = self.run_of(report.rank, now)?;
+        run.times.note(report);
+        let lost: BTreeSet<ServerId> = report.servers.iter().filter(|s| s.lost).map(|s| s.server).collect();
+        // A rank can only give up servers that its plans may name.
+        Ok(lost.into_iter().filter(|&id| pool.serves(id, &self.name)).collect())
+    }
+
+    /// What ranks have reported, while the job runs.
+    pub(crate) fn times(&self) -> Option<&RunTimes> {
+        match &self.phase {
+            Phase::Running(run) => Some(&run.times),
+            _ => None,
+        }
+    }
+
+    /// Takes a rank out: for good work when `reason` is empty, else with the whole job.
+    pub(crate) fn leave(&mut self, rank: u32, reason: &str, now: Instant) -> Result<(), Error> {
+        match &self.phase {
+            Phase::Over(_) => return Ok(()),
+            Phase::Running(run) if run.steps.has_left(rank) => return Ok(()),
+            _ => {}
+        }
+        let run = self.run_of(rank, now)?;
+        if !reason.is_empty() {
+            self.fail(Error::new(ErrorKind::Aborted, format!("rank {rank} left it: {reason}")), now);
+        } else if run.steps.leave(rank) {
+            self.finish(now);
+        } else if let Some(error) = run.stuck(now) {
+            self.fail(error, now);
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, now: Instant) {
+        tracing::info!(job = %self.name, run = %self.id, "job finished");
+        let message = format!("job {} has finished: all its ranks have left it", self.name);
+        let error = Error::new(ErrorKind::Aborted, message);
+        if let Phase::Running(run) = &self.phase {
+            run.steps.fail(&error);
+        }
+        self.phase = Phase::Over(Over { error, since: now });
+    }
+
+    /// Ends the run if the server was in place at one of its ranks, which is lost with it.
+    pub(crate) fn server_gone(&mut self, gone: &Gone, now: Instant) {
+        let (Phase::Running(run), Some(place)) = (&self.phase, &gone.spec.in_place) else { return };
+        let ours = place.job == *self.name && run.footing.in_place.get(&place.rank) == Some(&gone.id);
+        // One that was told to drain leaves its rank behind, alive.
+        if ours && !gone.drained && !run.steps.has_left(place.rank) {
+            let message = format!(
+                "rank {} is lost: its in-place server {} at {} is gone ({})",
+                place.rank, gone.id, gone.spec.address, gone.why
+            );
+            self.fail(Error::new(ErrorKind::Aborted, message), now);
+        }
+    }
+}
+
+/// The servers that may take the job's tasks, in order of id. None of another numerics id ever does.
+fn usable(pool: &Pool, name: &str, footing: &Footing, terms: &Terms) -> Vec<Candidate> {
+    let mut servers = pool.candidates(name);
+    servers.retain(|(id, spec)| {
+        let ours = spec.in_place.as_ref().is_none_or(|place| footing.in_place.get(&place.rank) == Some(id));
+        ours && spec.numerics_id == footing.numerics_id && spec.unsuited_for(&terms.geometry).is_none()
+    });
+    servers
+}

@@ -1,0 +1,149 @@
+//! Placement: which server computes which task. Pure.
+//!
+//! Cuts belong to the job, placement to the pool: tasks and their slots come from the plan and never change here. An
+//! in-place slot belongs to its rank's server. A dedicated slot keeps its server while that takes tasks; else a
+//! dedicated server without a slot takes over. A slot without a server is spread, task by task, largest first, each to
+//! the server with the least work over weight in that tick.
+
+use std::cmp::{Ordering, Reverse};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
+
+use crate::server::ServerId;
+use crate::slots::SlotSpec;
+
+/// Which servers fill a job's slots.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Assignment {
+    /// The server of each slot; `None` when its tasks are spread.
+    pub(crate) slots: Vec<Option<ServerId>>,
+    /// The servers that tasks are spread over, in order of id; empty when every slot has its own.
+    pub(crate) spread: Vec<ServerId>,
+}
+
+/// The servers that take a job's tasks now.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Takers {
+    /// By rank.
+    pub(crate) in_place: BTreeMap<u32, ServerId>,
+    /// The others, in order of id.
+    pub(crate) dedicated: Vec<ServerId>,
+}
+
+/// What placement needs to know of a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Load {
+    /// Its nano-batch.
+    pub(crate) tick: u32,
+    /// Its slot.
+    pub(crate) slot: u32,
+    /// Its work, in cells.
+    pub(crate) cells: u64,
+}
+
+/// Fills slots with servers, as before where those still take tasks. `None` when nobody does.
+pub(crate) fn assign(slots: &[SlotSpec], before: &Assignment, takers: &Takers) -> Option<Assignment> {
+    let mut free: BTreeSet<ServerId> = takers.dedicated.iter().copied().collect();
+    let mut filled: Vec<Option<ServerId>> = vec![None; slots.len()];
+    for (n, slot) in slots.iter().enumerate() {
+        filled[n] = match slot.rank {
+            Some(rank) => takers.in_place.get(&rank).copied(),
+            None => before.slots.get(n).copied().flatten().filter(|id| free.remove(id)),
+        };
+    }
+    for (slot, server) in slots.iter().zip(&mut filled) {
+        if slot.rank.is_none() && server.is_none() {
+            *server = free.pop_first();
+        }
+    }
+    let mut spread = Vec::new();
+    if filled.iter().any(Option::is_none) {
+        spread.extend(takers.in_place.values().chain(&takers.dedicated).copied());
+        spread.sort_unstable();
+        if spread.is_empty() {
+            return None;
+        }
+    }
+    Some(Assignment { slots: filled, spread })
+}
+
+/// The server of each task, in the order of `loads`.
+pub(crate) fn place(loads: &[Load], slots: &[SlotSpec], assignment: &Assignment) -> Vec<Option<ServerId>> {
+    let owner = |load: &Load| assignment.slots.get(load.slot as usize).copied().flatten();
+    let mut placed: Vec<Option<ServerId>> = loads.iter().map(owner).collect();
+    let mut ticks: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
+    for (n, load) in loads.iter().enumerate() {
+        ticks.entry(load.tick).or_default().push(n);
+    }
+    let mut weights: BTreeMap<ServerId, f64> = assignment.spread.iter().map(|&id| (id, 0.0)).collect();
+    for (slot, server) in slots.iter().zip(&assignment.slots) {
+        if let Some(weight) = server.and_then(|id| weights.get_mut(&id)) {
+            *weight += slot.weight;
+        }
+    }
+    for tasks in ticks.values() {
+        spread_tick(tasks, loads, &weights, &mut placed);
+    }
+    placed
+}
+
+/// Places what is still without a server among the tasks of one tick.
+fn spread_tick(
+    tasks: &[usize],
+    loads: &[Load],
+    weights: &BTreeMap<ServerId, f64>,
+    placed: &mut [Option<ServerId>],
+) {
+    let (owned, mut orphans): (Vec<usize>, Vec<usize>) = tasks.iter().partition(|&&n| placed[n].is_some());
+    if orphans.is_empty() {
+        return;
+    }
+    let mut work: BTreeMap<ServerId, u64> = BTreeMap::new();
+    for n in owned {
+        if let Some(id) = placed[n] {
+            let sum = work.entry(id).or_default();
+            *sum = sum.saturating_add(loads[n].cells);
+        }
+    }
+    let busy = |(&id, &weight): (&ServerId, &f64)| {
+        // A server without a slot of its own counts as one of weight 1.
+        let weight = if weight > 0.0 { weight } else { 1.0 };
+        Reverse(Busy { id, weight, cells: work.get(&id).copied().unwrap_or(0) })
+    };
+    let mut heap: BinaryHeap<_> = weights.iter().map(busy).collect();
+    orphans.sort_by_key(|&n| Reverse(loads[n].cells));
+    for n in orphans {
+        if let Some(mut least) = heap.peek_mut() {
+            placed[n] = Some(least.0.id);
+            least.0.cells = least.0.cells.saturating_add(loads[n].cells);
+        }
+    }
+}
+
+/// A server ordered by its work over weight, then by id.
+#[derive(Clone, Copy, Debug)]
+struct Busy {
+    id: ServerId,
+    weight: f64,
+    cells: u64,
+}
+
+impl Ord for Busy {
+    fn cmp(&self, other: &Self) -> Ordering {
+        let level = |b: &Busy| b.cells as f64 / b.weight;
+        level(self).total_cmp(&level(other)).then(self.id.cmp(&other.id))
+    }
+}
+
+impl PartialOrd for Busy {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Busy {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Busy {}

@@ -1,0 +1,261 @@
+//! When a job can start: which servers it may use, and its slots.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use outboard_attention::HeadGeometry;
+use outboard_planner::Slot;
+use outboard_proto::ErrorKind;
+
+use crate::pool::Candidate;
+use crate::server::{ServerId, ServerSpec};
+use crate::text::{check_name, listed, ranks, servers};
+use crate::{Error, MAX_RANKS};
+
+/// Most slots of a job.
+pub(crate) const MAX_SLOTS: usize = 1 << 16;
+
+/// One unit of a job's planned parallelism, as declared when the job starts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SlotSpec {
+    /// The rank it belongs to, for an in-place slot.
+    pub rank: Option<u32>,
+    /// Relative compute rate, above zero.
+    pub weight: f64,
+    /// Bytes it may hold; 0 means no limit declared.
+    pub memory_bytes: u64,
+    /// Bytes per second of its link, each way; 0 means not declared.
+    pub bytes_per_second: f64,
+}
+
+impl SlotSpec {
+    /// A slot of weight 1 that declares nothing else.
+    pub fn of(rank: Option<u32>) -> SlotSpec {
+        SlotSpec { rank, weight: 1.0, memory_bytes: 0, bytes_per_second: 0.0 }
+    }
+
+    /// The slot as the planner takes it.
+    pub(crate) fn planned(&self) -> Slot {
+        Slot { rank: self.rank, weight: self.weight }
+    }
+}
+
+/// What all ranks of a job must say alike.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Terms {
+    /// The job's name.
+    pub job: String,
+    /// How many ranks it has.
+    pub ranks: u32,
+    /// Heads of its layers.
+    pub geometry: HeadGeometry,
+    /// Its slots; none means one slot a server then in the pool.
+    pub slots: Vec<SlotSpec>,
+    /// Servers that must be in the pool before it starts; 0 means 1.
+    pub min_servers: u32,
+}
+
+/// What a job runs with, fixed when it starts.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Footing {
+    /// Its slots.
+    pub(crate) slots: Vec<SlotSpec>,
+    /// The numerics id of its servers.
+    pub(crate) numerics_id: String,
+    /// The servers in place at its ranks.
+    pub(crate) in_place: BTreeMap<u32, ServerId>,
+    /// Servers of the pool that it does not use, and why, for people.
+    pub(crate) left_out: Vec<String>,
+}
+
+/// Whether a job can start.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) enum Readiness {
+    /// It can.
+    Ready(Footing),
+    /// Not yet: what is missing, for people.
+    Waiting(String),
+    /// Never with these servers.
+    Refused(Error),
+}
+
+impl Terms {
+    /// Checks one rank's terms by themselves.
+    ///
+    /// # Errors
+    /// An error of kind `Invalid` that names the field and its value.
+    pub fn check(&self) -> Result<(), Error> {
+        check_name("job", &self.job)?;
+        if !(1..=MAX_RANKS).contains(&self.ranks) {
+            return Err(Error::invalid(format!(
+                "ranks is {}; it must be between 1 and {MAX_RANKS}",
+                self.ranks
+            )));
+        }
+        if self.slots.len() > MAX_SLOTS {
+            return Err(Error::invalid(format!(
+                "slots holds {} entries; at most {MAX_SLOTS} fit",
+                self.slots.len()
+            )));
+        }
+        let mut of_rank = BTreeMap::new();
+        for (n, slot) in self.slots.iter().enumerate() {
+            let SlotSpec { rank, weight, bytes_per_second, .. } = *slot;
+            if !(weight.is_finite() && weight > 0.0) {
+                return Err(Error::invalid(format!(
+                    "slots[{n}].weight is {weight}; it must be finite and above zero"
+                )));
+            }
+            if !(bytes_per_second.is_finite() && bytes_per_second >= 0.0) {
+                let message = format!(
+                    "slots[{n}].bytes_per_second is {bytes_per_second}; it must be finite and not below 0"
+                );
+                return Err(Error::invalid(message));
+            }
+            let Some(rank) = rank else { continue };
+            if rank >= self.ranks {
+                return Err(Error::invalid(format!(
+                    "slots[{n}].rank is {rank}; the job has {} ranks",
+                    self.ranks
+                )));
+            }
+            if let Some(first) = of_rank.insert(rank, n) {
+                let message = format!(
+                    "slots[{first}].rank and slots[{n}].rank are both {rank}; a rank has one in-place slot"
+                );
+                return Err(Error::invalid(message));
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that another rank's terms are the same.
+    pub(crate) fn check_same(&self, other: &Terms, rank: u32) -> Result<(), Error> {
+        let differs = |field: &str, here: String, there: String| {
+            let message = format!(
+                "job {}: rank {rank} joins with {field} {there}, ranks before it with {here}; all ranks must say the same",
+                self.job
+            );
+            Err(Error::invalid(message))
+        };
+        if self.ranks != other.ranks {
+            return differs("ranks", self.ranks.to_string(), other.ranks.to_string());
+        }
+        if self.geometry != other.geometry {
+            return differs(
+                "geometry",
+                format!("{:?}", self.geometry.shape()),
+                format!("{:?}", other.geometry.shape()),
+            );
+        }
+        if self.min_servers != other.min_servers {
+            return differs("min_servers", self.min_servers.to_string(), other.min_servers.to_string());
+        }
+        if self.slots.len() != other.slots.len() {
+            return differs("slots (how many)", self.slots.len().to_string(), other.slots.len().to_string());
+        }
+        match self.slots.iter().zip(&other.slots).position(|(a, b)| a != b) {
+            Some(n) => differs(
+                &format!("slots[{n}]"),
+                format!("{:?}", self.slots[n]),
+                format!("{:?}", other.slots[n]),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the job can start on these servers, all of which take its tasks.
+    pub(crate) fn readiness(&self, candidates: &[Candidate]) -> Readiness {
+        let mut left_out = Vec::new();
+        let mut in_place: BTreeMap<u32, &Candidate> = BTreeMap::new();
+        let mut dedicated: Vec<&Candidate> = Vec::new();
+        for server in candidates {
+            let rank = server.1.in_place.as_ref().map(|place| place.rank);
+            match (rank, server.1.unsuited_for(&self.geometry)) {
+                (Some(rank), Some(why)) => {
+                    return self
+                        .refused(format!("the in-place server of rank {rank} ({}) {why}", server.1.address));
+                }
+                (Some(rank), None) if rank < self.ranks => drop(in_place.insert(rank, server)),
+                (Some(rank), None) => left_out.push(note(server, &format!("is in place at rank {rank}"))),
+                (None, Some(why)) => left_out.push(note(server, &why)),
+                (None, None) => dedicated.push(server),
+            }
+        }
+        let ids: BTreeMap<&str, u32> =
+            in_place.iter().map(|(&rank, s)| (s.1.numerics_id.as_str(), rank)).collect();
+        if ids.len() > 1 {
+            let ids = listed(ids.iter().map(|(id, rank)| format!("{id} at rank {rank}")));
+            return self.refused(format!(
+                "its in-place servers have different numerics ids ({ids}); run all ranks on equal machines"
+            ));
+        }
+        let numerics_id = match ids.keys().next() {
+            Some(&id) => id.to_owned(),
+            None => most_common(&dedicated),
+        };
+        dedicated.retain(|server| {
+            let same = server.1.numerics_id == numerics_id;
+            if !same {
+                left_out.push(note(
+                    server,
+                    &format!("has numerics id {}, the job {numerics_id}", server.1.numerics_id),
+                ));
+            }
+            same
+        });
+        if let Some(missing) = self.missing(&in_place, dedicated.len()) {
+            let notes = if left_out.is_empty() {
+                String::new()
+            } else {
+                format!("; not used: {}", listed(&left_out))
+            };
+            return Readiness::Waiting(format!("{missing}{notes}"));
+        }
+        let slots = if self.slots.is_empty() {
+            let ranks = in_place.keys().map(|&rank| SlotSpec::of(Some(rank)));
+            ranks.chain(dedicated.iter().map(|_| SlotSpec::of(None))).take(MAX_SLOTS).collect()
+        } else {
+            self.slots.clone()
+        };
+        let in_place = in_place.into_iter().map(|(rank, server)| (rank, server.0)).collect();
+        Readiness::Ready(Footing { slots, numerics_id, in_place, left_out })
+    }
+
+    /// Which servers are missing, for people.
+    fn missing(&self, in_place: &BTreeMap<u32, &Candidate>, dedicated: usize) -> Option<String> {
+        let (needed, found) = (self.min_servers.max(1) as usize, in_place.len() + dedicated);
+        if found < needed {
+            return Some(format!("{} that it can use in the pool, {needed} needed", servers(found)));
+        }
+        let absent: Vec<u32> = self
+            .slots
+            .iter()
+            .filter_map(|slot| slot.rank)
+            .filter(|rank| !in_place.contains_key(rank))
+            .collect();
+        if !absent.is_empty() {
+            return Some(format!("no in-place server of {} in the pool", ranks(&absent)));
+        }
+        let wants_dedicated = self.slots.iter().any(|slot| slot.rank.is_none());
+        (wants_dedicated && dedicated == 0).then(|| "no dedicated server in the pool".to_owned())
+    }
+
+    fn refused(&self, what: String) -> Readiness {
+        Readiness::Refused(Error::new(ErrorKind::Unsupported, format!("job {}: {what}", self.job)))
+    }
+}
+
+/// The numerics id of most servers; of several, the least in alphabetical order.
+fn most_common(servers: &[&Candidate]) -> String {
+    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
+    for (_, spec) in servers {
+        *counts.entry(&spec.numerics_id).or_default() += 1;
+    }
+    let best = counts.into_iter().rev().max_by_key(|&(_, count)| count);
+    best.map_or_else(String::new, |(id, _)| id.to_owned())
+}
+
+fn note((id, spec): &(ServerId, Arc<ServerSpec>), why: &str) -> String {
+    format!("server {id} at {} {why}", spec.address)
+}

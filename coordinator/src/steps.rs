@@ -1,0 +1,265 @@
+//! The step barrier of one run: who has submitted what, and which plans are waited for. Pure; time comes in.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use outboard_attention::Document;
+use outboard_proto::ErrorKind;
+
+use crate::Error;
+use crate::planning::PlannedStep;
+use crate::text::{listed, ranks};
+use crate::verdict::{Awaited, Verdict};
+
+/// Calls that may wait for one step, for each rank: the rank's own and its retries.
+const CALLS_PER_RANK: usize = 4;
+
+/// The steps of one run that are not over.
+#[derive(Debug)]
+pub(crate) struct Steps {
+    ahead: u64,
+    timeout: Duration,
+    /// The step that the run began with.
+    first: Option<u64>,
+    speakers: Vec<Speaker>,
+    /// How many ranks have left.
+    left: usize,
+    open: BTreeMap<u64, Step>,
+    /// When the last step had all its submissions.
+    last_complete: Option<Instant>,
+}
+
+/// What a rank has said so far.
+#[derive(Clone, Copy, Debug, Default)]
+struct Speaker {
+    last: Option<u64>,
+    left: bool,
+}
+
+#[derive(Debug)]
+struct Step {
+    said: BTreeMap<u32, Said>,
+    stage: Stage,
+    since: Instant,
+    unfetched: usize,
+    verdict: Verdict<PlannedStep>,
+}
+
+#[derive(Debug)]
+struct Said {
+    documents: Arc<Vec<Document>>,
+    fetched: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Some rank has not spoken.
+    Gathering,
+    /// All have; to be planned.
+    Complete,
+    /// Being planned.
+    Planning,
+    /// Its plan is there.
+    Planned,
+}
+
+impl Steps {
+    pub(crate) fn new(ranks: u32, ahead: u32, timeout: Duration) -> Steps {
+        let speakers = vec![Speaker::default(); ranks as usize];
+        let (first, left, open, last_complete) = Default::default();
+        Steps { ahead: u64::from(ahead), timeout, first, speakers, left, open, last_complete }
+    }
+
+    /// Takes a rank's documents of a step. The same once more gets the same answer.
+    pub(crate) fn submit(
+        &mut self,
+        rank: u32,
+        step: u64,
+        documents: Arc<Vec<Document>>,
+        now: Instant,
+    ) -> Result<Awaited<PlannedStep>, Error> {
+        if let Some(open) = self.open.get(&step)
+            && let Some(said) = open.said.get(&rank)
+        {
+            check_same(&said.documents, &documents)?;
+            if open.verdict.waiting() >= CALLS_PER_RANK * self.speakers.len() {
+                return Err(Error::new(
+                    ErrorKind::Busy,
+                    "too many calls wait for it already; await one of them",
+                ));
+            }
+            return Ok(open.verdict.awaited());
+        }
+        self.check_turn(rank, step)?;
+        self.make_room(step)?;
+        let all = self.speakers.len();
+        let gathering = || Step {
+            said: BTreeMap::new(),
+            stage: Stage::Gathering,
+            since: now,
+            unfetched: all,
+            verdict: Verdict::new(),
+        };
+        let open = self.open.entry(step).or_insert_with(gathering);
+        open.said.insert(rank, Said { documents, fetched: false });
+        if open.said.len() == all {
+            (open.stage, open.since) = (Stage::Complete, now);
+            self.last_complete = Some(now);
+        }
+        let awaited = open.verdict.awaited();
+        self.first.get_or_insert(step);
+        if let Some(speaker) = self.speakers.get_mut(rank as usize) {
+            speaker.last = Some(step);
+        }
+        Ok(awaited)
+    }
+
+    /// Every rank submits every step once, in order, from the step that the run began with.
+    fn check_turn(&self, rank: u32, step: u64) -> Result<(), Error> {
+        if step == u64::MAX {
+            return Err(Error::invalid(format!("step is {step}; that is no training step")));
+        }
+        let last = self.speakers.get(rank as usize).and_then(|s| s.last);
+        let Some(expected) = last.map(|last| last + 1).or(self.first) else { return Ok(()) };
+        if step < expected && last.is_some() {
+            return Err(Error::invalid(format!(
+                "the step is over and its plan forgotten; rank {rank} submits step {expected} next"
+            )));
+        }
+        if step != expected {
+            let message = format!(
+                "rank {rank} submits step {expected} next; steps are submitted in order, the same by all ranks"
+            );
+            return Err(Error::invalid(message));
+        }
+        Ok(())
+    }
+
+    /// Forgets steps that all ranks have received, when they are old enough that no rank will ask again.
+    fn make_room(&mut self, step: u64) -> Result<(), Error> {
+        let ahead = self.ahead;
+        self.open.retain(|&n, open| open.unfetched > 0 || n.saturating_add(ahead) > step);
+        let oldest = self.open.iter().find(|(_, open)| open.unfetched > 0);
+        let Some((&oldest, open)) = oldest.filter(|&(&n, _)| step >= n.saturating_add(ahead)) else {
+            return Ok(());
+        };
+        let slow = self.numbered().filter(|(rank, _)| open.said.get(rank).is_none_or(|said| !said.fetched));
+        let slow: Vec<u32> = slow.map(|(rank, _)| rank).collect();
+        let message = format!(
+            "it is {ahead} or more steps ahead of step {oldest}, which {} has not received; submit it later",
+            ranks(&slow)
+        );
+        Err(Error::new(ErrorKind::Busy, message))
+    }
+
+    /// The submissions of the next step to plan, in order of rank; it counts as being planned from now on.
+    pub(crate) fn next_complete(&mut self, now: Instant) -> Option<(u64, Vec<Arc<Vec<Document>>>)> {
+        let (&step, open) = self.open.iter_mut().find(|(_, open)| open.stage == Stage::Complete)?;
+        (open.stage, open.since) = (Stage::Planning, now);
+        Some((step, open.said.values().map(|said| said.documents.clone()).collect()))
+    }
+
+    /// True when a step waits to be planned.
+    pub(crate) fn has_complete(&self) -> bool {
+        self.open.values().any(|open| open.stage == Stage::Complete)
+    }
+
+    /// Answers all who wait for a step.
+    pub(crate) fn planned(&mut self, step: u64, plan: Arc<PlannedStep>) {
+        if let Some(open) = self.open.get_mut(&step) {
+            open.stage = Stage::Planned;
+            open.verdict.give(Ok(plan));
+        }
+    }
+
+    /// Notes that a rank has received its part.
+    pub(crate) fn fetched(&mut self, rank: u32, step: u64) {
+        if let Some(open) = self.open.get_mut(&step)
+            && let Some(said) = open.said.get_mut(&rank)
+            && !std::mem::replace(&mut said.fetched, true)
+        {
+            open.unfetched -= 1;
+        }
+    }
+
+    /// Answers all who wait for any step.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.open.values().for_each(|open| open.verdict.give(Err(error.clone())));
+    }
+
+    /// Takes a rank out. True when it was the last one.
+    pub(crate) fn leave(&mut self, rank: u32) -> bool {
+        if let Some(speaker) = self.speakers.get_mut(rank as usize)
+            && !std::mem::replace(&mut speaker.left, true)
+        {
+            self.left += 1;
+        }
+        self.left == self.speakers.len()
+    }
+
+    /// True when the rank has left.
+    pub(crate) fn has_left(&self, rank: u32) -> bool {
+        self.speakers.get(rank as usize).is_some_and(|speaker| speaker.left)
+    }
+
+    /// Why the oldest step that some rank waits for can never be planned, or is overdue.
+    pub(crate) fn stuck(&self, numerics_id: &str, now: Instant) -> Option<Error> {
+        let (&step, open) = self.open.iter().find(|(_, open)| open.stage != Stage::Planned)?;
+        let limit = self.timeout.as_secs_f64();
+        if open.stage == Stage::Gathering {
+            let since = self.last_complete.map_or(open.since, |last| last.max(open.since));
+            let late = now.saturating_duration_since(since) >= self.timeout;
+            // Who is missing takes a look at every rank, so it is not asked at every submission.
+            return if late || self.left > 0 { self.waits_for(step, open, late) } else { None };
+        }
+        let late = now.saturating_duration_since(open.since) >= self.timeout;
+        late.then(|| match open.stage {
+            Stage::Complete => Error::unavailable(format!(
+                "step {step}: no server with numerics id {numerics_id} took its tasks for {limit:.1} s; start some"
+            )),
+            _ => Error::new(ErrorKind::DeadlineExceeded, format!("step {step}: it was not planned within {limit:.1} s")),
+        })
+    }
+
+    /// The error that names the ranks a step waits for, if it waits in vain.
+    fn waits_for(&self, step: u64, open: &Step, late: bool) -> Option<Error> {
+        let missing: Vec<(u32, Speaker)> =
+            self.numbered().filter(|(rank, _)| !open.said.contains_key(rank)).collect();
+        let message = if let Some((rank, gone)) = missing.iter().find(|(_, speaker)| speaker.left) {
+            format!("step {step} cannot be planned: rank {rank} has left the job; it {}", said(gone.last))
+        } else if late {
+            let names: Vec<u32> = missing.iter().map(|&(rank, _)| rank).collect();
+            let lasts =
+                listed(missing.iter().map(|(rank, speaker)| format!("rank {rank} {}", said(speaker.last))));
+            let (names, limit) = (ranks(&names), self.timeout.as_secs_f64());
+            format!(
+                "step {step}: {names} did not submit it within {limit:.1} s ({lasts}); see whether it is lost or stuck"
+            )
+        } else {
+            return None;
+        };
+        Some(Error::new(ErrorKind::Aborted, message))
+    }
+
+    fn numbered(&self) -> impl Iterator<Item = (u32, Speaker)> {
+        (0..).zip(self.speakers.iter().copied())
+    }
+}
+
+/// What a rank has said last, for people.
+fn said(last: Option<u64>) -> String {
+    last.map_or_else(|| "submitted no step".to_owned(), |step| format!("submitted step {step} last"))
+}
+
+fn check_same(before: &[Document], now: &[Document]) -> Result<(), Error> {
+    if before.len() != now.len() {
+        let message =
+            format!("the rank submitted it before with {} documents, now with {}", before.len(), now.len());
+        return Err(Error::invalid(message));
+    }
+    match before.iter().zip(now).position(|(a, b)| a != b) {
+        Some(n) => Err(Error::invalid(format!("documents[{n}] differs from what the rank submitted before"))),
+        None => Ok(()),
+    }
+}

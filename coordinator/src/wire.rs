@@ -1,0 +1,196 @@
+//! Requests and answers, wire <-> domain. From the wire everything is checked; an error names the field and its values.
+
+use outboard_attention::{DType, Document, HeadGeometry};
+use outboard_proto::{AssignedTask, ErrorKind, v1};
+
+use crate::Error;
+use crate::handle::{RankPlan, Submission};
+use crate::job::{JobId, Joined};
+use crate::planning::Summary;
+use crate::pool::{Candidate, PoolEntry};
+use crate::report::{ServerReport, StepReport};
+use crate::server::{InPlace, ServerId, ServerSpec};
+use crate::slots::{SlotSpec, Terms};
+
+/// Most mask slices of a rank's documents of one step.
+const MAX_SLICES: usize = 1 << 16;
+
+fn required<T>(field: &str, value: Option<T>) -> Result<T, Error> {
+    value.ok_or_else(|| Error::invalid(format!("{field} is missing; it must be given")))
+}
+
+fn dtype(field: &str, value: i32) -> Result<DType, Error> {
+    let known = v1::DType::try_from(value);
+    let known = known.map_err(|_| {
+        Error::invalid(format!("{field} is {value}, which is no DType of this protocol version"))
+    })?;
+    DType::try_from(known).map_err(|error| error.context(field))
+}
+
+pub(crate) fn server_spec(server: Option<v1::ServerInfo>) -> Result<ServerSpec, Error> {
+    let server = required("server", server)?;
+    let in_place = match (server.job.is_empty(), server.rank) {
+        (true, None) => None,
+        (false, Some(rank)) => Some(InPlace { job: server.job, rank }),
+        (true, Some(rank)) => {
+            let message = format!(
+                "server.rank is {rank} and server.job empty; give both for an in-place server, or neither"
+            );
+            return Err(Error::invalid(message));
+        }
+        (false, None) => {
+            let message = format!(
+                "server.job is {:?} and server.rank missing; give both for an in-place server, or neither",
+                server.job
+            );
+            return Err(Error::invalid(message));
+        }
+    };
+    let dtypes =
+        server.dtypes.iter().enumerate().map(|(n, &value)| dtype(&format!("server.dtypes[{n}]"), value));
+    Ok(ServerSpec {
+        dtypes: dtypes.collect::<Result<_, _>>()?,
+        host: server.host,
+        address: server.address,
+        socket: server.socket,
+        device: server.device,
+        memory_bytes: server.memory_bytes,
+        max_head_dim: server.max_head_dim,
+        numerics_id: server.numerics_id,
+        in_place,
+    })
+}
+
+fn server_info((id, spec): &Candidate) -> v1::ServerInfo {
+    let place = spec.in_place.as_ref();
+    v1::ServerInfo {
+        id: id.0,
+        host: spec.host.clone(),
+        address: spec.address.clone(),
+        device: spec.device.clone(),
+        memory_bytes: spec.memory_bytes,
+        dtypes: spec.dtypes.iter().map(|dtype| v1::DType::from(dtype) as i32).collect(),
+        max_head_dim: spec.max_head_dim,
+        numerics_id: spec.numerics_id.clone(),
+        job: place.map_or_else(String::new, |p| p.job.clone()),
+        rank: place.map(|p| p.rank),
+        socket: spec.socket.clone(),
+    }
+}
+
+pub(crate) fn pool_entry(entry: &PoolEntry) -> v1::list_pool_response::Entry {
+    let state = if entry.draining { v1::ServerState::Draining } else { v1::ServerState::Live };
+    v1::list_pool_response::Entry {
+        server: Some(server_info(&(entry.id, entry.spec.clone()))),
+        state: state as i32,
+        lease_left_ms: u32::try_from(entry.lease_left.as_millis()).unwrap_or(u32::MAX),
+    }
+}
+
+pub(crate) fn terms(request: v1::JoinJobRequest) -> Result<Terms, Error> {
+    let slot = |slot: v1::Slot| SlotSpec {
+        rank: slot.rank,
+        weight: slot.weight,
+        memory_bytes: slot.memory_bytes,
+        bytes_per_second: slot.bytes_per_second,
+    };
+    let geometry = required("geometry", request.geometry)?;
+    Ok(Terms {
+        job: request.job,
+        ranks: request.ranks,
+        geometry: HeadGeometry::try_from(geometry).map_err(|error| error.context("geometry"))?,
+        slots: request.slots.into_iter().map(slot).collect(),
+        min_servers: request.min_servers,
+    })
+}
+
+pub(crate) fn joined(joined: &Joined) -> v1::JoinJobResponse {
+    let slot = |slot: &SlotSpec| v1::Slot {
+        rank: slot.rank,
+        weight: slot.weight,
+        memory_bytes: slot.memory_bytes,
+        bytes_per_second: slot.bytes_per_second,
+    };
+    v1::JoinJobResponse {
+        job_id: joined.job.0,
+        slots: joined.slots.iter().map(slot).collect(),
+        numerics_id: joined.numerics_id.clone(),
+    }
+}
+
+/// How many mask slices a request holds: the cost of converting it grows with their square in each document.
+pub(crate) fn slices(request: &v1::SubmitStepRequest) -> usize {
+    request.documents.iter().map(|document| document.mask.len()).sum()
+}
+
+pub(crate) fn submission(request: v1::SubmitStepRequest) -> Result<Submission, Error> {
+    let v1::SubmitStepRequest { job_id, rank, step, .. } = request;
+    let place = |error: Error| error.context(format_args!("step {step}, rank {rank}"));
+    let count = slices(&request);
+    if count > MAX_SLICES {
+        let message =
+            format!("documents hold {count} mask slices; at most {MAX_SLICES} fit in one submission");
+        return Err(place(Error::invalid(message)));
+    }
+    let documents = request.documents.into_iter().enumerate();
+    let documents = documents
+        .map(|(n, document)| self::document(n, document))
+        .collect::<Result<_, _>>()
+        .map_err(place)?;
+    Ok(Submission { job: JobId(job_id), rank, step, documents })
+}
+
+fn document(n: usize, document: v1::Document) -> Result<Document, Error> {
+    let place = |error: Error| error.context(format_args!("documents[{n}]"));
+    if document.homes.is_empty() {
+        let message =
+            "homes is empty; placement of documents by the planner is not supported yet: name their homes";
+        return Err(place(Error::new(ErrorKind::Unsupported, message)));
+    }
+    Document::try_from(document).map_err(place)
+}
+
+pub(crate) fn rank_plan(plan: &RankPlan) -> v1::SubmitStepResponse {
+    let task = |placed: &crate::PlacedTask| {
+        v1::PlannedTask::from(&AssignedTask {
+            tick: placed.tick,
+            server_id: placed.server.0,
+            task: placed.task,
+        })
+    };
+    v1::SubmitStepResponse {
+        plan_epoch: plan.whole.plan_epoch,
+        tasks: plan.tasks().map(task).collect(),
+        servers: plan.whole.servers.iter().map(server_info).collect(),
+        summary: Some(summary(&plan.whole.summary)),
+    }
+}
+
+fn summary(summary: &Summary) -> v1::PlanSummary {
+    v1::PlanSummary {
+        imbalance_before: summary.imbalance_before,
+        imbalance_after: summary.imbalance_after,
+        tasks: summary.tasks,
+        cells: summary.cells,
+        plan_seconds: summary.plan_seconds,
+        forward_bytes: summary.forward_bytes,
+        backward_bytes: summary.backward_bytes,
+    }
+}
+
+pub(crate) fn step_report(request: v1::ReportStepRequest) -> StepReport {
+    let server = |server: v1::ServerReport| ServerReport {
+        server: ServerId(server.server_id),
+        tasks: server.tasks,
+        compute_seconds: server.compute_seconds,
+        lost: server.lost,
+    };
+    StepReport {
+        job: JobId(request.job_id),
+        rank: request.rank,
+        step: request.step,
+        seconds: request.seconds,
+        exposed_seconds: request.exposed_seconds,
+        servers: request.servers.into_iter().map(server).collect(),
+    }
+}
