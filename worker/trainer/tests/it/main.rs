@@ -1,0 +1,13 @@
+//! Tests of the model, its training loop and what they stand on.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod corpus;
+mod exchange;
+mod gradients;
+mod optimizer;
+mod packing;
+mod support;
+mod threads;
+mod training;
+mod unfused;
