@@ -85,7 +85,9 @@ impl ErrorKind {
     /// Where a failure of this kind may be tried again, unless it says otherwise.
     pub fn retry(self) -> RetryHint {
         match self {
-            ErrorKind::Invalid | ErrorKind::Cancelled | ErrorKind::NotFound | ErrorKind::Aborted => RetryHint::Never,
+            ErrorKind::Invalid | ErrorKind::Cancelled | ErrorKind::NotFound | ErrorKind::Aborted => {
+                RetryHint::Never
+            }
             ErrorKind::Busy => RetryHint::Later,
             // A task too large for one server, or corrupted on one path, may fare better on another.
             ErrorKind::Corrupt

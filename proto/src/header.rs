@@ -44,6 +44,8 @@ impl TaskHeader {
     pub fn name(&self) -> String {
         let TaskHeader { job, step, layer, direction, task, .. } = self;
         let (document, q, heads) = (task.document(), task.q(), task.kv_heads());
-        format!("job {job}, step {step}, layer {layer}, {direction}, document {document}, queries {q}, kv heads {heads}")
+        format!(
+            "job {job}, step {step}, layer {layer}, {direction}, document {document}, queries {q}, kv heads {heads}"
+        )
     }
 }

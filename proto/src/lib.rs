@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod convert;
+mod describe;
 mod error;
 mod header;
 mod status;
@@ -11,6 +12,7 @@ mod status;
 pub use convert::{
     AssignedTask, MAX_NAME_BYTES, MAX_SLICES, TensorKind, TensorRef, WireTask, check_protocol_version,
 };
+pub use describe::describe;
 pub use error::{ErrorKind, RetryHint, TaskError};
 pub use header::TaskHeader;
 pub use status::failure_of;

@@ -23,7 +23,11 @@ impl From<&TaskError> for v1::Failure {
             RetryHint::Elsewhere => v1::RetryHint::Elsewhere,
             RetryHint::Later => v1::RetryHint::Later,
         };
-        v1::Failure { code: error.kind.code() as i32, message: shortened(&error.message), retry: retry as i32 }
+        v1::Failure {
+            code: error.kind.code() as i32,
+            message: shortened(&error.message),
+            retry: retry as i32,
+        }
     }
 }
 
@@ -34,7 +38,11 @@ impl From<v1::Failure> for TaskError {
             Ok(v1::RetryHint::Later) => RetryHint::Later,
             Ok(v1::RetryHint::Never | v1::RetryHint::Unspecified) | Err(_) => RetryHint::Never,
         };
-        TaskError { kind: ErrorKind::from_code(Code::from_i32(failure.code)), message: failure.message, retry }
+        TaskError {
+            kind: ErrorKind::from_code(Code::from_i32(failure.code)),
+            message: failure.message,
+            retry,
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::guard::{Deadline, guard};
-use crate::sizes::{refuse, result_bytes};
+use crate::sizes::{check, refuse, result_bytes};
 use crate::{ArrivedTask, Origin, Pending, Reply, TaskHandler, TaskRequest, Traffic, Transport};
 
 /// Most shipments that may wait for the server's memory at once.
@@ -37,15 +37,16 @@ impl std::fmt::Debug for InProcess {
 impl Transport for InProcess {
     fn ship(&self, shipment: Vec<TaskRequest>) -> Vec<Pending> {
         let Ok(permit) = Arc::clone(&self.waiting).try_acquire_owned() else {
-            let message = format!("{MAX_WAITING} shipments wait for the server in this process already; ship later");
+            let message =
+                format!("{MAX_WAITING} shipments wait for the server in this process already; ship later");
             let busy = || Pending::failed(TaskError::new(ErrorKind::Busy, message.clone()));
             return shipment.iter().map(|_| busy()).collect();
         };
         let mut pendings = Vec::with_capacity(shipment.len());
         let mut tasks = Vec::with_capacity(shipment.len());
         for request in shipment {
-            if let Err(error) = request.check() {
-                pendings.push(Pending::failed(TaskError::from(error).context(request.header.name())));
+            if let Err(error) = check(&request) {
+                pendings.push(Pending::failed(error.context(request.header.name())));
                 continue;
             }
             let deadline = Deadline::of(&request.header);

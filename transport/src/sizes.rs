@@ -1,10 +1,10 @@
 //! Which tensors a task reads and gives back, how large they are, and what any transport refuses. Both ends count
 //! credits by these sizes.
 
-use outboard_attention::{DType, Direction, Span};
+use outboard_attention::{DType, Direction, Span, TensorSlice};
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind};
 
-use crate::TaskHandler;
+use crate::{TaskHandler, TaskInputs, TaskRequest};
 
 /// The tensors that a task reads, in wire order.
 pub(crate) fn input_kinds(direction: Direction) -> &'static [TensorKind] {
@@ -14,6 +14,33 @@ pub(crate) fn input_kinds(direction: Direction) -> &'static [TensorKind] {
             &[TensorKind::Q, TensorKind::K, TensorKind::V, TensorKind::DO, TensorKind::Lse, TensorKind::D]
         }
     }
+}
+
+/// The tensor of a kind that the task reads, `None` when it has none.
+pub(crate) fn input_of(inputs: &TaskInputs, kind: TensorKind) -> Option<&TensorSlice> {
+    let gradient = inputs.gradient.as_ref();
+    match kind {
+        TensorKind::Q => Some(&inputs.q),
+        TensorKind::K => Some(&inputs.k),
+        TensorKind::V => Some(&inputs.v),
+        TensorKind::DO => gradient.map(|g| &g.d_o),
+        TensorKind::Lse => gradient.map(|g| &g.lse),
+        TensorKind::D => gradient.map(|g| &g.d),
+        _ => None,
+    }
+}
+
+/// Checks at the caller that a task's tensors are all there and fit its header.
+pub(crate) fn check(request: &TaskRequest) -> Result<(), TaskError> {
+    request.check()?;
+    check_dtypes(&request.header)?;
+    for &kind in input_kinds(request.header.direction) {
+        if input_of(&request.inputs, kind).is_none() {
+            let direction = request.header.direction;
+            return Err(TaskError::invalid(format!("a {direction} task needs {kind}, which is not given")));
+        }
+    }
+    Ok(())
 }
 
 /// The tensors that a task gives back, in wire order.
@@ -58,7 +85,8 @@ pub(crate) fn result_bytes(header: &TaskHeader) -> u64 {
 
 /// Refuses element types that no transport carries yet.
 pub(crate) fn check_dtypes(header: &TaskHeader) -> Result<(), TaskError> {
-    for (field, dtype) in [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)] {
+    for (field, dtype) in [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)]
+    {
         if dtype != DType::F32 {
             let message = format!("{field} is {dtype}, which is not supported yet; send f32");
             return Err(TaskError::new(ErrorKind::Unsupported, message));

@@ -54,8 +54,10 @@ impl TaskRequest {
         let task = &header.task;
         task.check(&header.geometry)?;
         let shapes = task.shapes(&header.geometry);
-        let fits = |name, tensor: &TensorSlice, needed: outboard_attention::Span, shape: [usize; 3]| {
-            match tensor.view_of(needed) {
+        let fits =
+            |name, tensor: &TensorSlice, needed: outboard_attention::Span, shape: [usize; 3]| match tensor
+                .view_of(needed)
+            {
                 Some(view) => view.expect(name, shape),
                 None => Err(InvalidAttention::OutsideSpan {
                     field: name,
@@ -63,8 +65,7 @@ impl TaskRequest {
                     bound_name: "the tokens it holds",
                     bound: tensor.tokens(),
                 }),
-            }
-        };
+            };
         fits("q", &inputs.q, task.q(), shapes.q)?;
         fits("k", &inputs.k, task.kv(), shapes.k)?;
         fits("v", &inputs.v, task.kv(), shapes.v)?;
@@ -122,7 +123,8 @@ impl Future for Pending {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         Pin::new(&mut self.receiver).poll(cx).map(|received| {
-            received.unwrap_or_else(|_| Err(TaskError::unavailable("the connection ended before the task did")))
+            received
+                .unwrap_or_else(|_| Err(TaskError::unavailable("the connection ended before the task did")))
         })
     }
 }

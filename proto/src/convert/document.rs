@@ -27,9 +27,13 @@ impl TryFrom<v1::Document> for Document {
         let id = convert("document.id", document.id)?;
         let name = |error: TaskError| error.context(format_args!("document {id}"));
         let tokens = index("document.tokens", document.tokens).map_err(name)?;
-        let home = |(n, home)| HomeRange::try_from(home).map_err(|e: TaskError| e.context(format_args!("homes[{n}]")));
-        let homes = document.homes.into_iter().enumerate().map(home).collect::<Result<Vec<_>, _>>().map_err(name)?;
-        let causal = Document::new(id, tokens, homes).map_err(|error| name(error.into()))?.with_tick(document.tick);
+        let home = |(n, home)| {
+            HomeRange::try_from(home).map_err(|e: TaskError| e.context(format_args!("homes[{n}]")))
+        };
+        let homes =
+            document.homes.into_iter().enumerate().map(home).collect::<Result<Vec<_>, _>>().map_err(name)?;
+        let causal =
+            Document::new(id, tokens, homes).map_err(|error| name(error.into()))?.with_tick(document.tick);
         if document.mask.is_empty() {
             return Ok(causal);
         }

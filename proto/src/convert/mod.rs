@@ -39,7 +39,10 @@ fn required<T>(field: &'static str, value: Option<T>) -> Result<T, TaskError> {
 }
 
 /// A required message field, converted.
-fn convert<W, D: TryFrom<W, Error = TaskError>>(field: &'static str, value: Option<W>) -> Result<D, TaskError> {
+fn convert<W, D: TryFrom<W, Error = TaskError>>(
+    field: &'static str,
+    value: Option<W>,
+) -> Result<D, TaskError> {
     D::try_from(required(field, value)?).map_err(|error| error.context(field))
 }
 
@@ -70,7 +73,9 @@ impl TryFrom<v1::Span> for Span {
 
     fn try_from(span: v1::Span) -> Result<Span, TaskError> {
         let v1::Span { start, end } = span;
-        let backwards = || TaskError::invalid(format!("start {start} is above end {end}; a range must not run backwards"));
+        let backwards = || {
+            TaskError::invalid(format!("start {start} is above end {end}; a range must not run backwards"))
+        };
         Span::new(index("start", start)?, index("end", end)?).ok_or_else(backwards)
     }
 }

@@ -57,9 +57,13 @@ fn parse(wire: v1::TaskHeader) -> Result<WireTask, TaskError> {
     task.check(&geometry)?;
     if wire.tensors.len() > MAX_TENSORS {
         let count = wire.tensors.len();
-        return Err(TaskError::invalid(format!("tensors names {count} tensors; a task reads at most {MAX_TENSORS}")));
+        return Err(TaskError::invalid(format!(
+            "tensors names {count} tensors; a task reads at most {MAX_TENSORS}"
+        )));
     }
-    let tensor = |(n, tensor)| TensorRef::try_from(tensor).map_err(|e: TaskError| e.context(format_args!("tensors[{n}]")));
+    let tensor = |(n, tensor)| {
+        TensorRef::try_from(tensor).map_err(|e: TaskError| e.context(format_args!("tensors[{n}]")))
+    };
     let tensors = wire.tensors.into_iter().enumerate().map(tensor).collect::<Result<Vec<_>, _>>()?;
     let header = TaskHeader {
         job: wire.job,

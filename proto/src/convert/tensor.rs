@@ -84,7 +84,9 @@ impl TryFrom<v1::TensorRef> for TensorRef {
             }
             Err(_) => {
                 let kind = tensor.kind;
-                return Err(TaskError::invalid(format!("kind is {kind}, which is no TensorKind of this protocol version")));
+                return Err(TaskError::invalid(format!(
+                    "kind is {kind}, which is no TensorKind of this protocol version"
+                )));
             }
         };
         let tokens = not_empty("tokens", convert("tokens", tensor.tokens)?)?;

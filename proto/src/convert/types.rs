@@ -25,10 +25,12 @@ pub(super) fn dtype(field: &'static str, value: i32) -> Result<DType, TaskError>
         Ok(v1::DType::F32) => Ok(DType::F32),
         Ok(v1::DType::Bf16) => Ok(DType::Bf16),
         Ok(v1::DType::F16) => Ok(DType::F16),
-        Ok(v1::DType::Unspecified) => {
-            Err(TaskError::invalid(format!("{field} is not given; set D_TYPE_F32, D_TYPE_BF16 or D_TYPE_F16")))
+        Ok(v1::DType::Unspecified) => Err(TaskError::invalid(format!(
+            "{field} is not given; set D_TYPE_F32, D_TYPE_BF16 or D_TYPE_F16"
+        ))),
+        Err(_) => {
+            Err(TaskError::invalid(format!("{field} is {value}, which is no DType of this protocol version")))
         }
-        Err(_) => Err(TaskError::invalid(format!("{field} is {value}, which is no DType of this protocol version"))),
     }
 }
 
@@ -37,10 +39,12 @@ pub(super) fn direction(field: &'static str, value: i32) -> Result<Direction, Ta
     match v1::Direction::try_from(value) {
         Ok(v1::Direction::Forward) => Ok(Direction::Forward),
         Ok(v1::Direction::Backward) => Ok(Direction::Backward),
-        Ok(v1::Direction::Unspecified) => {
-            Err(TaskError::invalid(format!("{field} is not given; set DIRECTION_FORWARD or DIRECTION_BACKWARD")))
-        }
-        Err(_) => Err(TaskError::invalid(format!("{field} is {value}, which is no Direction of this protocol version"))),
+        Ok(v1::Direction::Unspecified) => Err(TaskError::invalid(format!(
+            "{field} is not given; set DIRECTION_FORWARD or DIRECTION_BACKWARD"
+        ))),
+        Err(_) => Err(TaskError::invalid(format!(
+            "{field} is {value}, which is no Direction of this protocol version"
+        ))),
     }
 }
 
@@ -128,10 +132,14 @@ impl From<&MaskPart> for v1::BandSlice {
 pub(super) fn mask(field: &'static str, slices: Vec<v1::BandSlice>) -> Result<Mask, TaskError> {
     if slices.len() > MAX_SLICES {
         let count = slices.len();
-        let message = format!("{field} has {count} slices; at most {MAX_SLICES} are allowed: cut the task into smaller ones");
+        let message = format!(
+            "{field} has {count} slices; at most {MAX_SLICES} are allowed: cut the task into smaller ones"
+        );
         return Err(TaskError::invalid(message));
     }
-    let part = |(n, slice)| MaskPart::try_from(slice).map_err(|e: TaskError| e.context(format_args!("{field}[{n}]")));
+    let part = |(n, slice)| {
+        MaskPart::try_from(slice).map_err(|e: TaskError| e.context(format_args!("{field}[{n}]")))
+    };
     let parts = slices.into_iter().enumerate().map(part).collect::<Result<Vec<_>, _>>()?;
     Mask::new(parts).map_err(|error| TaskError::from(error).context(field))
 }

@@ -45,7 +45,7 @@ pub struct ClientConfig {
     pub streams: usize,
     /// How long connecting may take, greeting included.
     pub connect_timeout: Duration,
-    /// How long a shipment may wait for room at the server when its tasks have no deadline.
+    /// How long a shipment may wait for room at the server.
     pub credit_timeout: Duration,
     /// Most tasks that may be under way at once; more are refused as busy.
     pub max_tasks: usize,

@@ -14,15 +14,18 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::ServerConfig;
 use super::config::FRAME_BYTES;
+use super::session::{Shared, attend};
 use crate::TaskHandler;
 
-struct Edge {
-    handler: Arc<dyn TaskHandler>,
-}
+/// Messages that wait for the connection, of at most a chunk each.
+const MAX_MESSAGES: usize = 4;
+
+struct Edge(Shared);
 
 /// AttentionService over `handler`, in a router that may get further services. Once `drain` is cancelled, a stream
 /// ends as soon as it has no task left; refusing new tasks meanwhile is the handler's part.
-pub fn router(handler: Arc<dyn TaskHandler>, config: &ServerConfig, _drain: CancellationToken) -> Router {
+pub fn router(handler: Arc<dyn TaskHandler>, config: &ServerConfig, drain: CancellationToken) -> Router {
+    let shared = Shared { handler, config: config.clone(), drain };
     let link = &config.link;
     tonic::transport::Server::builder()
         .initial_stream_window_size(link.window_bytes)
@@ -30,7 +33,7 @@ pub fn router(handler: Arc<dyn TaskHandler>, config: &ServerConfig, _drain: Canc
         .max_frame_size(FRAME_BYTES)
         .http2_keepalive_interval(Some(link.keep_alive_interval))
         .http2_keepalive_timeout(Some(link.keep_alive_timeout))
-        .add_service(AttentionServiceServer::new(Edge { handler }))
+        .add_service(AttentionServiceServer::new(Edge(shared)))
 }
 
 /// Serves until `drain` is cancelled and the last stream has ended. Dropping the future cuts all streams.
@@ -49,16 +52,17 @@ impl AttentionService for Edge {
 
     async fn attend(
         &self,
-        _request: Request<Streaming<AttendRequest>>,
+        request: Request<Streaming<AttendRequest>>,
     ) -> Result<Response<Self::AttendStream>, Status> {
-        let (_out, inbound) = mpsc::channel(4);
-        Ok(Response::new(ReceiverStream::new(inbound)))
+        let (outbound, messages) = mpsc::channel(MAX_MESSAGES);
+        tokio::spawn(attend(self.0.clone(), request.into_inner(), outbound));
+        Ok(Response::new(ReceiverStream::new(messages)))
     }
 
     async fn get_server_stats(
         &self,
         _request: Request<GetServerStatsRequest>,
     ) -> Result<Response<GetServerStatsResponse>, Status> {
-        Ok(Response::new(self.handler.stats()))
+        Ok(Response::new(self.0.handler.stats()))
     }
 }

@@ -1,0 +1,327 @@
+//! What a server's stream has been told of and not yet handed on: tasks, and the tensors they wait for.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+
+use outboard_attention::{Span, TensorSlice};
+use outboard_proto::v1::Chunk;
+use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind, TensorRef, WireTask};
+
+use super::elements::Destination;
+use crate::sizes::{input_kinds, result_bytes, row_of, tensor_bytes, tokens_of};
+use crate::{ByteLease, GradientInputs, TaskInputs};
+
+/// Most ids of given-up tensors whose late chunks are still known for what they are.
+const MAX_DEAD: usize = 4096;
+/// Most tensors a task reads.
+const MAX_INPUTS: usize = 6;
+
+/// The tasks and tensors of one stream. No method panics or blocks on anything a client sends.
+#[derive(Debug)]
+pub(super) struct Arrivals {
+    max_tasks: usize,
+    tasks: HashMap<u64, Waiting>,
+    tensors: HashMap<u64, Tensor>,
+    dead: DeadTensors,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    header: TaskHeader,
+    tensors: Vec<TensorRef>,
+    /// How many of them are not whole.
+    missing: usize,
+    results: ByteLease,
+}
+
+#[derive(Debug)]
+struct Tensor {
+    carrier: u64,
+    tokens: Span,
+    row: [usize; 2],
+    content: Content,
+    lease: ByteLease,
+    /// Waiting tasks that name it, once for each time they do.
+    users: Vec<u64>,
+    /// True until a task says that no later one names it.
+    open: bool,
+}
+
+#[derive(Debug)]
+enum Content {
+    Arriving(Destination),
+    Whole(TensorSlice),
+}
+
+/// A task whose tensors are all there.
+#[derive(Debug)]
+pub(super) struct WholeTask {
+    pub(super) id: u64,
+    pub(super) header: TaskHeader,
+    pub(super) inputs: TaskInputs,
+    /// Bytes of its inputs and results.
+    pub(super) lease: ByteLease,
+    /// Bytes of its results alone.
+    pub(super) results: ByteLease,
+}
+
+/// A task that cannot go on.
+pub(super) type Failed = (u64, TaskError);
+
+/// Ids of tensors that were given up half-way: their chunks may still be on the way.
+#[derive(Debug, Default)]
+struct DeadTensors {
+    ids: HashSet<u64>,
+    order: VecDeque<u64>,
+}
+
+impl DeadTensors {
+    fn insert(&mut self, id: u64) {
+        if self.ids.insert(id) {
+            self.order.push_back(id);
+        }
+        if self.order.len() > MAX_DEAD
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.ids.remove(&oldest);
+        }
+    }
+}
+
+/// What the task spends: first its results, then each tensor it carries.
+pub(super) fn costs(task: &WireTask) -> Vec<u64> {
+    let carried = task.tensors.iter().filter(|tensor| tensor.carried);
+    let bytes = carried.map(|tensor| tensor_bytes(tensor.tokens.len(), row_of(&task.header, tensor.kind)));
+    std::iter::once(result_bytes(&task.header)).chain(bytes).collect()
+}
+
+impl Arrivals {
+    pub(super) fn new(max_tasks: usize) -> Arrivals {
+        let (tasks, tensors, dead) = (HashMap::new(), HashMap::new(), DeadTensors::default());
+        Arrivals { max_tasks, tasks, tensors, dead }
+    }
+
+    /// True when no task waits for a tensor.
+    pub(super) fn is_empty(&self) -> bool {
+        self.tasks.is_empty()
+    }
+
+    /// True when a task of this id waits.
+    pub(super) fn holds(&self, task: u64) -> bool {
+        self.tasks.contains_key(&task)
+    }
+
+    /// Checks the tensors that a task names against each other and against what the stream carries.
+    ///
+    /// # Errors
+    /// What is wrong with which tensor.
+    pub(super) fn check(&self, task: &WireTask) -> Result<(), TaskError> {
+        if self.tasks.len() >= self.max_tasks
+            || self.tensors.len() >= self.max_tasks.saturating_mul(MAX_INPUTS)
+        {
+            let message = format!(
+                "{} tasks of this stream wait for tensors already; send fewer at once",
+                self.tasks.len()
+            );
+            return Err(TaskError::new(ErrorKind::Busy, message));
+        }
+        let needed = input_kinds(task.header.direction);
+        for &kind in needed {
+            let count = task.tensors.iter().filter(|tensor| tensor.kind == kind).count();
+            if count != 1 {
+                return Err(TaskError::invalid(format!(
+                    "tensors names {kind} {count} times; it must be named once"
+                )));
+            }
+        }
+        for (n, tensor) in task.tensors.iter().enumerate() {
+            let check = self.check_tensor(task, &task.tensors[..n], tensor);
+            check.map_err(|error| error.context(format_args!("tensor {} ({})", tensor.id, tensor.kind)))?;
+        }
+        Ok(())
+    }
+
+    fn check_tensor(
+        &self,
+        task: &WireTask,
+        before: &[TensorRef],
+        tensor: &TensorRef,
+    ) -> Result<(), TaskError> {
+        let invalid = |message: String| Err(TaskError::invalid(message));
+        let TensorRef { id, kind, tokens, .. } = *tensor;
+        if !input_kinds(task.header.direction).contains(&kind) {
+            return invalid(format!("a {} task does not read it", task.header.direction));
+        }
+        let needed = tokens_of(&task.header, kind);
+        if !tokens.covers(needed) {
+            return invalid(format!("it holds tokens {tokens}, and the task needs {needed}"));
+        }
+        let row = row_of(&task.header, kind);
+        let earlier = before.iter().rev().find(|other| other.id == id);
+        let carried = match (self.tensors.get(&id), earlier) {
+            (Some(known), _) => Some((known.tokens, known.row, known.open)),
+            (None, Some(other)) => Some((other.tokens, row_of(&task.header, other.kind), !other.last_use)),
+            (None, None) => None,
+        };
+        match carried {
+            None if tensor.carried => Ok(()),
+            None => {
+                invalid("no task of the stream carries it, or its chunks were bad; carry it again".to_owned())
+            }
+            Some(_) if tensor.carried => {
+                invalid("it is carried twice; give every tensor an id of its own".to_owned())
+            }
+            Some((_, _, false)) => invalid("an earlier task said that it was the last to use it".to_owned()),
+            Some((other, ..)) if other != tokens => {
+                invalid(format!("it was carried with tokens {other}, and is named with {tokens}"))
+            }
+            Some((_, other, _)) if other != row => invalid(format!(
+                "it was carried as [tokens, heads, dim] with {other:?}, and the task needs {row:?}"
+            )),
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// Takes in a task that was checked and has spent its [`costs`]. Gives it back at once when all is there already.
+    pub(super) fn announce(&mut self, task: WireTask, leases: Vec<ByteLease>) -> Option<WholeTask> {
+        let WireTask { id, header, tensors } = task;
+        let mut leases = leases.into_iter();
+        let results = leases.next()?;
+        let mut missing = 0;
+        for tensor in &tensors {
+            if tensor.carried {
+                let row = row_of(&header, tensor.kind);
+                let bytes = tensor_bytes(tensor.tokens.len(), row) as usize;
+                let content = Content::Arriving(Destination::new(bytes));
+                let (tokens, users) = (tensor.tokens, Vec::new());
+                let new =
+                    Tensor { carrier: id, tokens, row, content, lease: leases.next()?, users, open: true };
+                self.tensors.insert(tensor.id, new);
+            }
+            if let Some(known) = self.tensors.get_mut(&tensor.id) {
+                known.users.push(id);
+                known.open &= !tensor.last_use;
+                missing += usize::from(matches!(known.content, Content::Arriving(_)));
+            }
+        }
+        self.tasks.insert(id, Waiting { header, tensors, missing, results });
+        if missing == 0 { self.complete(id) } else { None }
+    }
+
+    /// Takes in a chunk, and gives back the tasks that have become whole by it.
+    ///
+    /// # Errors
+    /// The tasks that cannot go on because of it. The rest of the stream can.
+    pub(super) fn chunk(&mut self, chunk: &Chunk) -> Result<Vec<WholeTask>, Vec<Failed>> {
+        let (task, id) = (chunk.task, chunk.tensor);
+        let fail = |message: String| Err(vec![(task, TaskError::new(ErrorKind::Corrupt, message))]);
+        let Some(tensor) = self.tensors.get_mut(&id) else {
+            if self.dead.ids.contains(&id) {
+                return Ok(Vec::new());
+            }
+            return fail(format!(
+                "a chunk of task {task} names tensor {id}, which is unknown or whole already"
+            ));
+        };
+        if tensor.carrier != task {
+            let carrier = tensor.carrier;
+            return fail(format!("a chunk of tensor {id} names task {task}, and task {carrier} carries it"));
+        }
+        let Content::Arriving(destination) = &mut tensor.content else {
+            return fail(format!("a chunk of task {task} comes after tensor {id} was whole"));
+        };
+        if let Err(error) = destination.put(chunk) {
+            return Err(self.give_up_tensor(id, task, &error));
+        }
+        if !destination.is_whole() {
+            return Ok(Vec::new());
+        }
+        let elements = std::mem::replace(destination, Destination::new(0)).into_elements();
+        let [heads, dim] = tensor.row;
+        match TensorSlice::contiguous("tensor", elements, tensor.tokens, heads, dim) {
+            Ok(slice) => tensor.content = Content::Whole(slice),
+            Err(error) => return Err(self.give_up_tensor(id, task, &error.into())),
+        }
+        let mut whole = Vec::new();
+        for user in tensor.users.clone() {
+            if let Some(waiting) = self.tasks.get_mut(&user) {
+                waiting.missing = waiting.missing.saturating_sub(1);
+                if waiting.missing == 0 {
+                    whole.extend(self.complete(user));
+                }
+            }
+        }
+        Ok(whole)
+    }
+
+    /// Forgets a waiting task. Its tensors stay as long as others may name them. False when it does not wait.
+    pub(super) fn cancel(&mut self, task: u64) -> bool {
+        let Some(waiting) = self.tasks.remove(&task) else { return false };
+        for tensor in &waiting.tensors {
+            self.leave(tensor.id, task);
+        }
+        true
+    }
+
+    /// Remembers the tensors of a refused header, so that their chunks are known for what they are.
+    pub(super) fn discard(&mut self, tensor: u64) {
+        if !self.tensors.contains_key(&tensor) {
+            self.dead.insert(tensor);
+        }
+    }
+
+    /// Gives up every waiting task, each with its header.
+    pub(super) fn drain(&mut self) -> Vec<(u64, TaskHeader)> {
+        self.tensors.clear();
+        self.tasks.drain().map(|(id, waiting)| (id, waiting.header)).collect()
+    }
+
+    fn give_up_tensor(&mut self, id: u64, carrier: u64, error: &TaskError) -> Vec<Failed> {
+        self.dead.insert(id);
+        let users = self.tensors.remove(&id).map(|tensor| tensor.users).unwrap_or_default();
+        let mut failed = Vec::new();
+        for user in users {
+            if let Some(waiting) = self.tasks.get(&user) {
+                failed.push((user, error.clone().context(waiting.header.name())));
+                self.cancel(user);
+            }
+        }
+        if failed.is_empty() {
+            failed.push((carrier, error.clone()));
+        }
+        failed
+    }
+
+    fn leave(&mut self, tensor: u64, task: u64) {
+        let Some(known) = self.tensors.get_mut(&tensor) else { return };
+        known.users.retain(|&user| user != task);
+        if known.users.is_empty() && !known.open {
+            if matches!(known.content, Content::Arriving(_)) {
+                self.dead.insert(tensor);
+            }
+            self.tensors.remove(&tensor);
+        }
+    }
+
+    fn complete(&mut self, id: u64) -> Option<WholeTask> {
+        let Waiting { header, tensors, results, .. } = self.tasks.remove(&id)?;
+        let mut leases = vec![results.clone()];
+        let mut slices = Vec::with_capacity(tensors.len());
+        for tensor in &tensors {
+            if let Some(Tensor { content: Content::Whole(slice), lease, .. }) = self.tensors.get(&tensor.id) {
+                slices.push((tensor.kind, slice.clone()));
+                leases.push(lease.clone());
+            }
+        }
+        for tensor in &tensors {
+            self.leave(tensor.id, id);
+        }
+        let slice = |kind| slices.iter().find(|(k, _)| *k == kind).map(|(_, slice)| slice.clone());
+        let gradient = match (slice(TensorKind::DO), slice(TensorKind::Lse), slice(TensorKind::D)) {
+            (Some(d_o), Some(lse), Some(d)) => Some(GradientInputs { d_o, lse, d }),
+            _ => None,
+        };
+        let (q, k, v) = (slice(TensorKind::Q)?, slice(TensorKind::K)?, slice(TensorKind::V)?);
+        let inputs = TaskInputs { q, k, v, gradient };
+        Some(WholeTask { id, header, inputs, lease: ByteLease::joined(leases), results })
+    }
+}

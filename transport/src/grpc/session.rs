@@ -1,0 +1,310 @@
+//! One stream on the server, from greeting to end.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use futures::FutureExt;
+use futures::future::{BoxFuture, Fuse, FusedFuture};
+use outboard_proto::v1::attend_request::Message;
+use outboard_proto::v1::attend_response::Message as Answer;
+use outboard_proto::v1::{self, AttendRequest, ClientGreeting, Failure, ServerGreeting, TaskFailure};
+use outboard_proto::{ErrorKind, PROTOCOL_VERSION, TaskError, TaskHeader, WireTask, check_protocol_version};
+use tokio::sync::mpsc;
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+use tonic::{Code, Status, Streaming};
+
+use super::ServerConfig;
+use super::account::Account;
+use super::arrivals::{Arrivals, Failed, WholeTask, costs};
+use super::results::outgoing;
+use super::writer::{FinishedTask, Outbound, Writer, write};
+use crate::sizes::refuse;
+use crate::{ArrivedTask, Origin, Pending, TaskHandler};
+
+/// Most failures that wait to be read; then no more requests are read.
+const MAX_FAILURES: usize = 256;
+/// Most results that wait to be sent. Each holds its memory meanwhile.
+const MAX_RESULTS: usize = 16;
+
+/// What every stream of a server shares.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub(super) handler: Arc<dyn TaskHandler>,
+    pub(super) config: ServerConfig,
+    pub(super) drain: CancellationToken,
+}
+
+/// The reading half of a stream.
+struct Reader {
+    shared: Shared,
+    account: Arc<Account>,
+    control: mpsc::Sender<Answer>,
+    results: mpsc::Sender<FinishedTask>,
+    arrivals: Arrivals,
+    /// Tasks at the handler, or whose results wait to be sent. Dropping the set cancels them.
+    tasks: JoinSet<u64>,
+    running: HashMap<u64, AbortHandle>,
+    granting: Fuse<BoxFuture<'static, Result<(), TaskError>>>,
+}
+
+/// Serves one stream until either side ends it.
+pub(super) async fn attend(shared: Shared, mut inbound: Streaming<AttendRequest>, outbound: Outbound) {
+    let error = match serve(shared, &mut inbound, &outbound).await {
+        Ok(()) => return,
+        Err(error) => error,
+    };
+    tracing::warn!(%error, "a stream ended early");
+    // When even this cannot be sent, the client has gone.
+    let _ = outbound.send_timeout(Err(Status::from(error)), std::time::Duration::from_secs(5)).await;
+}
+
+async fn serve(
+    shared: Shared,
+    inbound: &mut Streaming<AttendRequest>,
+    outbound: &Outbound,
+) -> Result<(), TaskError> {
+    let stall_timeout = shared.config.stall_timeout;
+    let late = |_| TaskError::deadline("the greeting", stall_timeout);
+    let first = tokio::time::timeout(stall_timeout, inbound.message()).await.map_err(late)?;
+    let greeting = match first.map(|message| message.and_then(|m| m.message)) {
+        Ok(Some(Message::Greeting(greeting))) => greeting,
+        Ok(Some(_)) => {
+            let message =
+                "the first message of a stream must be its greeting; send ClientGreeting, then tasks";
+            return Err(TaskError::invalid(message));
+        }
+        Ok(None) | Err(_) => return Ok(()),
+    };
+    let account = greet(&shared, &greeting)?;
+    let (control, control_queue) = mpsc::channel(MAX_FAILURES);
+    let (results, results_queue) = mpsc::channel(MAX_RESULTS);
+    let writer = Writer {
+        handler: Arc::clone(&shared.handler),
+        account: Arc::clone(&account),
+        control: control_queue,
+        results: results_queue,
+        outbound: outbound.clone(),
+        stall_timeout,
+    };
+    let answer = ServerGreeting {
+        protocol_version: PROTOCOL_VERSION,
+        numerics_id: shared.handler.numerics_id().to_owned(),
+        memory_bytes: shared.handler.budget().largest(),
+        credit_bytes: account.standing(),
+    };
+    // The queue is empty and its reader is there, so this cannot fail.
+    let _ = control.try_send(Answer::Greeting(answer));
+    let reader = Reader {
+        arrivals: Arrivals::new(shared.config.max_tasks),
+        shared,
+        account,
+        control,
+        results,
+        tasks: JoinSet::new(),
+        running: HashMap::new(),
+        granting: Fuse::terminated(),
+    };
+    let writing = write(writer);
+    tokio::pin!(writing);
+    // The writer ends first only when the client has gone or stands still.
+    tokio::select! {
+        read = reader.read(inbound) => read?,
+        written = &mut writing => return written,
+    }
+    writing.await
+}
+
+fn greet(shared: &Shared, greeting: &ClientGreeting) -> Result<Arc<Account>, TaskError> {
+    let ClientGreeting { protocol_version, job, rank, session, streams } = greeting;
+    check_protocol_version(*protocol_version)?;
+    let budget = shared.handler.budget();
+    let window = shared.config.window_bytes.min(budget.limit() / 8);
+    let account = Account::open(budget, window / u64::from((*streams).max(1)));
+    let credit = account.standing();
+    tracing::debug!(job, rank, session, credit, "a stream opened");
+    Ok(account)
+}
+
+impl Reader {
+    async fn read(mut self, inbound: &mut Streaming<AttendRequest>) -> Result<(), TaskError> {
+        let (mut reading, mut draining) = (true, false);
+        let stall_timeout = self.shared.config.stall_timeout;
+        let mut heard = Instant::now();
+        loop {
+            let idle = self.arrivals.is_empty() && self.running.is_empty() && self.tasks.is_empty();
+            if idle && (draining || !reading) {
+                return Ok(());
+            }
+            tokio::select! {
+                message = inbound.message(), if reading => {
+                    heard = Instant::now();
+                    match message {
+                        Ok(Some(AttendRequest { message })) => self.take(message).await?,
+                        Ok(None) => {
+                            reading = false;
+                            self.give_up_waiting().await?;
+                        }
+                        Err(status) if matches!(status.code(), Code::OutOfRange | Code::Internal) => {
+                            return Err(TaskError::invalid(format!("a message cannot be read: {}", status.message())));
+                        }
+                        // The connection is gone, and with it whoever could be told.
+                        Err(_) => return Ok(()),
+                    }
+                }
+                Some(ended) = self.tasks.join_next() => {
+                    // A cancelled task has left `running` already.
+                    if let Ok(id) = ended {
+                        self.running.remove(&id);
+                    }
+                }
+                granted = &mut self.granting, if !self.granting.is_terminated() => granted?,
+                () = self.shared.drain.cancelled(), if !draining => draining = true,
+                () = sleep_until(heard + stall_timeout), if reading && !self.arrivals.is_empty() => {
+                    return Err(TaskError::deadline("sending the tensors of the stream's tasks", stall_timeout));
+                }
+            }
+        }
+    }
+
+    async fn take(&mut self, message: Option<Message>) -> Result<(), TaskError> {
+        match message {
+            Some(Message::Task(header)) => self.take_header(header).await,
+            Some(Message::Chunk(chunk)) => {
+                self.shared.handler.count_bytes(chunk.data.len() as u64, 0);
+                match self.arrivals.chunk(&chunk) {
+                    Ok(whole) => whole.into_iter().for_each(|task| self.submit(task)),
+                    Err(failed) => {
+                        for failed in failed {
+                            self.fail(failed).await?;
+                        }
+                    }
+                }
+                Ok(())
+            }
+            Some(Message::Cancel(v1::CancelTask { task })) => {
+                self.forget(task);
+                Ok(())
+            }
+            Some(Message::Credit(v1::CreditRequest { bytes })) => {
+                if !self.granting.is_terminated() {
+                    return Err(TaskError::invalid(format!(
+                        "{bytes} bytes of credit are asked for while another request waits; await its grant first"
+                    )));
+                }
+                self.granting = Arc::clone(&self.account).grant(bytes).boxed().fuse();
+                Ok(())
+            }
+            Some(Message::CreditReturn(v1::CreditReturn { bytes })) => {
+                self.account.give_back(bytes);
+                Ok(())
+            }
+            Some(Message::Greeting(_)) => Err(TaskError::invalid("a second greeting; a stream has one")),
+            None => Err(TaskError::invalid(
+                "a message of no known kind; run one version of Outboard on both sides",
+            )),
+        }
+    }
+
+    async fn take_header(&mut self, wire: v1::TaskHeader) -> Result<(), TaskError> {
+        let id = wire.task;
+        let carried: Vec<u64> = wire.tensors.iter().filter(|t| t.carried).map(|t| t.id).collect();
+        let announced = self.announce(wire);
+        match announced {
+            Ok(whole) => {
+                whole.into_iter().for_each(|task| self.submit(task));
+                Ok(())
+            }
+            Err(error) => {
+                carried.into_iter().for_each(|tensor| self.arrivals.discard(tensor));
+                self.fail((id, error)).await
+            }
+        }
+    }
+
+    fn announce(&mut self, wire: v1::TaskHeader) -> Result<Option<WholeTask>, TaskError> {
+        let id = wire.task;
+        if self.arrivals.holds(id) || self.running.contains_key(&id) {
+            let message = format!(
+                "task id {id} is taken by a task of the stream that has not ended; both are given up"
+            );
+            return Err(TaskError::invalid(message));
+        }
+        let task = WireTask::try_from(wire)?;
+        let name = task.header.name();
+        let named = |error: TaskError| error.context(&name);
+        self.arrivals.check(&task).map_err(named)?;
+        let leases = self.account.spend(&costs(&task)).map_err(named)?;
+        let refused = refuse(&*self.shared.handler, &task.header);
+        let whole = self.arrivals.announce(task, leases);
+        // Even the tensors of a refused task are taken in where later tasks may name them.
+        refused.map_err(|error| {
+            self.arrivals.cancel(id);
+            named(error)
+        })?;
+        Ok(whole)
+    }
+
+    fn submit(&mut self, task: WholeTask) {
+        let WholeTask { id, header, inputs, lease, results } = task;
+        let (reply, pending) = Pending::new();
+        let forward =
+            forward(id, header.clone(), pending, results, self.control.clone(), self.results.clone());
+        self.running.insert(id, self.tasks.spawn(forward));
+        self.shared.handler.submit(ArrivedTask { header, inputs, origin: Origin::Remote, lease, reply });
+    }
+
+    /// Ends a task with an error. A task that the stream does not know ends at the client only.
+    async fn fail(&mut self, (id, error): Failed) -> Result<(), TaskError> {
+        self.forget(id);
+        self.shared.handler.count_failed(&error);
+        send_failure(&self.control, id, &error).await;
+        Ok(())
+    }
+
+    fn forget(&mut self, id: u64) {
+        if !self.arrivals.cancel(id)
+            && let Some(task) = self.running.remove(&id)
+        {
+            task.abort();
+        }
+    }
+
+    async fn give_up_waiting(&mut self) -> Result<(), TaskError> {
+        for (id, header) in self.arrivals.drain() {
+            let error = TaskError::new(
+                ErrorKind::Corrupt,
+                "the stream ended before all tensors of the task had come",
+            );
+            self.fail((id, error.context(header.name()))).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Awaits a task's end at the handler and passes it on. Dropping this cancels the task.
+async fn forward(
+    id: u64,
+    header: TaskHeader,
+    pending: Pending,
+    lease: crate::ByteLease,
+    control: mpsc::Sender<Answer>,
+    results: mpsc::Sender<FinishedTask>,
+) -> u64 {
+    let named = |error: TaskError| error.context(header.name());
+    let outcome =
+        pending.await.map_err(named).and_then(|outcome| outgoing(id, &header, outcome).map_err(named));
+    match outcome {
+        // The queues are gone only when the client is.
+        Ok(result) => drop(results.send(FinishedTask { result, _lease: lease }).await),
+        Err(error) => send_failure(&control, id, &error).await,
+    }
+    id
+}
+
+async fn send_failure(control: &mpsc::Sender<Answer>, task: u64, error: &TaskError) {
+    let failure = Answer::Failure(TaskFailure { task, failure: Some(Failure::from(error)) });
+    // The queue is gone only when the client is.
+    let _ = control.send(failure).await;
+}
