@@ -58,7 +58,7 @@ pub(crate) fn carve(
             let Some(strip) = cut.kept.get(n).copied() else { break };
             let taken = slice.parts(sheets, &strip, wanted, edge.slack);
             let cells: u64 = taken.iter().map(Strip::cells).sum();
-            if cells == 0 || u128::from(cells) > 2 * u128::from(wanted) {
+            if cells == 0 || u128::from(cells) >= 2 * u128::from(wanted) {
                 break;
             }
             need -= i128::from(cells);
@@ -132,7 +132,8 @@ fn slices(
 ) -> impl Iterator<Item = Slice> {
     let (lo, hi) = (strip.q.start(), strip.q.end());
     let per_head = need.div_ceil(heads as u64).max(1);
-    let whole = (per_head >= strip.unit).then_some(Slice { heads, q: strip.q, moves: None });
+    let fits = u128::from(strip.unit) * heads as u128 <= u128::from(need);
+    let whole = fits.then_some(Slice { heads, q: strip.q, moves: None });
     // The tail; the end that is best for a causal slice, or a few for any other mask; the head.
     let ends = match sheet.is_causal() {
         _ if whole.is_some() => [0; 4],
@@ -191,9 +192,9 @@ impl Slice {
 
 /// The largest step at which cutting rows of `q`, for one kv head, moves no more than `cells` cells at once.
 pub(crate) fn step(sheet: &Sheet<'_>, q: Span, cells: u64) -> usize {
-    let keys = sheet.keys(q).len() as u64;
+    let row = sheet.heaviest(q);
     let mut step = BLOCK;
-    while step > SMALLEST_STEP && step as u64 * keys > cells {
+    while step > SMALLEST_STEP && step as u64 * row > cells {
         step /= 2;
     }
     step

@@ -3,8 +3,9 @@
 //! # Goals
 //! 1. Balance. In every tick, cells over weight of the busiest slot stay within `1 + tolerance` of the mean.
 //! 2. Few bytes. Work starts where its queries live; only the excess of busy slots moves, in few, large slices.
-//! 3. Pieces. A slot's work comes as at least 8 tasks, none above a quarter of it, so that the work of a server that
-//!    dies spreads over all that are left.
+//! 3. Pieces. A slot's work in a tick comes as at least 8 tasks, none above a quarter of it, so that the work of a
+//!    server that dies spreads over all that are left. Excepted are slots with less work than 512 rows as heavy as
+//!    their heaviest, of one kv head.
 //!
 //! # What is guaranteed
 //! - Every cell of every document lies in exactly one task ([`outboard_attention::StepPlan::check`]); no task is

@@ -61,6 +61,20 @@ impl Rows {
         after.checked_sub(1).and_then(|n| self.ramps.get(n)).map_or(0, |ramp| ramp.upto(row))
     }
 
+    /// The most cells that a row of `[from, to)` holds.
+    pub(crate) fn heaviest(&self, from: usize, to: usize) -> u64 {
+        let first = self.ramps.partition_point(|ramp| ramp.start <= from).saturating_sub(1);
+        let after = self.ramps.partition_point(|ramp| ramp.start < to);
+        let ends = self.ramps.iter().skip(1 + first).map(|ramp| ramp.start).chain([self.len]);
+        let ramps = self.ramps.iter().take(after).skip(first).zip(ends);
+        let heaviest = |(ramp, end): (&Ramp, usize)| {
+            let row = |row: usize| ramp.first + (row - ramp.start) as i64 * ramp.slope;
+            let (from, to) = (from.max(ramp.start), to.min(end));
+            if from < to { row(from).max(row(to - 1)) } else { 0 }
+        };
+        ramps.map(heaviest).max().map_or(0, |cells| cells as u64)
+    }
+
     /// The first row at which [`Rows::upto`] has reached `cells`; the number of rows when it never does.
     pub(crate) fn reach(&self, cells: u64) -> usize {
         let after = self.ramps.partition_point(|ramp| ramp.before < cells);
@@ -119,12 +133,15 @@ mod tests {
         #[test]
         fn sums_agree_with_counting(slices in slices()) {
             let rows = Rows::new(&slices, 70);
+            let row = |i: usize| slices.iter().map(|s| s.keys_of(i).len() as u64).sum::<u64>();
             let mut sum = 0;
             for i in 0..=70 {
                 prop_assert_eq!(rows.upto(i), sum, "row {}", i);
                 let first = (0..=i).find(|&x| rows.upto(x) >= sum).unwrap_or(i);
                 prop_assert_eq!(rows.reach(sum), first);
-                sum += slices.iter().map(|s| s.keys_of(i).len() as u64).sum::<u64>();
+                sum += row(i);
+                let heaviest = (i.saturating_sub(7)..i).map(row).max().unwrap_or(0);
+                prop_assert_eq!(rows.heaviest(i.saturating_sub(7), i), heaviest);
             }
             prop_assert_eq!(rows.reach(sum + 1), 70);
         }

@@ -44,6 +44,11 @@ impl Sheet<'_> {
         self.rows.upto(q.end()) - self.rows.upto(q.start())
     }
 
+    /// The most cells that a row of `q` holds, for one kv head.
+    pub(crate) fn heaviest(&self, q: Span) -> u64 {
+        self.rows.heaviest(q.start(), q.end())
+    }
+
     /// The smallest range of rows that holds all cells of the rows `q`.
     pub(crate) fn trim(&self, q: Span) -> Span {
         let (before, upto) = (self.rows.upto(q.start()), self.rows.upto(q.end()));

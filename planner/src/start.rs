@@ -34,11 +34,9 @@ pub(crate) fn shares(problem: &Problem, cells: u64) -> Vec<Share> {
     let share = |slot: &crate::Slot| {
         let fair = cells as f64 * (slot.weight / total);
         let slack = fair * (SLACK * problem.tolerance).max(LEAST_SLACK);
-        Share {
-            rank: slot.rank,
-            cap: (fair * (1.0 + USED_TOLERANCE * problem.tolerance)) as u64,
-            slack: slack as u64,
-        }
+        // A step of fewer cells than slots must have room for them.
+        let cap = (fair * (1.0 + USED_TOLERANCE * problem.tolerance)).floor().max(fair.ceil());
+        Share { rank: slot.rank, cap: cap as u64, slack: slack as u64 }
     };
     problem.slots.iter().map(share).collect()
 }

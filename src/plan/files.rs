@@ -1,0 +1,241 @@
+//! STEP.json and PLAN.json, and what they mean in the domain.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, bail, ensure};
+use outboard_attention::{
+    BandSlice, DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, Mask, MaskPart, Span, StepPlan,
+};
+use outboard_planner::{Problem, Slot};
+use serde::{Deserialize, Serialize};
+
+/// STEP.json: what one training step asks of core attention.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct StepFile {
+    model: ModelEntry,
+    servers: Vec<ServerEntry>,
+    documents: Vec<DocumentEntry>,
+    flops_per_second: Option<f64>,
+    bytes_per_second: Option<f64>,
+    token_slack: Option<f64>,
+    slots: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ModelEntry {
+    q_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    v_head_dim: Option<usize>,
+    bytes_per_element: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ServerEntry {
+    id: u64,
+    rank: Option<u32>,
+    speed: Option<f64>,
+    memory_bytes: Option<u64>,
+    bytes_per_second: Option<f64>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct DocumentEntry {
+    id: u64,
+    tokens: usize,
+    home: Option<Vec<HomeEntry>>,
+    #[serde(default)]
+    tick: u32,
+    mask: Option<Vec<SliceEntry>>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct HomeEntry {
+    rank: u32,
+    start: usize,
+    end: usize,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SliceEntry {
+    q: [usize; 2],
+    kv: [usize; 2],
+    kv_heads: Option<[usize; 2]>,
+    lo: Option<i64>,
+    hi: Option<i64>,
+}
+
+/// A step as the planner takes it.
+pub(super) struct Step {
+    /// Slot n is server `servers[n]`, document `0.n` is `documents[n]`.
+    pub(super) problem: Problem,
+    /// Servers' ids, ascending.
+    pub(super) servers: Vec<u64>,
+    /// Documents' ids, ascending.
+    pub(super) documents: Vec<u64>,
+    /// What the step says and this version does not use.
+    pub(super) unused: Vec<String>,
+}
+
+impl TryFrom<StepFile> for Step {
+    type Error = anyhow::Error;
+
+    fn try_from(mut file: StepFile) -> anyhow::Result<Step> {
+        let geometry = geometry(&file.model).context("model")?;
+        let unused = unused(&file)?;
+        ensure!(!file.servers.is_empty(), "servers is empty; a plan needs at least one");
+        ensure!(!file.documents.is_empty(), "documents is empty; there is nothing to plan");
+        if let Some(slots) = file.slots {
+            let servers = file.servers.len();
+            ensure!(slots == servers as u64, "slots is {slots}; this version plans one a server, and there are {servers}");
+        }
+        let slots = file.servers.iter().enumerate().map(slot).collect::<anyhow::Result<Vec<_>>>()?;
+        let mut servers: Vec<(u64, Slot)> = file.servers.iter().map(|server| server.id).zip(slots).collect();
+        servers.sort_unstable_by_key(|(id, _)| *id);
+        if let Some(pair) = servers.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            bail!("servers holds id {} twice", pair[0].0);
+        }
+        file.documents.iter().enumerate().try_for_each(check_home)?;
+        file.documents.sort_by_key(|document| document.id);
+        if let Some(pair) = file.documents.windows(2).find(|pair| pair[0].id == pair[1].id) {
+            bail!("documents holds id {} twice", pair[0].id);
+        }
+        let ids = file.documents.iter().map(|document| document.id).collect();
+        let domain = |(n, entry): (usize, DocumentEntry)| {
+            let name = format!("document {}", entry.id);
+            document(n, entry, &geometry).context(name)
+        };
+        let documents = file.documents.into_iter().enumerate().map(domain).collect::<anyhow::Result<Vec<_>>>()?;
+        let (servers, slots) = servers.into_iter().unzip();
+        Ok(Step { problem: Problem::new(geometry, documents, slots), servers, documents: ids, unused })
+    }
+}
+
+fn geometry(model: &ModelEntry) -> anyhow::Result<HeadGeometry> {
+    let &ModelEntry { q_heads, kv_heads, head_dim, v_head_dim, bytes_per_element } = model;
+    let dtype = match bytes_per_element {
+        2 => DType::Bf16,
+        4 => DType::F32,
+        other => bail!("bytes_per_element is {other}; it must be 2 or 4"),
+    };
+    let scale = 1.0 / (head_dim.max(1) as f32).sqrt();
+    let v_head_dim = v_head_dim.unwrap_or(head_dim);
+    Ok(HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale, dtype }.try_into()?)
+}
+
+/// What the planner makes no use of yet, said so that nobody counts on it.
+fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
+    let positive = |name: &str, value: Option<f64>| match value {
+        Some(value) if !(value.is_finite() && value > 0.0) => bail!("{name} is {value}; it must be finite and above zero"),
+        value => Ok(value.is_some()),
+    };
+    let mut unused = Vec::new();
+    let rates = [("flops_per_second", file.flops_per_second), ("bytes_per_second", file.bytes_per_second)];
+    for (name, value) in rates {
+        if positive(name, value)? {
+            unused.push(format!("{name} is not used yet: the plan balances first and then moves few bytes"));
+        }
+    }
+    if let Some(slack) = file.token_slack {
+        bail!("token_slack is {slack}, but homes are not chosen yet: give every document its home and leave token_slack out");
+    }
+    let mut links = 0;
+    for (n, server) in file.servers.iter().enumerate() {
+        links += usize::from(positive(&format!("servers[{n}].bytes_per_second"), server.bytes_per_second)?);
+    }
+    if links > 0 {
+        unused.push(format!("bytes_per_second of {links} servers is not used yet: all links count as equal"));
+    }
+    let memories = file.servers.iter().filter(|server| server.memory_bytes.is_some()).count();
+    if memories > 0 {
+        unused.push(format!("memory_bytes of {memories} servers is not used yet: the plan may need more memory"));
+    }
+    Ok(unused)
+}
+
+fn slot((n, server): (usize, &ServerEntry)) -> anyhow::Result<Slot> {
+    let weight = server.speed.unwrap_or(1.0);
+    ensure!(
+        weight.is_finite() && weight > 0.0,
+        "servers[{n}].speed of server {} is {weight}; it must be finite and above zero",
+        server.id
+    );
+    Ok(Slot { rank: server.rank, weight })
+}
+
+fn check_home((n, document): (usize, &DocumentEntry)) -> anyhow::Result<()> {
+    let id = document.id;
+    ensure!(document.home.is_some(), "documents[{n}] (id {id}) has no home, and homes are not chosen yet: add its home");
+    Ok(())
+}
+
+fn document(n: usize, entry: DocumentEntry, geometry: &HeadGeometry) -> anyhow::Result<Document> {
+    let index = u32::try_from(n).context("more documents than 32 bits can number")?;
+    let mut homes = entry.home.unwrap_or_default();
+    homes.sort_by_key(|home| home.start);
+    let range = |home: &HomeEntry| {
+        let tokens = span("home", [home.start, home.end])?;
+        anyhow::Ok(HomeRange { rank: home.rank, tokens })
+    };
+    let homes = homes.iter().map(range).collect::<anyhow::Result<Vec<_>>>()?;
+    let document = Document::new(DocumentId { rank: 0, index }, entry.tokens, homes)?.with_tick(entry.tick);
+    let Some(slices) = entry.mask else { return Ok(document) };
+    ensure!(!slices.is_empty(), "mask is empty; leave it out for a causal document");
+    let part = |(n, slice): (usize, &SliceEntry)| part(slice, geometry).with_context(|| format!("mask[{n}]"));
+    let parts = slices.iter().enumerate().map(part).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(document.with_mask(Mask::new(parts).context("mask")?)?)
+}
+
+fn part(entry: &SliceEntry, geometry: &HeadGeometry) -> anyhow::Result<MaskPart> {
+    let all = geometry.kv_heads();
+    let kv_heads = entry.kv_heads.map_or(Ok(Span::to(all)), |range| span("kv_heads", range))?;
+    ensure!(Span::to(all).covers(kv_heads), "kv_heads is {kv_heads}; model.kv_heads is {all}");
+    let slice = BandSlice::new(span("q", entry.q)?, span("kv", entry.kv)?, entry.lo, entry.hi)?;
+    Ok(MaskPart { kv_heads, slice })
+}
+
+fn span(name: &str, [start, end]: [usize; 2]) -> anyhow::Result<Span> {
+    Span::new(start, end).with_context(|| format!("{name} is [{start}, {end}], which runs backwards"))
+}
+
+/// PLAN.json: who computes what.
+#[derive(Debug, Serialize)]
+pub(super) struct PlanFile {
+    tasks: Vec<TaskEntry>,
+    plan_seconds: f64,
+}
+
+#[derive(Debug, Serialize)]
+struct TaskEntry {
+    document: u64,
+    q: [usize; 2],
+    kv: [usize; 2],
+    kv_heads: [usize; 2],
+    server: u64,
+    group: u32,
+}
+
+impl PlanFile {
+    /// The plan in terms of the step's own ids, which `servers` and `documents` list in order of the planner's.
+    pub(super) fn new(plan: &StepPlan, servers: &[u64], documents: &[u64], plan_seconds: f64) -> PlanFile {
+        let servers: BTreeMap<u32, u64> = (0..).zip(servers.iter().copied()).collect();
+        let ends = |span: Span| [span.start(), span.end()];
+        let task = |task: &outboard_attention::PlannedTask| {
+            Some(TaskEntry {
+                document: documents.get(task.document.index as usize).copied()?,
+                q: ends(task.q),
+                kv: ends(task.kv),
+                kv_heads: ends(task.kv_heads),
+                server: servers.get(&task.slot).copied()?,
+                group: task.group,
+            })
+        };
+        PlanFile { tasks: plan.tasks().filter_map(|(_, t)| task(t)).collect(), plan_seconds }
+    }
+}

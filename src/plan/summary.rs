@@ -1,0 +1,62 @@
+//! A plan for human eyes.
+
+use comfy_table::{CellAlignment, Table, presets};
+use outboard_attention::StepPlan;
+use outboard_planner::{Loads, Problem, Traffic};
+
+/// More servers than this are too many to read.
+const ROWS: usize = 32;
+
+/// Per server its share, tasks and bytes, busiest first where there are many; then the step as a whole.
+pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> String {
+    let Problem { geometry, documents, slots, .. } = problem;
+    let after = Loads::planned(plan, documents, geometry);
+    let traffic = Traffic::of(plan, problem);
+    let cells = after.totals();
+    let total: f64 = cells.iter().map(|&c| c as f64).sum();
+    let weights: f64 = slots.iter().map(|slot| slot.weight).sum();
+    let share = |n: usize| match total > 0.0 {
+        true => cells[n] as f64 / slots[n].weight / (total / weights),
+        false => 0.0,
+    };
+    let mut tasks = vec![0usize; slots.len()];
+    for (_, task) in plan.tasks() {
+        tasks[task.slot as usize] += 1;
+    }
+    let mut order: Vec<usize> = (0..slots.len()).collect();
+    if order.len() > ROWS {
+        order.sort_by(|&a, &b| share(b).total_cmp(&share(a)));
+    }
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["server", "rank", "cells / mean", "tasks", "MB in", "MB out"]);
+    for &n in order.iter().take(ROWS) {
+        let rank = slots[n].rank.map_or("-".to_owned(), |rank| rank.to_string());
+        let bytes_in = traffic.forward.bytes_in[n] + traffic.backward.bytes_in[n];
+        let bytes_out = traffic.forward.bytes_out[n] + traffic.backward.bytes_out[n];
+        let [bytes_in, bytes_out] = [bytes_in, bytes_out].map(|bytes| format!("{:.1}", bytes as f64 / 1e6));
+        table.add_row([
+            servers[n].to_string(),
+            rank,
+            format!("{:.4}", share(n)),
+            tasks[n].to_string(),
+            bytes_in,
+            bytes_out,
+        ]);
+    }
+    for column in table.column_iter_mut() {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    let hidden = order.len().saturating_sub(ROWS);
+    let more = if hidden > 0 { format!("\n{hidden} servers with less work are not shown") } else { String::new() };
+    let ranks = documents.iter().flat_map(|d| d.homes()).map(|home| home.rank);
+    let ranks = ranks.chain(slots.iter().filter_map(|slot| slot.rank)).max().map_or(0, |last| last as usize + 1);
+    let before = Loads::at_home(documents, geometry, ranks).max_over_mean();
+    format!(
+        "{table}{more}\n{} tasks; max / mean {before:.3} at home, {:.4} planned; forward {:.3} GB, backward {:.3} GB a layer",
+        tasks.iter().sum::<usize>(),
+        after.max_over_mean_by(|n| slots[n].weight),
+        traffic.forward.total as f64 / 1e9,
+        traffic.backward.total as f64 / 1e9,
+    )
+}
