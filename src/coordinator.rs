@@ -42,13 +42,18 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     options.check()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.context("cannot start the async runtime")?.block_on(serve(args, options))
+    let runtime = runtime.context("cannot start the async runtime")?;
+    let served = runtime.block_on(serve(args, options));
+    // Neither a plan in the making nor a read of standard input may hold the process up.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(args: Args, options: Options) -> anyhow::Result<()> {
     let listen = args.listen;
     let listener = TcpListener::bind(listen).await;
-    let listener = listener.with_context(|| format!("cannot listen on {listen}; choose another address with --listen"))?;
+    let listener = listener
+        .with_context(|| format!("cannot listen on {listen}; choose another address with --listen"))?;
     say_ready(args.json, listener.local_addr()?);
     let shutdown = async move {
         tokio::select! {
@@ -65,7 +70,8 @@ async fn serve(args: Args, options: Options) -> anyhow::Result<()> {
 fn say_ready(as_json: bool, address: SocketAddr) {
     let pid = std::process::id();
     if as_json {
-        let ready = json!({"kind": "ready", "role": "coordinator", "address": address.to_string(), "pid": pid});
+        let ready =
+            json!({"kind": "ready", "role": "coordinator", "address": address.to_string(), "pid": pid});
         println!("{ready}");
     } else {
         println!("coordinator ready at {address}, pid {pid}");

@@ -147,3 +147,107 @@ impl PartialEq for Busy {
 }
 
 impl Eq for Busy {}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn server(id: u64) -> ServerId {
+        ServerId(id)
+    }
+
+    fn takers(in_place: &[(u32, u64)], dedicated: &[u64]) -> Takers {
+        Takers {
+            in_place: in_place.iter().map(|&(rank, id)| (rank, server(id))).collect(),
+            dedicated: dedicated.iter().copied().map(server).collect(),
+        }
+    }
+
+    #[test]
+    fn slots_keep_their_servers_and_newcomers_fill_gaps() {
+        let slots = [SlotSpec::of(Some(0)), SlotSpec::of(None), SlotSpec::of(None)];
+        let first = assign(&slots, &Assignment::default(), &takers(&[(0, 1)], &[2, 3])).unwrap();
+        assert_eq!(first.slots, [Some(server(1)), Some(server(2)), Some(server(3))]);
+        assert!(first.spread.is_empty());
+        let second = assign(&slots, &first, &takers(&[(0, 1)], &[3])).unwrap();
+        assert_eq!(second.slots, [Some(server(1)), None, Some(server(3))]);
+        assert_eq!(second.spread, [server(1), server(3)]);
+        let third = assign(&slots, &second, &takers(&[(0, 1)], &[3, 4])).unwrap();
+        assert_eq!(third.slots, [Some(server(1)), Some(server(4)), Some(server(3))]);
+    }
+
+    #[test]
+    fn nobody_left_is_no_assignment() {
+        assert_eq!(assign(&[SlotSpec::of(None)], &Assignment::default(), &takers(&[], &[])), None);
+    }
+
+    prop_compose! {
+        /// Evenly loaded slots, some of whose servers are gone, as after a failure.
+        fn failures()(
+            slots in 2usize..10,
+            pieces in prop::collection::vec(8u64..30, 10),
+            ticks in 1u32..3,
+            alive in prop::collection::vec(any::<bool>(), 10),
+        ) -> (Vec<SlotSpec>, Vec<Load>, Vec<u64>) {
+            // Every slot holds 2520 cells a tick, in pieces of its own size.
+            let mut loads = Vec::new();
+            for tick in 0..ticks {
+                for slot in 0..slots {
+                    let mut left = 2520;
+                    while left > 0 {
+                        let cells = left.min(2520 / pieces[slot]);
+                        loads.push(Load { tick, slot: slot as u32, cells });
+                        left -= cells;
+                    }
+                }
+            }
+            let mut live: Vec<u64> = (0..slots as u64).filter(|&n| alive[n as usize]).collect();
+            if live.is_empty() {
+                live.push(0);
+            }
+            (vec![SlotSpec::of(None); slots], loads, live)
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn a_failure_leaves_survivors_within_a_piece_of_even((slots, loads, live) in failures()) {
+            let all: Vec<u64> = (0..slots.len() as u64).collect();
+            let before = assign(&slots, &Assignment::default(), &takers(&[], &all)).unwrap();
+            let after = assign(&slots, &before, &takers(&[], &live)).unwrap();
+            let placed = place(&loads, &slots, &after);
+            prop_assert_eq!(&placed, &place(&loads, &slots, &after));
+            let ticks = loads.iter().map(|l| l.tick).max().unwrap_or(0) + 1;
+            for tick in 0..ticks {
+                let mut work: BTreeMap<ServerId, u64> = live.iter().map(|&id| (server(id), 0)).collect();
+                for (load, at) in loads.iter().zip(&placed).filter(|(load, _)| load.tick == tick) {
+                    let sum = work.get_mut(&at.unwrap());
+                    prop_assert!(sum.is_some(), "a task on a server that is gone");
+                    *sum.unwrap() += load.cells;
+                    // A slot whose server lives keeps its tasks.
+                    if live.contains(&u64::from(load.slot)) {
+                        prop_assert_eq!(at.unwrap(), server(u64::from(load.slot)));
+                    }
+                }
+                let largest = loads.iter().map(|l| l.cells).max().unwrap_or(0);
+                let (least, most) = (work.values().min().unwrap(), work.values().max().unwrap());
+                prop_assert!(most - least <= largest, "{work:?}, largest piece {largest}");
+            }
+        }
+    }
+
+    #[test]
+    fn heavier_servers_take_more() {
+        let light = SlotSpec::of(None);
+        let slots = [SlotSpec { weight: 3.0, ..light }, light, light];
+        let loads: Vec<Load> = (0..40).map(|_| Load { tick: 0, slot: 2, cells: 10 }).collect();
+        let assignment = Assignment {
+            slots: vec![Some(server(1)), Some(server(2)), None],
+            spread: vec![server(1), server(2)],
+        };
+        let placed = place(&loads, &slots, &assignment);
+        assert_eq!(placed.iter().filter(|at| **at == Some(server(1))).count(), 30);
+    }
+}

@@ -74,7 +74,7 @@ pub struct Summary {
 }
 
 /// A step's plan with every task placed.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct PlannedStep {
     /// Grows by one whenever slots are placed on other servers than before.
     pub plan_epoch: u64,

@@ -171,3 +171,123 @@ fn unknown(id: ServerId) -> Error {
     );
     Error::new(ErrorKind::NotFound, message)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use outboard_attention::DType;
+
+    const LEASE: Duration = Duration::from_secs(10);
+
+    fn spec(address: &str, in_place: Option<(&str, u32)>) -> ServerSpec {
+        ServerSpec {
+            host: "host".into(),
+            address: address.into(),
+            socket: String::new(),
+            device: "cpu".into(),
+            memory_bytes: 1 << 20,
+            dtypes: vec![DType::F32],
+            max_head_dim: 256,
+            numerics_id: "cpu-test".into(),
+            in_place: in_place.map(|(job, rank)| InPlace { job: job.into(), rank }),
+        }
+    }
+
+    fn pool() -> (Pool, Instant) {
+        (Pool::new(LEASE, 3, 1), Instant::now())
+    }
+
+    fn ids(pool: &Pool, job: &str) -> Vec<u64> {
+        pool.candidates(job).iter().map(|(id, _)| id.0).collect()
+    }
+
+    #[test]
+    fn a_server_stays_while_it_renews_its_lease() {
+        let (mut pool, start) = pool();
+        let (id, _) = pool.register(spec("a:1", None), start).unwrap();
+        assert!(!pool.heartbeat(id, start + LEASE / 2).unwrap());
+        assert!(pool.expire(start + LEASE).is_empty());
+        let gone = pool.expire(start + LEASE * 3 / 2);
+        assert_eq!((gone[0].id, gone[0].drained), (id, false));
+        let error = pool.heartbeat(id, start + LEASE * 3 / 2).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::NotFound);
+        assert!(error.message.contains("register again"), "{error}");
+        assert!(pool.list(start).is_empty());
+    }
+
+    #[test]
+    fn a_heartbeat_after_the_lease_does_not_renew_it() {
+        let (mut pool, start) = pool();
+        let (id, _) = pool.register(spec("a:1", None), start).unwrap();
+        assert_eq!(pool.heartbeat(id, start + LEASE).unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn an_address_or_a_place_registered_anew_replaces_the_older_server() {
+        let (mut pool, start) = pool();
+        let (first, _) = pool.register(spec("a:1", None), start).unwrap();
+        let (second, gone) = pool.register(spec("a:1", Some(("job", 0))), start).unwrap();
+        assert_eq!(gone.iter().map(|g| g.id).collect::<Vec<_>>(), [first]);
+        let (third, gone) = pool.register(spec("b:1", Some(("job", 0))), start).unwrap();
+        assert_eq!(gone.iter().map(|g| g.id).collect::<Vec<_>>(), [second]);
+        assert_eq!(ids(&pool, "job"), [third.0]);
+        // One that replaces two at once leaves neither behind.
+        let (fourth, _) = pool.register(spec("c:1", None), start).unwrap();
+        let (fifth, gone) = pool.register(spec("c:1", Some(("job", 0))), start).unwrap();
+        assert_eq!(gone.iter().map(|g| g.id).collect::<Vec<_>>(), [fourth, third]);
+        assert_eq!(ids(&pool, "job"), [fifth.0]);
+        assert!(pool.expire(start + LEASE).iter().all(|g| g.id == fifth));
+    }
+
+    #[test]
+    fn draining_and_suspect_servers_take_no_tasks() {
+        let (mut pool, start) = pool();
+        let (a, _) = pool.register(spec("a:1", None), start).unwrap();
+        let (b, _) = pool.register(spec("b:1", None), start).unwrap();
+        pool.drain(a).unwrap();
+        pool.suspect(b, start);
+        assert!(ids(&pool, "job").is_empty());
+        assert!(pool.heartbeat(a, start + LEASE / 2).unwrap(), "a draining server is told so");
+        pool.heartbeat(b, start + LEASE / 2).unwrap();
+        assert!(ids(&pool, "job").is_empty(), "too early to trust it again");
+        pool.heartbeat(b, start + LEASE).unwrap();
+        assert_eq!(ids(&pool, "job"), [b.0]);
+        assert_eq!(pool.drain(ServerId(99)).unwrap_err().kind, ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn in_place_servers_serve_their_own_job_only() {
+        let (mut pool, start) = pool();
+        pool.register(spec("a:1", Some(("one", 0))), start).unwrap();
+        pool.register(spec("b:1", Some(("two", 0))), start).unwrap();
+        pool.register(spec("c:1", None), start).unwrap();
+        assert_eq!((ids(&pool, "one"), ids(&pool, "two")), (vec![1, 3], vec![2, 3]));
+        let error = pool.register(spec("d:1", None), start).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Busy);
+    }
+
+    #[test]
+    fn what_cannot_be_a_server_is_refused_by_field() {
+        let (mut pool, start) = pool();
+        let good = || spec("a:1", None);
+        let cases = [
+            ("server.address", ServerSpec { address: "nowhere".into(), ..good() }),
+            ("server.address", ServerSpec { address: "host:0".into(), ..good() }),
+            ("server.address", ServerSpec { address: ":80".into(), ..good() }),
+            ("server.address", ServerSpec { address: "host:99999".into(), ..good() }),
+            ("server.numerics_id", ServerSpec { numerics_id: String::new(), ..good() }),
+            ("server.numerics_id", ServerSpec { numerics_id: "x\n".into(), ..good() }),
+            ("server.memory_bytes", ServerSpec { memory_bytes: 0, ..good() }),
+            ("server.dtypes", ServerSpec { dtypes: Vec::new(), ..good() }),
+            ("server.max_head_dim", ServerSpec { max_head_dim: 0, ..good() }),
+            ("server.host", ServerSpec { host: "h".repeat(300), ..good() }),
+            ("server.job", spec("a:1", Some(("", 0)))),
+        ];
+        for (field, bad) in cases {
+            let error = pool.register(bad, start).unwrap_err();
+            assert_eq!(error.kind, ErrorKind::Invalid);
+            assert!(error.message.contains(field), "{field}: {error}");
+        }
+        assert!(pool.list(start).is_empty());
+    }
+}

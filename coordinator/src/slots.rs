@@ -259,3 +259,112 @@ fn most_common(servers: &[&Candidate]) -> String {
 fn note((id, spec): &(ServerId, Arc<ServerSpec>), why: &str) -> String {
     format!("server {id} at {} {why}", spec.address)
 }
+
+#[cfg(test)]
+mod tests {
+    use outboard_attention::DType;
+
+    use super::*;
+    use crate::server::InPlace;
+
+    fn terms(ranks: u32, slots: Vec<SlotSpec>, min_servers: u32) -> Terms {
+        let geometry = HeadGeometry::standard(8, 2, 64).unwrap();
+        Terms { job: "job".into(), ranks, geometry, slots, min_servers }
+    }
+
+    fn server(id: u64, rank: Option<u32>, numerics_id: &str) -> Candidate {
+        let spec = ServerSpec {
+            host: String::new(),
+            address: format!("host:{id}"),
+            socket: String::new(),
+            device: "cpu".into(),
+            memory_bytes: 1,
+            dtypes: vec![DType::F32],
+            max_head_dim: 128,
+            numerics_id: numerics_id.into(),
+            in_place: rank.map(|rank| InPlace { job: "job".into(), rank }),
+        };
+        (ServerId(id), Arc::new(spec))
+    }
+
+    fn ready(terms: &Terms, servers: &[Candidate]) -> Footing {
+        match terms.readiness(servers) {
+            Readiness::Ready(footing) => footing,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn one_slot_a_server_ranks_first() {
+        let servers =
+            [server(1, None, "a"), server(2, Some(1), "a"), server(3, Some(0), "a"), server(4, None, "a")];
+        let footing = ready(&terms(2, Vec::new(), 0), &servers);
+        let ranks: Vec<_> = footing.slots.iter().map(|slot| slot.rank).collect();
+        assert_eq!(ranks, [Some(0), Some(1), None, None]);
+        assert_eq!(footing.in_place, BTreeMap::from([(0, ServerId(3)), (1, ServerId(2))]));
+        assert!(footing.left_out.is_empty());
+    }
+
+    #[test]
+    fn the_numerics_id_of_most_servers_wins_and_others_are_named() {
+        let servers = [server(1, None, "b"), server(2, None, "a"), server(3, None, "b")];
+        let footing = ready(&terms(1, Vec::new(), 0), &servers);
+        assert_eq!((footing.numerics_id.as_str(), footing.slots.len()), ("b", 2));
+        assert!(
+            footing.left_out[0].contains("server 2 at host:2 has numerics id a, the job b"),
+            "{footing:?}"
+        );
+        // Of equally many, the least.
+        assert_eq!(ready(&terms(1, Vec::new(), 0), &servers[..2]).numerics_id, "a");
+        // In-place servers have no choice.
+        let servers = [server(1, Some(0), "a"), server(2, None, "b"), server(3, None, "b")];
+        assert_eq!(ready(&terms(1, Vec::new(), 0), &servers).numerics_id, "a");
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        let waiting = |terms: Terms, servers: &[Candidate], what: &str| match terms.readiness(servers) {
+            Readiness::Waiting(message) => assert!(message.contains(what), "{message}"),
+            other => panic!("{other:?}"),
+        };
+        waiting(terms(1, Vec::new(), 0), &[], "0 servers that it can use in the pool, 1 needed");
+        let two = [server(1, None, "a"), server(2, None, "b")];
+        waiting(
+            terms(1, Vec::new(), 2),
+            &two,
+            "1 server that it can use in the pool, 2 needed; not used: server 2",
+        );
+        waiting(terms(2, vec![SlotSpec::of(Some(1))], 0), &two[..1], "no in-place server of rank 1");
+        waiting(terms(2, vec![SlotSpec::of(None)], 0), &[server(1, Some(0), "a")], "no dedicated server");
+    }
+
+    #[test]
+    fn servers_that_cannot_serve_in_place_are_refused() {
+        let refused = |terms: Terms, servers: &[Candidate], what: &str| match terms.readiness(servers) {
+            Readiness::Refused(error) => assert!(error.message.contains(what), "{error}"),
+            other => panic!("{other:?}"),
+        };
+        let servers = [server(1, Some(0), "a"), server(2, Some(1), "b")];
+        refused(terms(2, Vec::new(), 0), &servers, "a at rank 0, b at rank 1");
+        let wide = Terms { geometry: HeadGeometry::standard(8, 2, 256).unwrap(), ..terms(2, Vec::new(), 0) };
+        refused(wide, &servers, "computes head dims up to 128, the job has 256");
+    }
+
+    #[test]
+    fn bad_terms_are_refused_by_field() {
+        let slot = SlotSpec::of(None);
+        let cases = [
+            ("job is empty", Terms { job: String::new(), ..terms(1, Vec::new(), 0) }),
+            ("ranks is 0", terms(0, Vec::new(), 0)),
+            ("slots[1].weight is NaN", terms(1, vec![slot, SlotSpec { weight: f64::NAN, ..slot }], 0)),
+            ("slots[0].weight is 0", terms(1, vec![SlotSpec { weight: 0.0, ..slot }], 0)),
+            ("slots[0].rank is 1", terms(1, vec![SlotSpec::of(Some(1))], 0)),
+            ("slots[0].rank and slots[1].rank", terms(1, vec![SlotSpec::of(Some(0)); 2], 0)),
+            ("slots[0].bytes_per_second", terms(1, vec![SlotSpec { bytes_per_second: -1.0, ..slot }], 0)),
+        ];
+        for (what, terms) in cases {
+            let error = terms.check().unwrap_err();
+            assert!(error.message.contains(what), "{what}: {error}");
+        }
+    }
+}

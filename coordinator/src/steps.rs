@@ -263,3 +263,115 @@ fn check_same(before: &[Document], now: &[Document]) -> Result<(), Error> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TIMEOUT: Duration = Duration::from_secs(10);
+
+    fn steps(ranks: u32, ahead: u32) -> (Steps, Instant) {
+        (Steps::new(ranks, ahead, TIMEOUT), Instant::now())
+    }
+
+    fn none() -> Arc<Vec<Document>> {
+        Arc::new(Vec::new())
+    }
+
+    fn plan_all(steps: &mut Steps, now: Instant) {
+        while let Some((step, _)) = steps.next_complete(now) {
+            steps.planned(step, Arc::new(PlannedStep::default()));
+        }
+    }
+
+    #[test]
+    fn a_step_is_complete_when_all_ranks_have_spoken() {
+        let (mut steps, now) = steps(2, 4);
+        let _first = steps.submit(1, 5, none(), now).unwrap();
+        assert!(steps.next_complete(now).is_none());
+        let _second = steps.submit(0, 5, none(), now).unwrap();
+        assert_eq!(steps.next_complete(now).unwrap().0, 5);
+        assert!(steps.next_complete(now).is_none(), "it is planned once");
+    }
+
+    #[test]
+    fn steps_come_in_order_and_bounded() {
+        let (mut steps, now) = steps(2, 2);
+        steps.submit(0, 3, none(), now).unwrap();
+        let error = steps.submit(1, 4, none(), now).unwrap_err();
+        assert!(error.message.contains("rank 1 submits step 3 next"), "{error}");
+        steps.submit(0, 4, none(), now).unwrap();
+        let error = steps.submit(0, 5, none(), now).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Busy);
+        assert!(error.message.contains("step 3, which ranks 0, 1 has not received"), "{error}");
+        steps.submit(1, 3, none(), now).unwrap();
+        plan_all(&mut steps, now);
+        (0..2).for_each(|rank| steps.fetched(rank, 3));
+        steps.submit(0, 5, none(), now).unwrap();
+        assert!(steps.submit(0, u64::MAX, none(), now).is_err());
+    }
+
+    #[test]
+    fn a_received_step_is_kept_for_retries_for_a_while() {
+        let (mut steps, now) = steps(1, 2);
+        for step in 0..10 {
+            steps.submit(0, step, none(), now).unwrap();
+            plan_all(&mut steps, now);
+            steps.fetched(0, step);
+            assert!(steps.open.len() <= 2);
+        }
+        steps.submit(0, 8, none(), now).unwrap();
+        let error = steps.submit(0, 7, none(), now).unwrap_err();
+        assert!(error.message.contains("over"), "{error}");
+    }
+
+    #[test]
+    fn missing_ranks_are_named_with_their_last_step() {
+        let (mut steps, now) = steps(3, 4);
+        (0..3).for_each(|rank| drop(steps.submit(rank, 0, none(), now).unwrap()));
+        plan_all(&mut steps, now);
+        let later = now + TIMEOUT;
+        assert!(steps.stuck("id", later).is_none(), "nobody waits");
+        steps.submit(0, 1, none(), later).unwrap();
+        assert!(steps.stuck("id", later + TIMEOUT / 2).is_none());
+        let error = steps.stuck("id", later + TIMEOUT).unwrap();
+        assert_eq!(error.kind, ErrorKind::Aborted);
+        assert!(error.message.contains("step 1: ranks 1, 2 did not submit it within 10.0 s"), "{error}");
+        assert!(error.message.contains("rank 1 submitted step 0 last"), "{error}");
+    }
+
+    #[test]
+    fn a_step_submitted_early_is_not_late_while_earlier_ones_go_on() {
+        let (mut steps, now) = steps(2, 4);
+        for step in 0..4 {
+            steps.submit(0, step, none(), now).unwrap();
+        }
+        let slow = now + TIMEOUT * 9 / 10;
+        steps.submit(1, 0, none(), slow).unwrap();
+        plan_all(&mut steps, slow);
+        assert!(steps.stuck("id", now + TIMEOUT * 3 / 2).is_none());
+        assert!(steps.stuck("id", slow + TIMEOUT).is_some());
+    }
+
+    #[test]
+    fn a_rank_that_left_is_named_at_once_when_a_step_needs_it() {
+        let (mut steps, now) = steps(2, 4);
+        (0..2).for_each(|rank| drop(steps.submit(rank, 0, none(), now).unwrap()));
+        assert!(!steps.leave(1));
+        assert!(steps.stuck("id", now).is_none(), "it has said all that step 0 needs");
+        steps.submit(0, 1, none(), now).unwrap();
+        plan_all(&mut steps, now);
+        let error = steps.stuck("id", now).unwrap();
+        assert!(error.message.contains("rank 1 has left the job; it submitted step 0 last"), "{error}");
+        assert!(steps.leave(0));
+    }
+
+    #[test]
+    fn a_step_that_nobody_takes_fails_in_time() {
+        let (mut steps, now) = steps(1, 4);
+        steps.submit(0, 0, none(), now).unwrap();
+        assert!(steps.stuck("id", now).is_none());
+        let error = steps.stuck("id", now + TIMEOUT).unwrap();
+        assert_eq!(error.kind, ErrorKind::Unavailable);
+    }
+}
