@@ -194,10 +194,10 @@ mod tests {
             // Every slot holds 2520 cells a tick, in pieces of its own size.
             let mut loads = Vec::new();
             for tick in 0..ticks {
-                for slot in 0..slots {
+                for (slot, count) in pieces.iter().enumerate().take(slots) {
                     let mut left = 2520;
                     while left > 0 {
-                        let cells = left.min(2520 / pieces[slot]);
+                        let cells = left.min(2520 / count);
                         loads.push(Load { tick, slot: slot as u32, cells });
                         left -= cells;
                     }

@@ -147,7 +147,7 @@ impl Steps {
         let slow = self.numbered().filter(|(rank, _)| open.said.get(rank).is_none_or(|said| !said.fetched));
         let slow: Vec<u32> = slow.map(|(rank, _)| rank).collect();
         let message = format!(
-            "it is {ahead} or more steps ahead of step {oldest}, which {} has not received; submit it later",
+            "it is {ahead} or more steps ahead of step {oldest}, whose plan has not reached {}; submit it later",
             ranks(&slow)
         );
         Err(Error::new(ErrorKind::Busy, message))
@@ -303,7 +303,7 @@ mod tests {
         steps.submit(0, 4, none(), now).unwrap();
         let error = steps.submit(0, 5, none(), now).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Busy);
-        assert!(error.message.contains("step 3, which ranks 0, 1 has not received"), "{error}");
+        assert!(error.message.contains("step 3, whose plan has not reached ranks 0, 1"), "{error}");
         steps.submit(1, 3, none(), now).unwrap();
         plan_all(&mut steps, now);
         (0..2).for_each(|rank| steps.fetched(rank, 3));
