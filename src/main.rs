@@ -3,9 +3,15 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use tracing_subscriber::EnvFilter;
 
+mod attention_server;
 mod bench;
+mod coordinator;
+mod cores;
+mod lifetime;
 mod plan;
+mod train;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -20,16 +26,31 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Role {
+    /// Train a small Llama whose core attention is computed by attention servers, and compare with local attention.
+    Train(train::Args),
+    /// Run one attention server.
+    AttentionServer(attention_server::Args),
+    /// Run the coordinator: the pool, the jobs, and their plans.
+    Coordinator(coordinator::Args),
     /// Plan a step: read STEP.json, print PLAN.json.
     Plan(plan::Args),
     /// Measure speed on this machine.
     Bench(bench::Args),
+    /// One rank of `outboard train`, which starts it.
+    #[command(hide = true)]
+    TrainRank,
 }
 
 fn main() -> ExitCode {
+    let filter = EnvFilter::try_from_env("OUTBOARD_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let outcome = match Cli::parse().role {
+        Role::Train(args) => train::run(args),
+        Role::AttentionServer(args) => attention_server::run(args),
+        Role::Coordinator(args) => coordinator::run(args),
         Role::Plan(args) => plan::run(args),
         Role::Bench(args) => bench::run(args),
+        Role::TrainRank => train::rank::run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,

@@ -21,7 +21,7 @@ pub(crate) struct Args {
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
     /// How far the busiest server may lie above the mean, as a fraction of it. More moves fewer bytes.
-    #[arg(long, default_value_t = outboard_planner::DEFAULT_TOLERANCE)]
+    #[arg(long, allow_negative_numbers = true, default_value_t = outboard_planner::DEFAULT_TOLERANCE)]
     tolerance: f64,
 }
 
@@ -53,7 +53,20 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 
 fn read(path: &Path) -> anyhow::Result<Step> {
     let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let file: StepFile =
-        serde_json::from_slice(&text).with_context(|| format!("{} is not a valid step", path.display()))?;
+    let file: StepFile = serde_json::from_slice(&text).map_err(|error| {
+        let before = near(&text, error.line(), error.column());
+        anyhow::anyhow!("{} is not a valid step: {error}{before}", path.display())
+    })?;
     Step::try_from(file).with_context(|| path.display().to_string())
+}
+
+/// What stands before a place in a file, as far as it fits a message: it shows the field at fault.
+fn near(text: &[u8], line: usize, column: usize) -> String {
+    const SHOWN: usize = 40;
+    let line = text.split(|&byte| byte == b'\n').nth(line.saturating_sub(1)).unwrap_or_default();
+    let end = column.min(line.len());
+    match String::from_utf8_lossy(&line[end.saturating_sub(SHOWN)..end]).trim() {
+        "" => String::new(),
+        shown => format!(", just after `{shown}`"),
+    }
 }

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, anyhow, bail, ensure};
 use outboard_attention::{
-    BandSlice, DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, Mask, MaskPart, Span, StepPlan,
+    BandSlice, DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention, Mask,
+    MaskPart, Span, StepPlan,
 };
 use outboard_planner::{Problem, Slot};
 use serde::{Deserialize, Serialize};
@@ -93,13 +94,24 @@ impl TryFrom<StepFile> for Step {
         ensure!(!file.documents.is_empty(), "documents is empty; there is nothing to plan");
         if let Some(slots) = file.slots {
             let servers = file.servers.len();
-            ensure!(slots == servers as u64, "slots is {slots}; this version plans one a server, and there are {servers}");
+            ensure!(
+                slots == servers as u64,
+                "slots is {slots}; this version plans one a server, and there are {servers}"
+            );
         }
         let slots = file.servers.iter().enumerate().map(slot).collect::<anyhow::Result<Vec<_>>>()?;
         let mut servers: Vec<(u64, Slot)> = file.servers.iter().map(|server| server.id).zip(slots).collect();
         servers.sort_unstable_by_key(|(id, _)| *id);
         if let Some(pair) = servers.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             bail!("servers holds id {} twice", pair[0].0);
+        }
+        let mut of_rank = BTreeMap::new();
+        for (id, slot) in &servers {
+            if let Some(rank) = slot.rank
+                && let Some(other) = of_rank.insert(rank, id)
+            {
+                bail!("servers {other} and {id} both have rank {rank}; a rank has one in-place server");
+            }
         }
         file.documents.iter().enumerate().try_for_each(check_home)?;
         file.documents.sort_by_key(|document| document.id);
@@ -111,7 +123,8 @@ impl TryFrom<StepFile> for Step {
             let name = format!("document {}", entry.id);
             document(n, entry, &geometry).context(name)
         };
-        let documents = file.documents.into_iter().enumerate().map(domain).collect::<anyhow::Result<Vec<_>>>()?;
+        let documents =
+            file.documents.into_iter().enumerate().map(domain).collect::<anyhow::Result<Vec<_>>>()?;
         let (servers, slots) = servers.into_iter().unzip();
         Ok(Step { problem: Problem::new(geometry, documents, slots), servers, documents: ids, unused })
     }
@@ -132,7 +145,9 @@ fn geometry(model: &ModelEntry) -> anyhow::Result<HeadGeometry> {
 /// What the planner makes no use of yet, said so that nobody counts on it.
 fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     let positive = |name: &str, value: Option<f64>| match value {
-        Some(value) if !(value.is_finite() && value > 0.0) => bail!("{name} is {value}; it must be finite and above zero"),
+        Some(value) if !(value.is_finite() && value > 0.0) => {
+            bail!("{name} is {value}; it must be finite and above zero")
+        }
         value => Ok(value.is_some()),
     };
     let mut unused = Vec::new();
@@ -143,7 +158,9 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
         }
     }
     if let Some(slack) = file.token_slack {
-        bail!("token_slack is {slack}, but homes are not chosen yet: give every document its home and leave token_slack out");
+        bail!(
+            "token_slack is {slack}, but homes are not chosen yet: give every document its home and leave token_slack out"
+        );
     }
     let mut links = 0;
     for (n, server) in file.servers.iter().enumerate() {
@@ -154,7 +171,9 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     }
     let memories = file.servers.iter().filter(|server| server.memory_bytes.is_some()).count();
     if memories > 0 {
-        unused.push(format!("memory_bytes of {memories} servers is not used yet: the plan may need more memory"));
+        unused.push(format!(
+            "memory_bytes of {memories} servers is not used yet: the plan may need more memory"
+        ));
     }
     Ok(unused)
 }
@@ -171,7 +190,10 @@ fn slot((n, server): (usize, &ServerEntry)) -> anyhow::Result<Slot> {
 
 fn check_home((n, document): (usize, &DocumentEntry)) -> anyhow::Result<()> {
     let id = document.id;
-    ensure!(document.home.is_some(), "documents[{n}] (id {id}) has no home, and homes are not chosen yet: add its home");
+    ensure!(
+        document.home.is_some(),
+        "documents[{n}] (id {id}) has no home, and homes are not chosen yet: add its home"
+    );
     Ok(())
 }
 
@@ -184,7 +206,15 @@ fn document(n: usize, entry: DocumentEntry, geometry: &HeadGeometry) -> anyhow::
         anyhow::Ok(HomeRange { rank: home.rank, tokens })
     };
     let homes = homes.iter().map(range).collect::<anyhow::Result<Vec<_>>>()?;
-    let document = Document::new(DocumentId { rank: 0, index }, entry.tokens, homes)?.with_tick(entry.tick);
+    let document =
+        Document::new(DocumentId { rank: 0, index }, entry.tokens, homes).map_err(|error| match error {
+            // The planner's name of the document means nothing to whoever wrote the step.
+            InvalidAttention::BadHomes { tokens, detail, .. } => {
+                anyhow!("home does not add up to [0, {tokens}): {detail}")
+            }
+            other => other.into(),
+        })?;
+    let document = document.with_tick(entry.tick);
     let Some(slices) = entry.mask else { return Ok(document) };
     ensure!(!slices.is_empty(), "mask is empty; leave it out for a causal document");
     let part = |(n, slice): (usize, &SliceEntry)| part(slice, geometry).with_context(|| format!("mask[{n}]"));

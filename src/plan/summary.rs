@@ -1,5 +1,7 @@
 //! A plan for human eyes.
 
+use std::collections::BTreeSet;
+
 use comfy_table::{CellAlignment, Table, presets};
 use outboard_attention::StepPlan;
 use outboard_planner::{Loads, Problem, Traffic};
@@ -28,7 +30,7 @@ pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> Stri
         order.sort_by(|&a, &b| share(b).total_cmp(&share(a)));
     }
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::NOTHING);
     table.set_header(["server", "rank", "cells / mean", "tasks", "MB in", "MB out"]);
     for &n in order.iter().take(ROWS) {
         let rank = slots[n].rank.map_or("-".to_owned(), |rank| rank.to_string());
@@ -48,10 +50,12 @@ pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> Stri
         column.set_cell_alignment(CellAlignment::Right);
     }
     let hidden = order.len().saturating_sub(ROWS);
-    let more = if hidden > 0 { format!("\n{hidden} servers with less work are not shown") } else { String::new() };
+    let more =
+        if hidden > 0 { format!("\n{hidden} servers with less work are not shown") } else { String::new() };
     let ranks = documents.iter().flat_map(|d| d.homes()).map(|home| home.rank);
-    let ranks = ranks.chain(slots.iter().filter_map(|slot| slot.rank)).max().map_or(0, |last| last as usize + 1);
-    let before = Loads::at_home(documents, geometry, ranks).max_over_mean();
+    let ranks: BTreeSet<u32> = ranks.chain(slots.iter().filter_map(|slot| slot.rank)).collect();
+    let ranks: Vec<u32> = ranks.into_iter().collect();
+    let before = Loads::at_home_of(documents, geometry, &ranks).max_over_mean();
     format!(
         "{table}{more}\n{} tasks; max / mean {before:.3} at home, {:.4} planned; forward {:.3} GB, backward {:.3} GB a layer",
         tasks.iter().sum::<usize>(),

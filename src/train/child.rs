@@ -77,7 +77,10 @@ impl JsonChild {
             Err(_) => bail!("{} said nothing for {:.0} s", self.name, limit.as_secs_f64()),
             Ok(Err(error)) => Err(error),
             Ok(Ok(Some(message))) => Ok(message),
-            Ok(Ok(None)) => bail!("{} ended: {}", self.name, self.how_it_ended().await),
+            Ok(Ok(None)) => {
+                let how = self.how_it_ended().await;
+                bail!("{} ended: {how}", self.name)
+            }
         }
     }
 

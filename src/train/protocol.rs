@@ -1,8 +1,9 @@
 //! What the launcher and its rank processes tell each other: one JSON object a line, on standard input and output.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
-use outboard_trainer::{ModelConfig, TrainConfig};
+use outboard_trainer::{Corpus, ModelConfig, TrainConfig, TrainerError};
 use serde::{Deserialize, Serialize};
 
 /// Who computes core attention.
@@ -54,8 +55,28 @@ pub(crate) struct Setup {
     pub(crate) cores: Vec<usize>,
     /// Memory of the in-place server, in bytes.
     pub(crate) memory_bytes: u64,
-    /// The documents: paths and lengths in bytes, in sorted order.
-    pub(crate) files: Vec<(std::path::PathBuf, u64)>,
+    /// The documents.
+    pub(crate) data: Data,
+}
+
+/// Where documents come from. Every rank lists them anew, in the same order.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Data {
+    /// All files of a folder.
+    Folder(PathBuf),
+    /// The sources of the packages that this program was built from, under this cargo home.
+    Cargo(PathBuf),
+}
+
+impl Data {
+    /// Lists the documents.
+    pub(crate) fn corpus(&self) -> Result<Corpus, TrainerError> {
+        match self {
+            Data::Folder(folder) => Corpus::from_folder(folder),
+            Data::Cargo(home) => Corpus::from_cargo(include_str!("../../Cargo.lock"), home),
+        }
+    }
 }
 
 /// From a rank to the launcher.

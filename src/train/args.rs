@@ -1,0 +1,181 @@
+//! Flags of `outboard train`, and the run they describe.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, bail};
+use outboard_trainer::{ModelConfig, TrainConfig};
+
+use super::protocol::{Data, Mode};
+use crate::cores;
+
+/// Arguments of `outboard train`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Steps to train.
+    #[arg(long, default_value_t = TrainConfig::default().steps, value_parser = clap::value_parser!(u64).range(1..))]
+    steps: u64,
+    /// Seed of the weights and of the order of documents.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Ranks, each a process on cores of its own.
+    #[arg(long, default_value_t = TrainConfig::default().ranks, value_parser = clap::value_parser!(u32).range(1..=256))]
+    ranks: u32,
+    /// Tokens per rank and step.
+    #[arg(long, default_value_t = TrainConfig::default().tokens)]
+    tokens: usize,
+    /// Decoder layers.
+    #[arg(long, default_value_t = ModelConfig::default().layers)]
+    layers: usize,
+    /// Query heads.
+    #[arg(long, default_value_t = ModelConfig::default().q_heads)]
+    heads: usize,
+    /// Key/value heads; they divide the query heads.
+    #[arg(long, default_value_t = ModelConfig::default().kv_heads)]
+    kv_heads: usize,
+    /// Elements of one head.
+    #[arg(long, default_value_t = ModelConfig::default().head_dim)]
+    head_dim: usize,
+    /// Width of the model.
+    #[arg(long, default_value_t = ModelConfig::default().dim)]
+    dim: usize,
+    /// Largest learning rate.
+    #[arg(long, default_value_t = TrainConfig::default().learning_rate)]
+    learning_rate: f64,
+    /// Who computes core attention: each rank its own, the pool, or two trainings of equal weights that alternate step
+    /// by step.
+    #[arg(long, value_enum, default_value_t = Attention::Both)]
+    attention: Attention,
+    /// Start this many dedicated attention servers instead of the ranks' in-place ones.
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pool: Option<u32>,
+    /// Let every rank bring an in-place server too [default unless --pool or --coordinator is given].
+    #[arg(long)]
+    in_place: bool,
+    /// Use the coordinator at this URL, and the servers of its pool, instead of an embedded one.
+    #[arg(long)]
+    coordinator: Option<String>,
+    /// Name of the job at the coordinator [default: train-PID].
+    #[arg(long)]
+    job: Option<String>,
+    /// Train on the files of this folder, each one document [default: the sources of the packages that this program
+    /// was built from].
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Cores of each rank.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
+    cores_per_rank: u16,
+    /// Memory of each attention server for task buffers, in MiB.
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
+    memory_mib: u64,
+    /// Fail when local and pooled losses differ by more than this, relative.
+    #[arg(long, default_value_t = 1e-4)]
+    loss_tolerance: f64,
+    /// Write figures as JSON lines to this file; "-" is standard output, and moves everything else to standard error.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// Choice of trainings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Attention {
+    Local,
+    Pool,
+    Both,
+}
+
+/// A run, checked.
+#[derive(Clone, Debug)]
+pub(crate) struct Run {
+    pub(crate) job: String,
+    pub(crate) model: ModelConfig,
+    /// As of rank 0.
+    pub(crate) train: TrainConfig,
+    pub(crate) modes: Vec<Mode>,
+    pub(crate) data: Data,
+    /// An outside coordinator, or none for an embedded one.
+    pub(crate) coordinator: Option<String>,
+    pub(crate) in_place: bool,
+    /// Dedicated servers to start.
+    pub(crate) dedicated: u32,
+    /// Cores of each rank.
+    pub(crate) rank_cores: Vec<Vec<usize>>,
+    /// Cores of each dedicated server.
+    pub(crate) server_cores: Vec<Vec<usize>>,
+    /// Whether cores are shared, so that speed says nothing.
+    pub(crate) cores_shared: bool,
+    pub(crate) memory_mib: u64,
+    pub(crate) loss_tolerance: f64,
+    pub(crate) json: Option<PathBuf>,
+}
+
+impl Args {
+    /// Checks the flags before anything is started.
+    pub(crate) fn into_run(self) -> anyhow::Result<Run> {
+        let modes = match self.attention {
+            Attention::Local => vec![Mode::Local],
+            Attention::Pool => vec![Mode::Pool],
+            Attention::Both => vec![Mode::Local, Mode::Pool],
+        };
+        let pooled = modes.contains(&Mode::Pool);
+        if !pooled && (self.pool.is_some() || self.in_place || self.coordinator.is_some()) {
+            bail!("--attention local uses no pool; leave out --pool, --in-place and --coordinator");
+        }
+        if !(self.loss_tolerance.is_finite() && self.loss_tolerance >= 0.0) {
+            bail!("--loss-tolerance is {}; it must be finite and at least 0", self.loss_tolerance);
+        }
+        let model = ModelConfig {
+            layers: self.layers,
+            dim: self.dim,
+            q_heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            ..ModelConfig::default()
+        };
+        model.validate()?;
+        let train = TrainConfig {
+            seed: self.seed,
+            steps: self.steps,
+            tokens: self.tokens,
+            ranks: self.ranks,
+            learning_rate: self.learning_rate,
+            ..TrainConfig::default()
+        };
+        train.validate()?;
+        let data = match self.data {
+            Some(folder) => Data::Folder(folder),
+            None => Data::Cargo(cargo_home()?),
+        };
+        // An empty folder should be known before processes are started.
+        data.corpus()?;
+
+        let cores = cores::available()?;
+        let each = usize::from(self.cores_per_rank);
+        let (ranks, dedicated) = (self.ranks as usize, self.pool.unwrap_or(0));
+        let share = |index| cores::share(&cores, index, each);
+        let owners = ranks + dedicated as usize;
+        Ok(Run {
+            job: self.job.unwrap_or_else(|| format!("train-{}", std::process::id())),
+            model,
+            train,
+            modes,
+            data,
+            in_place: pooled && (self.in_place || (self.pool.is_none() && self.coordinator.is_none())),
+            coordinator: self.coordinator,
+            dedicated,
+            rank_cores: (0..ranks).map(share).collect(),
+            server_cores: (ranks..owners).map(share).collect(),
+            cores_shared: owners * each > cores.len(),
+            memory_mib: self.memory_mib,
+            loss_tolerance: self.loss_tolerance,
+            json: self.json,
+        })
+    }
+}
+
+fn cargo_home() -> anyhow::Result<PathBuf> {
+    if let Some(home) = std::env::var_os("CARGO_HOME") {
+        return Ok(home.into());
+    }
+    let home = std::env::home_dir().context("neither CARGO_HOME nor HOME is set; name a folder with --data")?;
+    Ok(home.join(".cargo"))
+}

@@ -1,0 +1,261 @@
+//! The processes of a run: an embedded coordinator, dedicated attention servers, and the ranks.
+
+use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use futures::future::{join_all, try_join_all};
+use outboard_proto::describe;
+use outboard_proto::v1::ListPoolRequest;
+use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
+use outboard_transport::grpc::server_stats;
+use serde::Deserialize;
+use tokio::time::timeout;
+use tonic::transport::Channel;
+
+use super::args::Run;
+use super::child::JsonChild;
+use super::protocol::{FromRank, Mode, Setup, ToRank};
+
+/// How long a process may take to say that it is ready.
+const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long a call to the coordinator or to a server may take.
+const CALL_LIMIT: Duration = Duration::from_secs(10);
+/// How long to wait for other ranks' own words once one has failed.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// A running cluster. Dropping it kills its processes.
+pub(crate) struct Cluster {
+    pub(crate) ranks: Vec<JsonChild>,
+    servers: Vec<(JsonChild, Ready)>,
+    coordinator: Option<CoordinatorLink>,
+    numerics_id: Option<String>,
+    in_place: bool,
+    cores: Vec<Vec<usize>>,
+}
+
+/// What a dedicated server says when it is ready.
+#[derive(Clone, Debug, Deserialize)]
+struct Ready {
+    address: SocketAddr,
+    pid: u32,
+}
+
+/// The run's coordinator, and the counters its servers had before the run.
+struct CoordinatorLink {
+    url: String,
+    client: CoordinatorServiceClient<Channel>,
+    before: BTreeMap<u64, u64>,
+}
+
+impl Cluster {
+    /// Starts everything, in the order in which each part needs the one before.
+    pub(crate) async fn start(run: &Run) -> anyhow::Result<Cluster> {
+        let coordinator = match run.modes.contains(&Mode::Pool) {
+            true => Some(CoordinatorLink::start(run).await?),
+            false => None,
+        };
+        let mut cluster = Cluster {
+            ranks: Vec::new(),
+            servers: Vec::new(),
+            coordinator,
+            numerics_id: None,
+            in_place: run.in_place,
+            cores: run.rank_cores.clone(),
+        };
+        cluster.start_servers(run).await?;
+        cluster.start_ranks(run).await?;
+        Ok(cluster)
+    }
+
+    async fn start_servers(&mut self, run: &Run) -> anyhow::Result<()> {
+        let Some(coordinator) = &self.coordinator else { return Ok(()) };
+        for (index, cores) in run.server_cores.iter().enumerate() {
+            let cores: Vec<_> = cores.iter().map(usize::to_string).collect();
+            let memory = run.memory_mib.to_string();
+            let args = ["attention-server", "--json", "--end-with-stdin", "--coordinator", &coordinator.url];
+            let more = ["--memory-mib", &memory, "--cores", &cores.join(",")];
+            let args: Vec<String> = args.iter().chain(&more).map(|&arg| arg.to_owned()).collect();
+            let mut child = JsonChild::start(format!("attention server {index}"), &args)?;
+            let ready = child.expect(START_LIMIT).await?;
+            self.servers.push((child, ready));
+        }
+        Ok(())
+    }
+
+    async fn start_ranks(&mut self, run: &Run) -> anyhow::Result<()> {
+        let in_place = if run.in_place { run.train.ranks } else { 0 };
+        for (rank, cores) in run.rank_cores.iter().enumerate() {
+            let setup = Setup {
+                job: run.job.clone(),
+                model: run.model,
+                train: outboard_trainer::TrainConfig { rank: rank as u32, ..run.train },
+                modes: run.modes.clone(),
+                coordinator: self.coordinator.as_ref().map(|c| c.url.clone()),
+                in_place: run.in_place,
+                min_servers: (in_place + run.dedicated).max(1),
+                cores: cores.clone(),
+                memory_bytes: run.memory_mib << 20,
+                data: run.data.clone(),
+            };
+            let mut child = JsonChild::start(format!("rank {rank}"), &["train-rank".to_owned()])?;
+            child.send(&ToRank::Setup(Box::new(setup))).await?;
+            self.ranks.push(child);
+        }
+        let mut addresses = Vec::with_capacity(self.ranks.len());
+        for message in self.next_of_each(START_LIMIT).await? {
+            match message {
+                FromRank::Listening { address } => addresses.push(address),
+                other => bail!("a rank said {other:?} before it was listening"),
+            }
+        }
+        for rank in &mut self.ranks {
+            rank.send(&ToRank::Exchange { addresses: addresses.clone() }).await?;
+        }
+        if self.coordinator.is_some() {
+            for message in self.next_of_each(START_LIMIT).await? {
+                match message {
+                    FromRank::Started { numerics_id } => self.numerics_id = Some(numerics_id),
+                    other => bail!("a rank said {other:?} before it had joined the job"),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What runs where, for people.
+    pub(crate) fn describe(&self) -> Vec<String> {
+        let mut lines = Vec::new();
+        let numerics = self.numerics_id.as_deref().map_or(String::new(), |id| format!(", numerics id {id}"));
+        if let Some(coordinator) = &self.coordinator {
+            lines.push(format!("coordinator {}{numerics}", coordinator.url));
+        }
+        for (child, ready) in &self.servers {
+            lines.push(format!("{} ready at {}, pid {}", child.name, ready.address, ready.pid));
+        }
+        for (rank, cores) in self.ranks.iter().zip(&self.cores) {
+            let server = if self.in_place { " with an attention server in place" } else { "" };
+            let pid = rank.pid().map_or("gone".to_owned(), |pid| pid.to_string());
+            lines.push(format!("{} on cores {cores:?}, pid {pid}{server}", rank.name));
+        }
+        lines
+    }
+
+    /// The next message of every rank, in rank order. When a rank fails, the error holds what each of them said.
+    pub(crate) async fn next_of_each(&mut self, limit: Duration) -> anyhow::Result<Vec<FromRank>> {
+        // The scope ends the borrow that a failed wait still holds.
+        let first = { try_join_all(self.ranks.iter_mut().map(|rank| next_message(rank, limit))).await };
+        let Err(error) = first else { return first };
+        // The rank that failed first may have failed because of another, whose own words say why.
+        let others = self.ranks.iter_mut().map(|rank| async {
+            let name = rank.name.clone();
+            match timeout(LAST_WORDS, rank.receive()).await {
+                Ok(Ok(Some(FromRank::Failed { message }))) => Some(format!("{name}: {message}")),
+                _ => None,
+            }
+        });
+        let others: Vec<String> = join_all(others).await.into_iter().flatten().collect();
+        match others.is_empty() {
+            true => Err(error),
+            false => bail!("{error:#}\n{}", others.join("\n")),
+        }
+    }
+
+    /// Waits until every rank has said that it is done.
+    pub(crate) async fn expect_done(&mut self, limit: Duration) -> anyhow::Result<()> {
+        for message in self.next_of_each(limit).await? {
+            if !matches!(message, FromRank::Done) {
+                bail!("a rank said {message:?} after its last step");
+            }
+        }
+        Ok(())
+    }
+
+    /// Tasks that the servers computed since the run began, by their own counters.
+    pub(crate) async fn tasks_computed(&mut self) -> anyhow::Result<u64> {
+        match &mut self.coordinator {
+            None => Ok(0),
+            Some(coordinator) => {
+                let before = std::mem::take(&mut coordinator.before);
+                let now = coordinator.task_counters().await?;
+                let since = |(id, count): (&u64, &u64)| count.saturating_sub(before.get(id).copied().unwrap_or(0));
+                Ok(now.iter().map(since).sum())
+            }
+        }
+    }
+
+    /// Ends all processes, ranks first.
+    pub(crate) async fn finish(mut self) -> anyhow::Result<()> {
+        for rank in &mut self.ranks {
+            rank.send(&ToRank::Finish).await?;
+        }
+        for rank in std::mem::take(&mut self.ranks) {
+            rank.end().await?;
+        }
+        for (server, _) in std::mem::take(&mut self.servers) {
+            let name = server.name.clone();
+            if let Err(error) = server.end().await {
+                // A server may have been lost on the way, which the summary has told.
+                eprintln!("outboard: {name}: {error:#}");
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn next_message(rank: &mut JsonChild, limit: Duration) -> anyhow::Result<FromRank> {
+    match rank.expect(limit).await? {
+        FromRank::Failed { message } => bail!("{}: {message}", rank.name),
+        message => Ok(message),
+    }
+}
+
+impl CoordinatorLink {
+    /// The coordinator the run names, or one started in this process.
+    async fn start(run: &Run) -> anyhow::Result<CoordinatorLink> {
+        let url = match &run.coordinator {
+            Some(url) => url.clone(),
+            None => {
+                let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+                let url = format!("http://{}", listener.local_addr()?);
+                let options = outboard_coordinator::Options::default();
+                let serving = outboard_coordinator::serve(listener, options, std::future::pending());
+                // It ends with the runtime of this process.
+                tokio::spawn(async move {
+                    if let Err(error) = serving.await {
+                        tracing::error!(%error, "the embedded coordinator ended");
+                    }
+                });
+                url
+            }
+        };
+        let endpoint = tonic::transport::Endpoint::from_shared(url.clone())
+            .with_context(|| format!("--coordinator {url} is no URL; give it as http://host:port"))?
+            .connect_timeout(CALL_LIMIT)
+            .timeout(CALL_LIMIT);
+        let channel = endpoint.connect().await.map_err(|error| {
+            let why = describe(&error);
+            anyhow::anyhow!("no coordinator answers at {url} ({why}); start one with `outboard coordinator`")
+        })?;
+        let mut link = CoordinatorLink { url, client: CoordinatorServiceClient::new(channel), before: BTreeMap::new() };
+        link.before = link.task_counters().await?;
+        Ok(link)
+    }
+
+    /// Tasks computed so far by each server of the pool.
+    async fn task_counters(&mut self) -> anyhow::Result<BTreeMap<u64, u64>> {
+        let pool = self.client.list_pool(ListPoolRequest {}).await.context("cannot list the pool")?.into_inner();
+        let mut counters = BTreeMap::new();
+        for server in pool.servers.into_iter().filter_map(|entry| entry.server) {
+            match server_stats(&server.address, CALL_LIMIT).await {
+                Ok(stats) => {
+                    counters.insert(server.id, stats.forward_tasks + stats.backward_tasks);
+                }
+                // A server that has just died stays listed until its lease ends.
+                Err(error) => tracing::warn!(server = server.id, %error, "no counters"),
+            }
+        }
+        Ok(counters)
+    }
+}

@@ -1,0 +1,155 @@
+//! Attention through the pool equals attention at home, whoever computes it, and whoever dies.
+
+mod cluster;
+
+use cluster::{Cluster, LayerOutput, RankInputs, documents};
+use outboard_attention::HeadGeometry;
+use outboard_attention_server::{EngineOptions, Service};
+use outboard_transport::TaskHandler;
+use outboard_worker::{PoolAttention, StepStats};
+
+const JOB: &str = "test";
+
+fn geometry() -> HeadGeometry {
+    HeadGeometry::standard(8, 2, 32).unwrap()
+}
+
+/// Documents of two ranks, the first with far more work.
+const LENGTHS: [&[usize]; 2] = [&[2048], &[1, 130, 517, 300, 700, 400]];
+
+/// Computes one step of one layer on all ranks at once.
+fn step(pools: &[PoolAttention], lengths: &[&[usize]], step: u64) -> Vec<(LayerOutput, StepStats)> {
+    for (rank, pool) in pools.iter().enumerate() {
+        pool.submit_step(step, documents(rank as u32, lengths[rank])).unwrap();
+    }
+    std::thread::scope(|scope| {
+        let computing: Vec<_> = pools
+            .iter()
+            .enumerate()
+            .map(|(rank, pool)| {
+                scope.spawn(move || {
+                    let inputs = RankInputs::random(step, 0, rank as u32, geometry(), lengths[rank]);
+                    let output = inputs.compute(pool).unwrap();
+                    (output, pool.finish_step(step, 0.1).unwrap())
+                })
+            })
+            .collect();
+        computing.into_iter().map(|thread| thread.join().unwrap()).collect()
+    })
+}
+
+/// Checks outputs against those computed at home, and returns their bits.
+fn check(outputs: &[(LayerOutput, StepStats)], lengths: &[&[usize]], step: u64) -> Vec<Vec<u32>> {
+    for (rank, (output, _)) in outputs.iter().enumerate() {
+        let local = RankInputs::random(step, 0, rank as u32, geometry(), lengths[rank]).compute_locally();
+        let distance = output.distance(&local);
+        assert!(distance < 2e-6, "rank {rank} is {distance:e} from its local attention");
+    }
+    outputs.iter().map(|(output, _)| output.bits()).collect()
+}
+
+fn tasks_computed(services: &[Service]) -> u64 {
+    services.iter().map(|s| s.engine().stats()).map(|s| s.forward_tasks + s.backward_tasks).sum()
+}
+
+#[test]
+fn in_place_servers_balance_two_ranks() {
+    let cluster = Cluster::start();
+    let services = [cluster.server(Some((JOB, 0))), cluster.server(Some((JOB, 1)))];
+    let pools = cluster.join(JOB, 2, geometry(), &[Some(&services[0]), Some(&services[1])]);
+    for n in 0..3 {
+        let outputs = step(&pools, &LENGTHS, n);
+        check(&outputs, &LENGTHS, n);
+        let stats = &outputs[0].1;
+        assert!(stats.summary.imbalance_before > 1.5 && stats.summary.imbalance_after < 1.05, "{stats:?}");
+        assert!(outputs.iter().any(|(_, stats)| stats.bytes_moved > 0));
+        let own: u64 = outputs.iter().map(|(_, stats)| stats.tasks).sum();
+        assert_eq!(own, 2 * stats.summary.tasks, "each task is computed forward and backward");
+        assert_eq!(tasks_computed(&services), 2 * stats.summary.tasks * (n + 1));
+    }
+}
+
+#[test]
+fn a_dedicated_pool_gives_the_same_bits_when_a_server_dies() {
+    let bits_with = |kill: bool| {
+        let cluster = Cluster::start();
+        let mut services: Vec<_> = (0..3).map(|_| cluster.server(None)).collect();
+        let pools = cluster.join(JOB, 2, geometry(), &[]);
+        let mut bits = Vec::new();
+        for n in 0..4 {
+            if kill && n == 1 {
+                // Dropped, not drained: streams are cut and the coordinator is not told.
+                drop(services.remove(1));
+            }
+            let outputs = step(&pools, &LENGTHS, n);
+            bits.push(check(&outputs, &LENGTHS, n));
+            let resent: u64 = outputs.iter().map(|(_, stats)| stats.tasks_resent).sum();
+            assert_eq!(resent > 0, kill && n == 1, "step {n}: {resent} tasks resent");
+        }
+        bits
+    };
+    assert_eq!(bits_with(false), bits_with(true));
+}
+
+#[test]
+fn a_drained_server_gets_no_more_tasks_and_none_is_resent() {
+    let cluster = Cluster::start();
+    let mut services: Vec<_> = (0..2).map(|_| cluster.server(None)).collect();
+    let pools = cluster.join(JOB, 1, geometry(), &[]);
+    let lengths: [&[usize]; 1] = [&[900, 33]];
+    check(&step(&pools, &lengths, 0), &lengths, 0);
+    let leaving = services.remove(0);
+    let engine = leaving.engine();
+    cluster.runtime.block_on(leaving.shut_down()).unwrap();
+    let before = engine.stats().forward_tasks;
+    let outputs = step(&pools, &lengths, 1);
+    check(&outputs, &lengths, 1);
+    assert_eq!(engine.stats().forward_tasks, before);
+    assert_eq!(outputs[0].1.tasks_resent, 0);
+}
+
+#[test]
+fn no_server_left_is_an_error_that_names_the_task() {
+    let cluster = Cluster::start();
+    let services = vec![cluster.server(None)];
+    let pools = cluster.join(JOB, 1, geometry(), &[]);
+    pools[0].submit_step(0, documents(0, &[64])).unwrap();
+    pools[0].await_plan(0).unwrap();
+    drop(services);
+    let inputs = RankInputs::random(0, 0, 0, geometry(), &[64]);
+    let error = inputs.compute(&pools[0]).unwrap_err().to_string();
+    for part in ["rank 0", "job test", "step 0", "layer 0", "forward", "document 0.0", "no server is left"] {
+        assert!(error.contains(part), "{part:?} is missing in: {error}");
+    }
+}
+
+#[test]
+fn a_task_larger_than_every_server_is_refused_with_both_sizes() {
+    let cluster = Cluster::start();
+    let engine = EngineOptions { memory_bytes: 64 << 10, ..EngineOptions::default() };
+    let _services = [cluster.server_with(None, engine.clone())];
+    let pools = cluster.join(JOB, 1, geometry(), &[]);
+    pools[0].submit_step(0, documents(0, &[20_000])).unwrap();
+    let inputs = RankInputs::random(0, 0, 0, geometry(), &[20_000]);
+    let error = inputs.compute(&pools[0]).unwrap_err().to_string();
+    assert!(error.contains("65536") && error.contains("memory"), "{error}");
+    pools[0].finish_step(0, 0.1).unwrap();
+
+    // Other work runs on.
+    let lengths: [&[usize]; 1] = [&[16]];
+    check(&step(&pools, &lengths, 1), &lengths, 1);
+}
+
+#[test]
+fn inputs_that_do_not_fit_are_refused_by_name() {
+    let cluster = Cluster::start();
+    let _services = [cluster.server(None)];
+    let pools = cluster.join(JOB, 1, geometry(), &[]);
+    pools[0].submit_step(0, documents(0, &[64])).unwrap();
+    let mut inputs = RankInputs::random(0, 3, 0, geometry(), &[64]);
+    inputs.qkv.k = std::sync::Arc::new(vec![0.0; 7]);
+    let error = inputs.compute(&pools[0]).unwrap_err().to_string();
+    assert!(error.contains("layer 3") && error.contains("k holds 7 elements"), "{error}");
+    let unknown = RankInputs::random(9, 0, 0, geometry(), &[64]).compute(&pools[0]).unwrap_err().to_string();
+    assert!(unknown.contains("step 9") && unknown.contains("submitted"), "{unknown}");
+}
