@@ -1,4 +1,5 @@
 //! Masks, documents, geometry and plans against what they say they mean, cell by cell.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use outboard_attention::{
     BandSlice, DType, Direction, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention,

@@ -4,10 +4,10 @@
 //! whatever its neighbours are. dK and dV of a key are summed over the chunk's blocks of rows in order, each block's
 //! sum starting from zero.
 
-use super::dispatch::{MAX_TILE_ROWS, Program};
+use super::dispatch::Program;
 use super::forward::{Scratch, transpose};
 use super::memory::Carver;
-use super::pack::{Form, block_len, pack_block};
+use super::pack::{Form, block_len, copy_padded, pack_block};
 use super::product::{Add, Product, Store, product};
 use super::vector::{Vector, exp2};
 use super::visibility::{BLOCK, KEY_STEP, Sight, hide, lane_bounds, sight};
@@ -112,7 +112,7 @@ pub(super) unsafe fn finish_keys(work: &HeadWork, chunks: &[(Partial, &[f32])], 
 /// Elements of one packed block: K rows, V rows, K strips.
 pub(super) fn packed_block_len(work: &HeadWork) -> usize {
     let (dim, v_dim) = (work.geometry.head_dim(), work.geometry.v_head_dim());
-    let strips = block_len(Form::Strips { tile: MAX_TILE_ROWS }, dim);
+    let strips = block_len(Form::Strips, dim);
     block_len(Form::Rows, dim) + block_len(Form::Rows, v_dim) + strips
 }
 
@@ -126,10 +126,9 @@ impl Program for BackwardPack<'_> {
         for (block, to) in blocks.starts().zip(to.chunks_exact_mut(packed_block_len(work))) {
             let (k_rows, rest) = to.split_at_mut(block_len(Form::Rows, dim));
             let (v_rows, strips) = rest.split_at_mut(block_len(Form::Rows, v_dim));
-            pack_block(work, k, blocks, block, Form::Rows, k_rows);
-            pack_block(work, v, blocks, block, Form::Rows, v_rows);
-            let form = Form::Strips { tile: MR };
-            pack_block(work, k, blocks, block, form, &mut strips[..block_len(form, dim)]);
+            pack_block::<V, MR>(work, k, blocks, block, Form::Rows, k_rows);
+            pack_block::<V, MR>(work, v, blocks, block, Form::Rows, v_rows);
+            pack_block::<V, MR>(work, k, blocks, block, Form::Strips, strips);
         }
     }
 }
@@ -164,7 +163,7 @@ impl RowTensor<'_> {
             let group = lanes.min(width - first);
             let to = &mut self.groups[first * rows + panel * lanes * group..][..lanes * group];
             for (to, from) in to.chunks_exact_mut(group).zip(stage.chunks_exact(width)) {
-                to.copy_from_slice(&from[first..][..group]);
+                copy_padded::<V>(&from[first..][..group], to);
             }
         }
     }
@@ -212,9 +211,9 @@ impl Program for BackwardChunk<'_> {
             scratch.positions.extend(own.iter().map(|row| work.position(row)));
             for p in 0..panels {
                 let rows = Span::at(own.start() + p * lanes, panel_rows(p).len());
-                gather(work, inputs.q, rows, lanes, width, stage);
+                gather::<V>(work, inputs.q, rows, lanes, width, stage);
                 q.fill_panel::<V>(stage, p, lanes, block_rows);
-                gather(work, inputs.d_o, rows, lanes, v_width, stage);
+                gather::<V>(work, inputs.d_o, rows, lanes, v_width, stage);
                 d_o.fill_panel::<V>(stage, p, lanes, block_rows);
             }
             // Padding lanes, and rows without keys, get weights of zero by an infinite LSE.

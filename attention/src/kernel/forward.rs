@@ -7,7 +7,7 @@
 
 use super::dispatch::Program;
 use super::memory::{Buffer, Carver};
-use super::pack::{Form, block_len, pack_block};
+use super::pack::{Form, block_len, copy_padded, pack_block};
 use super::product::{Add, Product, Rescale, Store, product};
 use super::vector::{Vector, exp2};
 use super::visibility::{BLOCK, Sight, hide, lane_bounds, sight};
@@ -55,8 +55,7 @@ pub(super) struct Scratch {
 
 /// Elements of one packed block: K rows, then V strips.
 pub(super) fn packed_block_len(work: &HeadWork) -> usize {
-    let v = Form::Strips { tile: super::dispatch::MAX_TILE_ROWS };
-    block_len(Form::Rows, work.geometry.head_dim()) + block_len(v, work.geometry.v_head_dim())
+    block_len(Form::Rows, work.geometry.head_dim()) + block_len(Form::Strips, work.geometry.v_head_dim())
 }
 
 impl Program for ForwardPack<'_> {
@@ -67,10 +66,8 @@ impl Program for ForwardPack<'_> {
         let v_at = block_len(Form::Rows, self.work.geometry.head_dim());
         for (block, to) in self.blocks.starts().zip(self.to.chunks_exact_mut(packed_block_len(self.work))) {
             let (k, v) = to.split_at_mut(v_at);
-            pack_block(self.work, self.k, self.blocks, block, Form::Rows, k);
-            let form = Form::Strips { tile: MR };
-            let len = block_len(form, self.work.geometry.v_head_dim());
-            pack_block(self.work, self.v, self.blocks, block, form, &mut v[..len]);
+            pack_block::<V, MR>(self.work, self.k, self.blocks, block, Form::Rows, k);
+            pack_block::<V, MR>(self.work, self.v, self.blocks, block, Form::Strips, v);
         }
     }
 }
@@ -125,7 +122,7 @@ impl Program for ForwardTile<'_> {
         for p in 0..panels {
             let used = vectors(p) * V::LANES;
             let own = Span::at(rows.start() + p * lanes, panel_rows(p).len());
-            gather(work, q, own, used, width, stage);
+            gather::<V>(work, q, own, used, width, stage);
             // SAFETY: the stage holds `used` rows of `width`, the panel `width` rows of `used`, both multiples of a
             // vector.
             unsafe { transpose::<V>(stage.as_ptr(), used, width, q_t.as_mut_ptr().add(p * lanes * width)) }
@@ -172,33 +169,43 @@ impl Program for ForwardTile<'_> {
         for p in 0..panels {
             let (own, used) = (panel_rows(p), vectors(p) * V::LANES);
             // SAFETY: the panel holds `v_width` rows of `used`, the stage `used` rows of `v_width`, both multiples of
-            // a vector.
+            // a vector; maxima and sums are there for every lane.
             unsafe {
-                transpose::<V>(o_t.as_ptr().add(p * lanes * v_width), v_width, used, stage.as_mut_ptr())
+                let weighted = o_t.as_mut_ptr().add(p * lanes * v_width);
+                for lane in (0..used).step_by(V::LANES) {
+                    let (max, sum) = (max.as_ptr().add(p * lanes + lane), sum.as_ptr().add(p * lanes + lane));
+                    normalise(weighted.add(lane), used, v_dim, V::load(max), V::load(sum));
+                }
+                transpose::<V>(weighted, v_width, used, stage.as_mut_ptr());
             }
             for (lane, row) in own.iter().enumerate() {
                 let (token, head) = work.place(rows.start() + row);
                 // SAFETY: rows of a head are split among tiles, so no one else writes this one; the task's results
                 // stay in place until all its tiles are done.
                 let (o, lse) = unsafe { (o.row(token, head), lse.row(token, head)) };
-                finish_row(&stage[lane * v_width..][..v_dim], max[row], sum[row], o, &mut lse[0]);
+                copy_padded::<V>(&stage[lane * v_width..][..v_dim], o);
+                // A row without keys has a sum of zero.
+                lse[0] = (f64::from(max[row]) * std::f64::consts::LN_2 + ln(f64::from(sum[row]))) as f32;
             }
         }
     }
 }
 
-/// Divides a row by its sum. `max` is in powers of two.
-fn finish_row(weighted: &[f32], max: f32, sum: f32, o: &mut [f32], lse: &mut f32) {
-    if sum == 0.0 {
-        o.fill(0.0);
-        *lse = f32::NEG_INFINITY;
-        return;
+/// Divides a vector of rows, `[v_dim][lane]`, by their sums; a row that saw no key becomes zero.
+///
+/// # Safety
+/// `weighted` must hold `dim` vectors at intervals of `stride`.
+#[inline(always)]
+unsafe fn normalise<V: Vector>(weighted: *mut f32, stride: usize, dim: usize, max: V, sum: V) {
+    let factor = V::splat(1.0).div(sum);
+    let unseen = V::and(max.lt(V::splat(f32::MIN)), sum.lt(V::splat(f32::MIN_POSITIVE)));
+    for d in 0..dim {
+        // SAFETY: the caller vouches for it.
+        unsafe {
+            let at = weighted.add(d * stride);
+            V::select(unseen, V::splat(0.0), V::load(at).mul(factor)).store(at);
+        }
     }
-    let factor = 1.0 / sum;
-    for (o, weighted) in o.iter_mut().zip(weighted) {
-        *o = weighted * factor;
-    }
-    *lse = (f64::from(max) * std::f64::consts::LN_2 + ln(f64::from(sum))) as f32;
 }
 
 /// Transposes `[rows][columns]` to `[columns][rows]`, both multiples of a vector.

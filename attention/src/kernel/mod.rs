@@ -12,6 +12,7 @@ mod forward;
 mod isa;
 #[allow(unsafe_code)]
 mod memory;
+#[allow(unsafe_code)]
 mod pack;
 #[allow(unsafe_code)]
 mod peak;

@@ -1,6 +1,8 @@
 //! K and V laid out for the micro-kernel, once for all tiles of a head.
 
-use super::visibility::BLOCK;
+use super::dispatch::MAX_TILE_ROWS;
+use super::vector::Vector;
+use super::visibility::{BLOCK, KEY_STEP};
 use super::work::{Blocks, HeadWork};
 use crate::{Span, TensorView};
 
@@ -10,22 +12,20 @@ pub(super) enum Form {
     /// `[key][dim]`: keys are the rows of a product's left operand.
     Rows,
     /// `[dim / tile][key][tile]`: dimensions are its rows, keys its depth.
-    Strips {
-        /// Rows of a register tile.
-        tile: usize,
-    },
+    Strips,
 }
 
-/// Elements of one block of keys of `dim` dimensions.
+/// Elements that one block of keys of `dim` dimensions takes at most.
 pub(super) fn block_len(form: Form, dim: usize) -> usize {
     match form {
         Form::Rows => BLOCK * dim,
-        Form::Strips { tile } => BLOCK * dim.next_multiple_of(tile),
+        Form::Strips => BLOCK * dim.next_multiple_of(MAX_TILE_ROWS),
     }
 }
 
-/// Copies the keys of one block, those of `blocks` and zeros for the padding around them.
-pub(super) fn pack_block(
+/// Copies the keys of one block, those of `blocks` and zeros for the padding around them. `MR` is the tile of strips.
+#[inline(always)]
+pub(super) fn pack_block<V: Vector, const MR: usize>(
     work: &HeadWork,
     from: TensorView<'_>,
     blocks: Blocks,
@@ -35,25 +35,47 @@ pub(super) fn pack_block(
 ) {
     let dim = from.shape()[2];
     let held = blocks.keys.intersect(Span::at(block, BLOCK));
-    let row = |key: usize| from.row(key - work.kv.start(), work.kv_head);
+    let row = |key: usize| {
+        held.contains(block + key).then(|| from.row(block + key - work.kv.start(), work.kv_head))
+    };
     match form {
         Form::Rows => {
             for key in blocks.steps(block).iter() {
-                let to = &mut to[key * dim..][..dim];
-                if held.contains(block + key) { to.copy_from_slice(row(block + key)) } else { to.fill(0.0) }
+                copy_padded::<V>(row(key).unwrap_or_default(), &mut to[key * dim..][..dim]);
             }
         }
-        Form::Strips { tile } => {
-            for (strip, to) in to.chunks_exact_mut(BLOCK * tile).enumerate() {
-                let width = tile.min(dim - strip * tile);
-                for key in blocks.steps(block).iter() {
-                    let to = &mut to[key * tile..][..tile];
-                    to.fill(0.0);
-                    if held.contains(block + key) {
-                        to[..width].copy_from_slice(&row(block + key)[strip * tile..][..width]);
+        Form::Strips => {
+            // A step of keys at a time, so that each strip gets whole cache lines.
+            for step in blocks.steps(block).iter().step_by(KEY_STEP) {
+                let rows: [&[f32]; KEY_STEP] = std::array::from_fn(|n| row(step + n).unwrap_or_default());
+                for (strip, to) in to.chunks_exact_mut(BLOCK * MR).enumerate() {
+                    let (to, _) = to[step * MR..][..KEY_STEP * MR].as_chunks_mut::<MR>();
+                    for (to, row) in to.iter_mut().zip(rows) {
+                        let rest = row.get(strip * MR..).unwrap_or_default();
+                        match rest.first_chunk::<MR>() {
+                            Some(whole) => *to = *whole,
+                            None => {
+                                *to = [0.0; MR];
+                                to[..rest.len()].copy_from_slice(rest);
+                            }
+                        }
                     }
                 }
             }
         }
+    }
+}
+
+/// Copies `from` to the start of `to` and zeroes the rest. Short rows are common, and a call to copy each is not cheap.
+#[inline(always)]
+pub(super) fn copy_padded<V: Vector>(from: &[f32], to: &mut [f32]) {
+    let (from, to) = (from, &mut to[..]);
+    let whole = from.len().min(to.len()) / V::LANES * V::LANES;
+    for at in (0..whole).step_by(V::LANES) {
+        // SAFETY: both hold `whole` elements, a multiple of a vector.
+        unsafe { V::load(from.as_ptr().add(at)).store(to.as_mut_ptr().add(at)) }
+    }
+    for (at, to) in to.iter_mut().enumerate().skip(whole) {
+        *to = from.get(at).copied().unwrap_or(0.0);
     }
 }

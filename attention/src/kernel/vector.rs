@@ -18,6 +18,7 @@ pub(super) trait Vector: Copy {
     fn add(self, other: Self) -> Self;
     fn sub(self, other: Self) -> Self;
     fn mul(self, other: Self) -> Self;
+    fn div(self, other: Self) -> Self;
     /// `self * b + c`, rounded once where the instruction set can.
     fn fma(self, b: Self, c: Self) -> Self;
     /// The larger; `other` where either is NaN.
@@ -36,8 +37,6 @@ pub(super) trait Vector: Copy {
     /// # Safety
     /// Both squares must lie within their buffers and not overlap.
     unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize);
-    /// Hints that the cache line at `at` will be read soon. Any address is fine.
-    fn prefetch(at: *const f32);
 }
 
 /// `2^x`, to about 2e-7 relative; +0 below 2^-126.
@@ -105,6 +104,11 @@ impl Vector for Portable {
     #[inline(always)]
     fn mul(self, other: Self) -> Self {
         self.zip(other, |a, b| a * b)
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        self.zip(other, |a, b| a / b)
     }
 
     // Rounded twice: a fused multiply-add without hardware is a slow library call, and the bits must not depend on it.
@@ -180,7 +184,4 @@ impl Vector for Portable {
             }
         }
     }
-
-    #[inline(always)]
-    fn prefetch(_at: *const f32) {}
 }

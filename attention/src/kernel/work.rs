@@ -1,5 +1,7 @@
 //! One kv head of one task, as the tiles see it.
 
+use super::pack::copy_padded;
+use super::vector::Vector;
 use super::visibility::{BLOCK, KEY_STEP, key_hull};
 use crate::{BandSlice, HeadGeometry, Span, Task, TensorView};
 
@@ -132,7 +134,8 @@ impl Output {
 }
 
 /// Copies the rows of a panel, row by row, padding with zeros to `lanes` rows of `width` elements.
-pub(super) fn gather(
+#[inline(always)]
+pub(super) fn gather<V: Vector>(
     work: &HeadWork,
     from: TensorView<'_>,
     rows: Span,
@@ -140,11 +143,9 @@ pub(super) fn gather(
     width: usize,
     to: &mut [f32],
 ) {
-    let dim = from.shape()[2];
     for (row, to) in rows.iter().zip(to.chunks_exact_mut(width)) {
         let (token, head) = work.place(row);
-        to[..dim].copy_from_slice(from.row(token, head));
-        to[dim..].fill(0.0);
+        copy_padded::<V>(from.row(token, head), to);
     }
     to[rows.len() * width..lanes * width].fill(0.0);
 }

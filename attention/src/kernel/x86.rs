@@ -53,6 +53,12 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        // SAFETY: as in splat.
+        Avx512(unsafe { _mm512_div_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
     fn fma(self, b: Self, c: Self) -> Self {
         // SAFETY: as in splat.
         Avx512(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
@@ -143,12 +149,6 @@ impl Vector for Avx512 {
             }
         }
     }
-
-    #[inline(always)]
-    fn prefetch(at: *const f32) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
-    }
 }
 
 impl Vector for Avx2 {
@@ -189,6 +189,12 @@ impl Vector for Avx2 {
     fn mul(self, other: Self) -> Self {
         // SAFETY: as in splat.
         Avx2(unsafe { _mm256_mul_ps(self.0, other.0) })
+    }
+
+    #[inline(always)]
+    fn div(self, other: Self) -> Self {
+        // SAFETY: as in splat.
+        Avx2(unsafe { _mm256_div_ps(self.0, other.0) })
     }
 
     #[inline(always)]
@@ -276,11 +282,5 @@ impl Vector for Avx2 {
                 _mm256_storeu_ps(to.add((i + 4) * to_row), _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]));
             }
         }
-    }
-
-    #[inline(always)]
-    fn prefetch(at: *const f32) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
     }
 }
