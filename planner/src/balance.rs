@@ -17,7 +17,8 @@ pub(crate) fn balance(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], held:
     for _ in 0..ROUNDS {
         let load: Vec<u64> = held.iter().map(|strips| strips.iter().map(Strip::cells).sum()).collect();
         let surplus = |n: usize| load[n].saturating_sub(shares[n].cap);
-        let mut donors: Vec<usize> = (0..shares.len()).filter(|&n| surplus(n) > shares[n].slack).collect();
+        let mut donors: Vec<usize> =
+            (0..shares.len()).filter(|&n| surplus(n) > shares[n].slack.saturating_mul(2)).collect();
         donors.sort_unstable_by_key(|&n| (Reverse(surplus(n)), n));
         let mut pool = Pool::default();
         for (n, share) in shares.iter().enumerate() {

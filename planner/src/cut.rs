@@ -10,7 +10,11 @@ const BLOCK: usize = 128;
 /// The smallest step that balance may force.
 const SMALLEST_STEP: usize = 16;
 /// Of all strips the longest are considered: short documents cost more bytes per cell, and they may be many.
-const CONSIDERED: usize = 64;
+const CONSIDERED: usize = 16;
+/// To meet a need on block borders, a slice may move by this many blocks,
+const NEARBY: usize = 16;
+/// and by this part of where it ends: that close to the cheapest place, bytes hardly change.
+const FLAT: usize = 16;
 
 /// What a slot takes over from another.
 #[derive(Clone, Copy, Debug)]
@@ -150,43 +154,96 @@ fn slices(
     whole.into_iter().chain(before).chain(head.map(|q| Slice { heads, q, moves: Some(End::Last) }))
 }
 
+/// A slice on block borders: `longer` of its kv heads take the rows `more`, the others `less`.
+#[derive(Clone, Copy, Debug)]
+struct Fitted {
+    more: Span,
+    less: Span,
+    longer: usize,
+    cells: u64,
+}
+
 impl Slice {
-    /// The slice cut on block borders. Where one block of all its heads is too coarse to meet `need`, some heads take a
-    /// block more than the others: that costs no bytes and spares a finer cut.
+    /// The slice as strips that hold `need` cells, give or take `slack` where the document allows.
     fn parts(&self, sheets: &[Sheet<'_>], strip: &Strip, need: u64, slack: u64) -> Vec<Strip> {
-        let sheet = &sheets[strip.sheet];
-        let (lo, hi) = (strip.q.start(), strip.q.end());
-        let step = step(sheet, self.q, slack.saturating_mul(2));
-        let (start, end) = (self.q.start(), self.q.end());
+        let fitted = self.fit(&sheets[strip.sheet], strip, need, slack);
+        let longer = Span::at(strip.kv_heads.start(), fitted.longer);
+        let others = Span::at(longer.end(), self.heads - fitted.longer);
+        let part = |(kv_heads, q)| Strip::new(sheets, strip.sheet, kv_heads, q);
+        [(longer, fitted.more), (others, fitted.less)].into_iter().filter_map(part).collect()
+    }
+
+    /// The slice on whole blocks, moved by a few of them to meet the need; on parts of blocks where that fails.
+    fn fit(&self, sheet: &Sheet<'_>, strip: &Strip, need: u64, slack: u64) -> Fitted {
+        let whole = Fitted { more: self.q, less: self.q, longer: self.heads, cells: need };
+        let mut best: Option<(u64, Fitted)> = None;
+        let Some(moves) = self.moves else { return whole };
+        let mut step = BLOCK;
+        while step >= SMALLEST_STEP {
+            for end in self.ends(strip) {
+                let rows = match moves {
+                    End::Start => {
+                        let per_head = need.div_ceil(self.heads as u64).max(1);
+                        Span::new(sheet.start_of(end, per_head).max(strip.q.start()), end)
+                    }
+                    End::Last => Some(self.q),
+                };
+                let Some(rows) = rows else { continue };
+                let fitted = self.on_steps(sheet, strip, rows, step, need);
+                let error = fitted.cells.abs_diff(need);
+                if best.is_none_or(|(least, _)| error < least) {
+                    best = Some((error, fitted));
+                }
+                if error <= slack {
+                    return fitted;
+                }
+            }
+            step /= 2;
+        }
+        best.map_or(whole, |(_, fitted)| fitted)
+    }
+
+    /// Where the slice may end: where it costs least, then on block borders nearby, where it costs hardly more.
+    fn ends(&self, strip: &Strip) -> impl Iterator<Item = usize> {
+        let (end, lo, hi) = (self.q.end(), strip.q.start(), strip.q.end());
+        let far = match self.moves {
+            // A slice at the strip's end stays there, or it would leave a crumb behind.
+            Some(End::Start) if end < hi => (end / FLAT / BLOCK).min(NEARBY),
+            _ => 0,
+        };
+        let below = end.div_ceil(BLOCK) * BLOCK;
+        let nearby = (1..=far)
+            .flat_map(move |n| [below.checked_sub(n * BLOCK), Some(end / BLOCK * BLOCK + n * BLOCK)]);
+        [end].into_iter().chain(nearby.flatten().filter(move |&end| lo < end && end < hi))
+    }
+
+    /// The rows with their moving end on a multiple of `step`. Where a step of all heads is too much, some heads take a
+    /// step more than the others: that costs no bytes and spares a finer cut.
+    fn on_steps(&self, sheet: &Sheet<'_>, strip: &Strip, rows: Span, step: usize, need: u64) -> Fitted {
+        let (start, end) = (rows.start(), rows.end());
         let between = |a: usize, b: usize| Span::new(a, b).unwrap_or_default();
         let (more, less) = match self.moves {
-            None => (self.q, self.q),
+            None => (rows, rows),
             Some(End::Start) => {
                 let coarse = start / step * step;
-                (between(coarse.max(lo), end), between((coarse + step).min(end), end))
+                (between(coarse.max(strip.q.start()), end), between((coarse + step).min(end), end))
             }
             Some(End::Last) => {
                 let coarse = end.div_ceil(step) * step;
-                (between(lo, coarse.min(hi)), between(lo, coarse.saturating_sub(step).max(lo)))
+                (
+                    between(start, coarse.min(strip.q.end())),
+                    between(start, coarse.saturating_sub(step).max(start)),
+                )
             }
         };
-        let (few, many) = (sheet.cells(less), sheet.cells(more));
-        let mut longer = match many - few {
-            0 => self.heads,
-            block => {
-                let missing = need.saturating_sub(few.saturating_mul(self.heads as u64));
-                ((missing + block / 2) / block).min(self.heads as u64) as usize
-            }
+        let (few, many, heads) = (sheet.cells(less), sheet.cells(more), self.heads as u64);
+        let missing = need.saturating_sub(few.saturating_mul(heads));
+        let longer = match many - few {
+            0 => heads,
+            // A slice of no cells would be none.
+            block => ((missing + block / 2) / block).clamp(u64::from(few == 0), heads),
         };
-        if few == 0 {
-            longer = longer.max(1);
-        }
-        let heads = Span::at(strip.kv_heads.start(), longer);
-        let others = Span::at(heads.end(), self.heads - longer);
-        [(heads, more), (others, less)]
-            .into_iter()
-            .filter_map(|(kv_heads, q)| Strip::new(sheets, strip.sheet, kv_heads, q))
-            .collect()
+        Fitted { more, less, longer: longer as usize, cells: few * (heads - longer) + many * longer }
     }
 }
 

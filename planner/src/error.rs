@@ -25,9 +25,9 @@ pub enum PlanError {
         /// Its weight.
         weight: f64,
     },
-    /// Weights whose sum, or whose share of it, a floating-point number cannot hold.
+    /// Weights too far apart to be shares of one total.
     #[error(
-        "slots[].weight add up to {total}, the smallest is {smallest}; they must lie within a factor of 1e12"
+        "slots[].weight add up to {total:e}, the smallest is {smallest:e}; the sum may be at most 1e12 times the smallest"
     )]
     WeightRange {
         /// The sum.

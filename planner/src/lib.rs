@@ -24,6 +24,22 @@
 //! where there is room; `balance` decides who gives how much to whom; `cut` chooses the slices that cost the fewest
 //! bytes (priced by `cost`); `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
 //! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
+//!
+//! ```
+//! use outboard_attention::{Document, DocumentId, HeadGeometry, HomeRange, Span};
+//! use outboard_planner::{Loads, Problem, Slot, plan};
+//!
+//! let document = |rank, tokens| {
+//!     let home = HomeRange { rank, tokens: Span::to(tokens) };
+//!     Document::new(DocumentId { rank, index: 0 }, tokens, vec![home])
+//! };
+//! let documents = vec![document(0, 65_536)?, document(1, 8_191)?];
+//! let problem = Problem::new(HeadGeometry::standard(32, 8, 128)?, documents, vec![Slot::in_place(0), Slot::in_place(1)]);
+//! let plan = plan(&problem)?;
+//! let loads = Loads::planned(&plan, &problem.documents, &problem.geometry);
+//! assert!(loads.max_over_mean() < 1.01);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 mod balance;
 mod cost;

@@ -15,12 +15,27 @@ impl Loads {
     /// Work per rank when every rank computes the rows it is home of. `ranks` is how many ranks there are; documents of
     /// ranks beyond are left out.
     pub fn at_home(documents: &[Document], geometry: &HeadGeometry, ranks: usize) -> Loads {
+        let position = |rank: u32| usize::try_from(rank).ok().filter(|rank| *rank < ranks);
+        Loads::tally(documents, geometry, ranks, position)
+    }
+
+    /// The same for ranks that are not numbered from zero: load n is that of `ranks[n]`. `ranks` ascend.
+    pub fn at_home_of(documents: &[Document], geometry: &HeadGeometry, ranks: &[u32]) -> Loads {
+        Loads::tally(documents, geometry, ranks.len(), |rank| ranks.binary_search(&rank).ok())
+    }
+
+    fn tally(
+        documents: &[Document],
+        geometry: &HeadGeometry,
+        ranks: usize,
+        position: impl Fn(u32) -> Option<usize>,
+    ) -> Loads {
         let mut ticks: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
         for document in documents {
             let loads = ticks.entry(document.tick()).or_insert_with(|| vec![0; ranks]);
             let mask = document.mask(geometry.kv_heads());
             for home in document.homes() {
-                if let Some(load) = loads.get_mut(home.rank as usize) {
+                if let Some(load) = position(home.rank).and_then(|rank| loads.get_mut(rank)) {
                     let rows =
                         mask.clip(home.tokens, Span::to(document.tokens()), Span::to(geometry.kv_heads()));
                     *load = load.saturating_add(rows.cells());

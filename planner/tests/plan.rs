@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use outboard_attention::{
     BandSlice, Document, DocumentId, HeadGeometry, HomeRange, Mask, MaskPart, PlannedTask, Span, StepPlan,
 };
-use outboard_planner::{Loads, Problem, Slot, Traffic, plan};
+use outboard_planner::{Loads, PlanError, Problem, Slot, Traffic, plan};
 use proptest::prelude::*;
 use proptest::sample::Index;
 
@@ -334,4 +334,41 @@ fn cuts_lie_on_blocks_where_lengths_allow() {
     let documents = (0..8).map(|rank| document(rank, 0, if rank == 0 { 200_000 } else { 60_001 })).collect();
     let plan = check(&Problem::new(geometry(8), documents, in_place(8)));
     assert!(plan.tasks().all(|(_, t)| t.q.start() % 128 == 0));
+}
+
+#[test]
+fn what_cannot_be_planned_is_refused() {
+    let documents = || vec![document(0, 0, 100), document(1, 0, 100)];
+    let refused = |documents, slots, tolerance| {
+        let problem = Problem { tolerance, ..Problem::new(geometry(1), documents, slots) };
+        plan(&problem).expect_err("no sound problem").to_string()
+    };
+    assert_eq!(refused(documents(), Vec::new(), 0.01), PlanError::NoSlots.to_string());
+    for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let slots = vec![Slot::in_place(0), Slot { rank: None, weight }];
+        let says = format!("slots[1].weight is {weight}; it must be finite and above zero");
+        assert_eq!(refused(documents(), slots, 0.01), says);
+    }
+    let apart = vec![Slot { rank: None, weight: 1e-300 }, Slot { rank: None, weight: f64::MAX }];
+    assert!(refused(documents(), apart, 0.01).contains("the smallest is 1e-300"));
+    let shared = vec![Slot::in_place(3), Slot::in_place(3)];
+    assert!(refused(documents(), shared, 0.01).contains("slots[0].rank and slots[1].rank are both 3"));
+    for tolerance in [-0.1, 1.1, f64::NAN] {
+        assert!(refused(documents(), in_place(2), tolerance).starts_with("tolerance is"));
+    }
+    let twice = vec![document(0, 7, 100), document(0, 7, 200)];
+    assert!(refused(twice, in_place(2), 0.01).contains("0.7 twice"));
+    let huge = (0..8).map(|n| document(0, n, 1 << 30)).collect();
+    assert!(refused(huge, in_place(2), 0.01).contains("cells"));
+}
+
+#[test]
+fn more_tolerance_moves_fewer_bytes() {
+    let documents: Vec<_> = (0..8).map(|rank| document(rank, 0, 20_000 * (rank as usize + 1))).collect();
+    let moved = |tolerance| {
+        let problem = Problem { tolerance, ..Problem::new(geometry(4), documents.clone(), in_place(8)) };
+        Traffic::of(&check(&problem), &problem).forward.total
+    };
+    let totals = [0.0, 0.01, 0.1, 0.5].map(moved);
+    assert!(totals.windows(2).all(|pair| pair[0] > pair[1]), "{totals:?}");
 }
