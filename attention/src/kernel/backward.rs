@@ -8,7 +8,7 @@ use super::dispatch::Program;
 use super::forward::{Scratch, transpose};
 use super::memory::Carver;
 use super::pack::{Form, block_len, copy_padded, pack_block};
-use super::product::{Add, Product, Store, product};
+use super::product::{Add, Product, Store, prefetch, product};
 use super::vector::{Vector, exp2};
 use super::visibility::{BLOCK, KEY_STEP, Sight, hide, lane_bounds, sight};
 use super::work::{Blocks, HeadWork, Output, gather};
@@ -378,6 +378,7 @@ unsafe fn score<V: Vector, const MR: usize, const NV: usize>(
     let sides = [(k, panel.dim, panel.q, panel.weights), (v, panel.v_dim, panel.d_o, panel.d_scores)];
     for (keys, dim, rows, to) in sides {
         for key in (sight.from..sight.to).step_by(MR) {
+            prefetch::<V>(keys.as_ptr().wrapping_add((key + MR) * dim), MR * dim);
             // SAFETY: the caller vouches for the panel and the keys; steps of keys are whole tiles.
             unsafe {
                 let p = Product {
@@ -425,6 +426,8 @@ unsafe fn score<V: Vector, const MR: usize, const NV: usize>(
 unsafe fn add_dq<V: Vector, const MR: usize, const NV: usize>(panel: &Panel, k_strips: &[f32], sight: Sight) {
     let lanes = NV * V::LANES;
     for (strip, d) in (0..panel.dim).step_by(MR).enumerate() {
+        let next = ((strip + 1) * BLOCK + sight.from) * MR;
+        prefetch::<V>(k_strips.as_ptr().wrapping_add(next), (sight.to - sight.from) * MR);
         // SAFETY: the caller vouches for the panel and the keys; strips are whole tiles, and dQ is padded to vectors.
         unsafe {
             let p = Product {

@@ -8,7 +8,7 @@
 use super::dispatch::Program;
 use super::memory::{Buffer, Carver};
 use super::pack::{Form, block_len, copy_padded, pack_block};
-use super::product::{Add, Product, Rescale, Store, product};
+use super::product::{Add, Product, Rescale, Store, prefetch, product};
 use super::vector::{Vector, exp2};
 use super::visibility::{BLOCK, Sight, hide, lane_bounds, sight};
 use super::work::{Blocks, HeadWork, Output, gather};
@@ -240,6 +240,7 @@ unsafe fn attend<V: Vector, const MR: usize, const NV: usize>(
     let lanes = NV * V::LANES;
     let Sight { from, to, masked } = sight;
     for key in (from..to).step_by(MR) {
+        prefetch::<V>(k.as_ptr().wrapping_add((key + MR) * panel.dim), MR * panel.dim);
         // SAFETY: the caller vouches for the panel and the keys; steps of keys are whole tiles.
         unsafe {
             let p = Product {
@@ -264,6 +265,7 @@ unsafe fn attend<V: Vector, const MR: usize, const NV: usize>(
     // SAFETY: the panel's scores hold every key of the block.
     let factors = unsafe { soften::<V, NV>(panel, from, to) };
     for (strip, d) in (0..panel.v_dim).step_by(MR).enumerate() {
+        prefetch::<V>(v.as_ptr().wrapping_add(((strip + 1) * BLOCK + from) * MR), (to - from) * MR);
         // SAFETY: the caller vouches for the panel and the keys; strips are whole tiles, and O is padded to vectors.
         unsafe {
             let p = Product {

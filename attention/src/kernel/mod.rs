@@ -1,4 +1,13 @@
 //! The CPU kernel: tiled attention in f32, forward and backward, over any batch of tasks.
+//!
+//! A task's bits depend on the task and the instruction set alone, neither on the batch nor on the threads. Cutting a
+//! task by query or kv head changes no bit of O, LSE and dQ, since every row meets blocks of keys at fixed positions,
+//! in order, in a lane of its own. dK and dV start from zero in every task: rows (position, then query head in the
+//! group) are summed in blocks of up to 256, the blocks in order within a chunk, and chunks in order; a head has one
+//! chunk, or with 4096 rows and more two to four of about equal work.
+//!
+//! NaN and infinities run through the arithmetic like other values. A cell that the mask leaves out has a weight of
+//! zero, so a non-finite V, K or dO may show in rows of the same task that do not see it.
 
 // Vectors, raw tiles and rows shared among threads are where this crate needs `unsafe`.
 #[allow(unsafe_code)]

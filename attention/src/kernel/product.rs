@@ -103,3 +103,11 @@ pub(super) unsafe fn product<V: Vector, const MR: usize, const NV: usize>(
         }
     }
 }
+
+/// Asks for the elements that a next product will read, a cache line at a time.
+#[inline(always)]
+pub(super) fn prefetch<V: Vector>(from: *const f32, len: usize) {
+    for at in (0..len).step_by(16) {
+        V::prefetch(from.wrapping_add(at));
+    }
+}

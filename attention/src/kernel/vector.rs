@@ -37,6 +37,8 @@ pub(super) trait Vector: Copy {
     /// # Safety
     /// Both squares must lie within their buffers and not overlap.
     unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize);
+    /// Hints that the cache line at `at` will be read soon. Any address will do.
+    fn prefetch(at: *const f32);
 }
 
 /// `2^x`, to about 2e-7 relative; +0 below 2^-126.
@@ -184,4 +186,7 @@ impl Vector for Portable {
             }
         }
     }
+
+    #[inline(always)]
+    fn prefetch(_at: *const f32) {}
 }
