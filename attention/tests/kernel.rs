@@ -197,7 +197,7 @@ fn one_bad_task_stops_the_batch() {
 fn isas_have_names_and_do_their_flops() {
     for isa in Isa::available() {
         assert_eq!(isa.to_string().parse::<Isa>().unwrap(), isa);
-        assert!(fma_loop(isa, 10) >= 10.0 * 2.0 * 12.0 * 8.0);
+        assert!(fma_loop(isa, 10) >= 10.0 * 2.0 * 4.0 * 8.0);
         assert_eq!(kernel(isa, 1).numerics_id(), format!("cpu-{isa}-f32-r1"));
     }
     assert!("sse9".parse::<Isa>().unwrap_err().to_string().contains("sse9"));

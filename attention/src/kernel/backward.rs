@@ -485,7 +485,6 @@ unsafe fn add_keys<V: Vector, const MR: usize, const NV: usize>(
                 };
                 match group / V::LANES {
                     1 => product::<V, MR, 1>(p, Add),
-                    2 if NV > 2 => product::<V, MR, 2>(p, Add),
                     _ => product::<V, MR, NV>(p, Add),
                 }
             }

@@ -10,7 +10,7 @@ use super::x86::{Avx2, Avx512};
 pub(super) trait Program {
     type Output;
 
-    /// Runs with register tiles of `MR` rows by `NV` vectors.
+    /// Runs with register tiles of `MR` rows by `NV` vectors, `NV` one or two.
     fn run<V: Vector, const MR: usize, const NV: usize>(self) -> Self::Output;
 }
 
@@ -42,7 +42,8 @@ pub(super) fn dispatch<P: Program>(isa: Isa, program: P) -> P::Output {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2<P: Program>(program: P) -> P::Output {
-    program.run::<Avx2, 4, 3>()
+    // Twelve accumulators would fit sixteen registers, but not the compiler's schedule, which then spills one.
+    program.run::<Avx2, 4, 2>()
 }
 
 /// # Safety

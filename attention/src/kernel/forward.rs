@@ -159,7 +159,6 @@ impl Program for ForwardTile<'_> {
                     };
                     match vectors(p) {
                         1 => attend::<V, MR, 1>(&panel, k, v, sight, &scratch.bounds),
-                        2 if NV > 2 => attend::<V, MR, 2>(&panel, k, v, sight, &scratch.bounds),
                         _ => attend::<V, MR, NV>(&panel, k, v, sight, &scratch.bounds),
                     }
                 }

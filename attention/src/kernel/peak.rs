@@ -15,24 +15,23 @@ impl Program for FmaLoop {
 
     #[inline(always)]
     fn run<V: Vector, const MR: usize, const NV: usize>(self) -> f64 {
-        // Twelve independent chains fit every register file and hide the latency of the multiply-add.
-        const CHAINS: usize = 12;
-        let mut sums = [V::splat(0.0); CHAINS];
+        // The accumulators of a product: as many independent chains as the registers are good for.
+        let mut sums = [[V::splat(0.0); NV]; MR];
         let (a, b) = (V::splat(black_box(0.999_999)), V::splat(black_box(1e-6)));
         for _ in 0..self.iterations {
-            for sum in &mut sums {
+            for sum in sums.as_flattened_mut() {
                 *sum = sum.fma(a, b);
             }
         }
-        let mut total = sums[0];
-        for sum in &sums[1..] {
+        let mut total = V::splat(0.0);
+        for sum in sums.as_flattened() {
             total = total.add(*sum);
         }
         let mut lanes = [0.0f32; 16];
         // SAFETY: no vector has more than 16 lanes.
         unsafe { total.store(lanes.as_mut_ptr()) }
         black_box(lanes);
-        (2 * CHAINS * V::LANES) as f64 * self.iterations as f64
+        (2 * MR * NV * V::LANES) as f64 * self.iterations as f64
     }
 }
 
