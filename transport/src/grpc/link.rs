@@ -8,7 +8,9 @@ use outboard_proto::v1::attend_request::Message;
 use outboard_proto::v1::attend_response::Message as Answer;
 use outboard_proto::v1::attention_service_client::AttentionServiceClient;
 use outboard_proto::v1::{AttendRequest, AttendResponse, ClientGreeting, ServerGreeting};
-use outboard_proto::{ErrorKind, PROTOCOL_VERSION, RetryHint, TaskError, check_protocol_version, failure_of};
+use outboard_proto::{
+    ErrorKind, PROTOCOL_VERSION, RetryHint, TaskError, check_protocol_version, describe, failure_of,
+};
 use tokio::sync::{Notify, mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
@@ -97,7 +99,7 @@ pub(super) async fn connect(
     match tokio::time::timeout(limit, endpoint.connect()).await {
         Ok(Ok(channel)) => Ok(AttentionServiceClient::new(channel)),
         Ok(Err(error)) => {
-            let reason = reason_of(&error);
+            let reason = describe(&error);
             let message = format!(
                 "cannot connect to the attention server at {address}: {reason}; see that it runs there"
             );
@@ -113,15 +115,6 @@ pub(super) async fn connect(
     }
 }
 
-/// The innermost cause, which is the one that says something.
-fn reason_of(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(inner) = cause.source() {
-        cause = inner;
-    }
-    cause.to_string()
-}
-
 /// The error that a status ends a stream with. Without a failure of the server's own, the connection was lost.
 pub(super) fn ended(address: &str, status: &Status) -> TaskError {
     match failure_of(status) {
@@ -135,7 +128,7 @@ pub(super) fn ended(address: &str, status: &Status) -> TaskError {
             error
         }
         None => {
-            let reason = reason_of(status);
+            let reason = describe(status);
             let message = format!("the connection to the attention server at {address} was lost: {reason}");
             TaskError::unavailable(message)
         }

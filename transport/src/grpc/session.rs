@@ -108,10 +108,12 @@ async fn serve(
     };
     let writing = write(writer);
     tokio::pin!(writing);
-    // The writer ends first only when the client has gone or stands still.
+    // The writer ends first only when the client stands still. One that has died silently may look like one that has
+    // no more to send: only the way out says for sure that nobody listens.
     tokio::select! {
         read = reader.read(inbound) => read?,
         written = &mut writing => return written,
+        () = outbound.closed() => return Ok(()),
     }
     writing.await
 }
