@@ -53,6 +53,7 @@ fn parse(wire: v1::TaskHeader) -> Result<WireTask, TaskError> {
     let kv_heads = convert("kv_heads", wire.kv_heads)?;
     let mask = mask("slices", wire.slices)?;
     check_inside(&mask, q, kv, kv_heads)?;
+    check_countable(q, kv, kv_heads)?;
     let task = Task::new(document, q, kv, kv_heads, &mask)?;
     task.check(&geometry)?;
     if wire.tensors.len() > MAX_TENSORS {
@@ -112,6 +113,18 @@ fn check_inside(mask: &Mask, q: Span, kv: Span, kv_heads: Span) -> Result<(), Ta
         }
     }
     Ok(())
+}
+
+/// Refuses a rectangle of more cells than 64 bits can count, whatever the slices leave of it.
+fn check_countable(q: Span, kv: Span, kv_heads: Span) -> Result<(), TaskError> {
+    let cells = q.len() as u128 * kv.len() as u128 * kv_heads.len() as u128;
+    if cells <= i64::MAX as u128 {
+        return Ok(());
+    }
+    let message = format!(
+        "q {q} x kv {kv} x kv_heads {kv_heads} are {cells} cells, more than can be counted; cut the task"
+    );
+    Err(TaskError::invalid(message))
 }
 
 impl From<&WireTask> for v1::TaskHeader {
