@@ -3,6 +3,7 @@
 #![allow(dead_code, unreachable_pub, unused_imports, reason = "each test file uses a part of it")]
 
 mod handler;
+mod raw;
 mod tasks;
 
 use std::net::SocketAddr;
@@ -14,6 +15,7 @@ use outboard_transport::grpc::{
     CancellationToken, ClientConfig, GrpcTransport, LinkConfig, ServerConfig, router, serve,
 };
 use outboard_transport::{InProcess, Transport};
+pub use raw::{Raw, Script, elements, greeting, script};
 pub use tasks::{Rng, Shape, shipment};
 use tokio::net::TcpListener;
 use tokio::runtime::{Handle, Runtime};

@@ -1,0 +1,160 @@
+//! Streams made by hand.
+
+use bytes::Bytes;
+use outboard_attention::Direction;
+use outboard_attention::kernel::Results;
+use outboard_proto::v1::attend_request::Message;
+use outboard_proto::v1::attend_response::Message as Answer;
+use outboard_proto::v1::attention_service_client::AttentionServiceClient;
+use outboard_proto::v1::{
+    self, AttendRequest, AttendResponse, Chunk, ClientGreeting, ServerGreeting, TaskHeader,
+};
+use outboard_proto::{PROTOCOL_VERSION, TaskError, TensorKind, TensorRef, WireTask};
+use outboard_transport::TaskRequest;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Streaming;
+
+use super::{NUMERICS_ID, Rng, Server, Shape, compute, shipment};
+
+/// One stream, by the stock generated client.
+pub struct Raw {
+    pub outbound: mpsc::Sender<AttendRequest>,
+    pub inbound: Streaming<AttendResponse>,
+}
+
+/// A task with its header and the chunks of each tensor, in order.
+#[derive(Clone)]
+pub struct Script {
+    pub request: TaskRequest,
+    pub header: TaskHeader,
+    pub chunks: Vec<Chunk>,
+}
+
+impl Raw {
+    pub async fn silent(server: &Server) -> Raw {
+        let mut client = AttentionServiceClient::connect(format!("http://{}", server.address)).await.unwrap();
+        let (outbound, messages) = mpsc::channel(64);
+        let inbound = client.attend(ReceiverStream::new(messages)).await.unwrap().into_inner();
+        Raw { outbound, inbound }
+    }
+
+    pub async fn open(server: &Server) -> (Raw, ServerGreeting) {
+        let mut raw = Raw::silent(server).await;
+        raw.send(Message::Greeting(greeting())).await;
+        match raw.next().await {
+            Answer::Greeting(greeting) => (raw, greeting),
+            other => panic!("no greeting but {other:?}"),
+        }
+    }
+
+    pub async fn send(&self, message: Message) {
+        self.outbound.send(AttendRequest { message: Some(message) }).await.expect("the stream is open");
+    }
+
+    pub async fn send_all(&self, script: &Script) {
+        self.send(Message::Task(script.header.clone())).await;
+        for chunk in &script.chunks {
+            self.send(Message::Chunk(chunk.clone())).await;
+        }
+    }
+
+    pub async fn next(&mut self) -> Answer {
+        let message = self.inbound.message().await.expect("the stream goes on").expect("the stream goes on");
+        message.message.expect("a message says something")
+    }
+
+    /// The next failure; grants, and results of other tasks, may come before it.
+    pub async fn failure(&mut self) -> (u64, TaskError) {
+        loop {
+            match self.next().await {
+                Answer::Failure(v1::TaskFailure { task, failure }) => return (task, failure.unwrap().into()),
+                Answer::Greeting(_) => panic!("a second greeting"),
+                Answer::Credit(_) | Answer::Result(_) | Answer::Chunk(_) => {}
+            }
+        }
+    }
+
+    /// Awaits the result of a task and compares it with a direct computation.
+    pub async fn check_result(&mut self, script: &Script) {
+        let mut data: Vec<Vec<u8>> = Vec::new();
+        let expected = elements(compute(&script.request.header, &script.request.inputs));
+        loop {
+            match self.next().await {
+                Answer::Result(result) => {
+                    assert_eq!((result.task, &*result.numerics_id), (script.header.task, NUMERICS_ID));
+                    data = result.tensors.iter().map(|_| Vec::new()).collect();
+                }
+                Answer::Chunk(chunk) => {
+                    assert_eq!(chunk.crc32c, crc32c::crc32c(&chunk.data));
+                    let tensor = &mut data[chunk.tensor as usize];
+                    assert_eq!(tensor.len() as u64, chunk.offset);
+                    tensor.extend_from_slice(&chunk.data);
+                }
+                Answer::Credit(_) => continue,
+                other => panic!("no result but {other:?}"),
+            }
+            if data == expected {
+                return;
+            }
+        }
+    }
+
+    /// The status that ends the stream.
+    pub async fn end(&mut self) -> TaskError {
+        loop {
+            match self.inbound.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => panic!("the stream ended without an error"),
+                Err(status) => return status.into(),
+            }
+        }
+    }
+}
+
+/// Results as they travel.
+pub fn elements(results: Results) -> Vec<Vec<u8>> {
+    let bytes = |data: Vec<f32>| data.iter().flat_map(|x| x.to_le_bytes()).collect();
+    match results {
+        Results::Forward { o, lse } => vec![bytes(o), bytes(lse)],
+        Results::Backward { dq, dk, dv } => vec![bytes(dq), bytes(dk), bytes(dv)],
+    }
+}
+
+pub fn greeting() -> ClientGreeting {
+    ClientGreeting {
+        protocol_version: PROTOCOL_VERSION,
+        job: "raw".into(),
+        rank: 0,
+        session: "s".into(),
+        streams: 1,
+    }
+}
+
+/// A forward task of about 300 KB under the given id, its tensors under ids `10 * id` and on.
+pub fn script(id: u64) -> Script {
+    let shape =
+        Shape { tasks: 1, tokens: 300, head_dim: 64, v_head_dim: 64, ..Shape::small(Direction::Forward) };
+    let request = shipment(&mut Rng(id), shape).remove(0);
+    let inputs = &request.inputs;
+    let (mut tensors, mut chunks) = (Vec::new(), Vec::new());
+    for (n, (kind, slice)) in
+        [(TensorKind::Q, &inputs.q), (TensorKind::K, &inputs.k), (TensorKind::V, &inputs.v)]
+            .into_iter()
+            .enumerate()
+    {
+        let tensor = id * 10 + n as u64;
+        let (carried, last_use) = (true, true);
+        tensors.push(TensorRef { id: tensor, kind, tokens: slice.tokens(), carried, last_use });
+        let view = slice.view();
+        let rows = (0..slice.tokens().len()).flat_map(|t| view.token(t));
+        let bytes: Vec<u8> = rows.flat_map(|x| x.to_le_bytes()).collect();
+        for (n, data) in bytes.chunks(50_000).enumerate() {
+            let crc32c = crc32c::crc32c(data);
+            let offset = n as u64 * 50_000;
+            chunks.push(Chunk { task: id, tensor, offset, crc32c, data: Bytes::copy_from_slice(data) });
+        }
+    }
+    let header = (&WireTask { id, header: request.header.clone(), tensors }).into();
+    Script { request, header, chunks }
+}
