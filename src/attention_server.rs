@@ -68,7 +68,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         ..ServiceOptions::default()
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    runtime.context("cannot start the async runtime")?.block_on(serve(args, engine, service))
+    let runtime = runtime.context("cannot start the async runtime")?;
+    let served = runtime.block_on(serve(args, engine, service));
+    // A read of standard input cannot be cancelled, and would keep the process.
+    runtime.shutdown_background();
+    served
 }
 
 async fn serve(args: Args, engine: EngineOptions, options: ServiceOptions) -> anyhow::Result<()> {

@@ -3,6 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use outboard_proto::describe;
 use tracing_subscriber::EnvFilter;
 
 mod attention_server;
@@ -50,12 +51,12 @@ fn main() -> ExitCode {
         Role::Coordinator(args) => coordinator::run(args),
         Role::Plan(args) => plan::run(args),
         Role::Bench(args) => bench::run(args),
-        Role::TrainRank => train::rank::run(),
+        Role::TrainRank => return train::rank::run(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("outboard: {error:#}");
+            eprintln!("outboard: {}", describe(error.as_ref()));
             ExitCode::from(2)
         }
     }

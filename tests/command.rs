@@ -4,7 +4,9 @@ mod command_support;
 
 use std::time::Duration;
 
-use command_support::{Running, corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder};
+use command_support::{
+    Running, corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder,
+};
 use rustix::process::{Signal, test_kill_process};
 
 /// Small enough for a test, large enough that every server gets tasks.
@@ -30,7 +32,8 @@ fn the_main_job_agrees_with_local_attention_and_repeats_its_bits() {
         assert!(summary["tasks_planned"].as_u64().unwrap() > 0);
         assert_eq!(summary["tasks_resent"], 0);
         assert!(summary["bytes_moved"].as_u64().unwrap() > 0);
-        let after = lines.iter().filter(|l| l["attention"] == "pool").map(|l| l["imbalance_after"].as_f64().unwrap());
+        let after =
+            lines.iter().filter(|l| l["attention"] == "pool").map(|l| l["imbalance_after"].as_f64().unwrap());
         assert!(after.fold(0.0, f64::max) < 1.1);
         assert_eq!(losses(&lines, "local").len(), 4);
         (losses(&lines, "local"), losses(&lines, "pool"))
@@ -117,14 +120,17 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
-        (&["train", "--data", data, "--head-dim", "999"], &["head_dim", "999", "256"]),
+        (&["train", "--data", data, "--head-dim", "998"], &["head_dim", "998", "256"]),
         (&["train", "--data", data, "--tokens", "0"], &["tokens"]),
         (&["train", "--data", data, "--learning-rate", "NaN"], &["learning_rate", "NaN"]),
         (&["train", "--data", data, "--attention", "local", "--pool", "2"], &["--pool", "local"]),
         (&["train", "--data", data, "--coordinator", "http://127.0.0.1:1"], &["127.0.0.1:1", "coordinator"]),
         (&["coordinator", "--listen", &taken], &[&taken, "in use"]),
         (&["attention-server", "--listen", &taken], &[&taken, "in use"]),
-        (&["attention-server", "--coordinator", "http://127.0.0.1:1"], &["127.0.0.1:1", "outboard coordinator"]),
+        (
+            &["attention-server", "--coordinator", "http://127.0.0.1:1"],
+            &["127.0.0.1:1", "outboard coordinator"],
+        ),
     ];
     for (args, parts) in cases {
         let message = outboard_fails(args);

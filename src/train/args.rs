@@ -176,6 +176,7 @@ fn cargo_home() -> anyhow::Result<PathBuf> {
     if let Some(home) = std::env::var_os("CARGO_HOME") {
         return Ok(home.into());
     }
-    let home = std::env::home_dir().context("neither CARGO_HOME nor HOME is set; name a folder with --data")?;
+    let home =
+        std::env::home_dir().context("neither CARGO_HOME nor HOME is set; name a folder with --data")?;
     Ok(home.join(".cargo"))
 }

@@ -158,7 +158,7 @@ impl Cluster {
         let others: Vec<String> = join_all(others).await.into_iter().flatten().collect();
         match others.is_empty() {
             true => Err(error),
-            false => bail!("{error:#}\n{}", others.join("\n")),
+            false => bail!("{}\n{}", describe(error.as_ref()), others.join("\n")),
         }
     }
 
@@ -179,7 +179,8 @@ impl Cluster {
             Some(coordinator) => {
                 let before = std::mem::take(&mut coordinator.before);
                 let now = coordinator.task_counters().await?;
-                let since = |(id, count): (&u64, &u64)| count.saturating_sub(before.get(id).copied().unwrap_or(0));
+                let since =
+                    |(id, count): (&u64, &u64)| count.saturating_sub(before.get(id).copied().unwrap_or(0));
                 Ok(now.iter().map(since).sum())
             }
         }
@@ -238,14 +239,16 @@ impl CoordinatorLink {
             let why = describe(&error);
             anyhow::anyhow!("no coordinator answers at {url} ({why}); start one with `outboard coordinator`")
         })?;
-        let mut link = CoordinatorLink { url, client: CoordinatorServiceClient::new(channel), before: BTreeMap::new() };
+        let mut link =
+            CoordinatorLink { url, client: CoordinatorServiceClient::new(channel), before: BTreeMap::new() };
         link.before = link.task_counters().await?;
         Ok(link)
     }
 
     /// Tasks computed so far by each server of the pool.
     async fn task_counters(&mut self) -> anyhow::Result<BTreeMap<u64, u64>> {
-        let pool = self.client.list_pool(ListPoolRequest {}).await.context("cannot list the pool")?.into_inner();
+        let pool =
+            self.client.list_pool(ListPoolRequest {}).await.context("cannot list the pool")?.into_inner();
         let mut counters = BTreeMap::new();
         for server in pool.servers.into_iter().filter_map(|entry| entry.server) {
             match server_stats(&server.address, CALL_LIMIT).await {

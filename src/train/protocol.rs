@@ -7,7 +7,9 @@ use outboard_trainer::{Corpus, ModelConfig, TrainConfig, TrainerError};
 use serde::{Deserialize, Serialize};
 
 /// Who computes core attention.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum,
+)]
 #[serde(rename_all = "lowercase")]
 pub(crate) enum Mode {
     /// Each rank its own.

@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, Write};
 use std::net::{Ipv4Addr, TcpListener};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use anyhow::{Context, bail};
 use outboard_attention::kernel::{Isa, KernelConfig};
 use outboard_attention::{Document, DocumentId, HomeRange, Span};
 use outboard_attention_server::{EngineOptions, InPlace, Service, ServiceOptions};
+use outboard_proto::describe;
 use outboard_trainer::{Exchange, ExchangeConfig, Packer, StepPacking, Trainer, require_one_thread};
 use outboard_transport::TaskHandler;
 use outboard_worker::{CoreAttention, JobOptions, LocalAttention, PoolAttention};
@@ -21,16 +23,22 @@ use crate::cores;
 /// How long a rank waits for the others in the gradient exchange.
 const EXCHANGE_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// Runs a rank; the launcher is at the other end of standard input and output.
-pub(crate) fn run() -> anyhow::Result<()> {
-    let launcher = listen()?;
-    let Ok(ToRank::Setup(setup)) = launcher.recv() else {
-        bail!("this command is started by `outboard train`, which tells it what to do on standard input");
-    };
-    train(&setup, &launcher).inspect_err(|error| {
-        // The launcher shows it; when that is gone, nobody needs it.
-        let _ = say(&FromRank::Failed { message: format!("{error:#}") });
-    })
+/// Runs a rank; the launcher is at the other end of standard input and output, and shows any error.
+pub(crate) fn run() -> ExitCode {
+    let outcome = listen().and_then(|launcher| match launcher.recv() {
+        Ok(ToRank::Setup(setup)) => train(&setup, &launcher),
+        _ => {
+            bail!("this command is started by `outboard train`, which tells it what to do on standard input")
+        }
+    });
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // When the launcher is gone, nobody needs to know.
+            let _ = say(&FromRank::Failed { message: describe(error.as_ref()) });
+            ExitCode::from(2)
+        }
+    }
 }
 
 /// Reads the launcher's messages. The process ends with the launcher, however that ends.
@@ -73,7 +81,7 @@ fn train(setup: &Setup, launcher: &Receiver<ToRank>) -> anyhow::Result<()> {
         launcher.recv().context("the launcher is gone").map(drop)
     });
     if let Some(pool) = pool {
-        let reason = outcome.as_ref().err().map(|error| format!("{error:#}"));
+        let reason = outcome.as_ref().err().map(|error| describe(error.as_ref()));
         pool.leave(&reason.unwrap_or_default(), &runtime)?;
     }
     outcome

@@ -67,7 +67,12 @@ impl StepLine {
             communication_hidden: hidden(ranks),
             tasks: sum(|r| r.pool.as_ref().map_or(0, |p| p.tasks)),
             tasks_resent: sum(|r| r.pool.as_ref().map_or(0, |p| p.tasks_resent)),
-            servers_lost: ranks.iter().filter_map(|r| r.pool.as_ref()).map(|p| p.servers_lost).max().unwrap_or(0),
+            servers_lost: ranks
+                .iter()
+                .filter_map(|r| r.pool.as_ref())
+                .map(|p| p.servers_lost)
+                .max()
+                .unwrap_or(0),
         })
     }
 }
@@ -149,7 +154,8 @@ impl Record {
             self.of(first_mode).map(of_step).sum()
         };
         // Every rank reports the tasks of the whole plan; those of a step are computed once a layer and direction.
-        let planned = |ranks: &Vec<RankStep>| ranks.first().and_then(|r| r.pool.as_ref()).map(|p| p.planned_tasks);
+        let planned =
+            |ranks: &Vec<RankStep>| ranks.first().and_then(|r| r.pool.as_ref()).map(|p| p.planned_tasks);
         Some(Summary {
             kind: "summary",
             steps: self.of(first_mode).count() as u64,
@@ -266,8 +272,11 @@ mod tests {
     fn a_nan_loss_is_no_agreement() {
         let mut pool = step(Mode::Pool, 1.0, 0.5, 0.0);
         pool.loss = f64::NAN;
-        let record =
-            Record { steps: vec![vec![step(Mode::Local, 1.0, 0.5, 0.0)], vec![pool]], layers: 1, tasks_computed: 0 };
+        let record = Record {
+            steps: vec![vec![step(Mode::Local, 1.0, 0.5, 0.0)], vec![pool]],
+            layers: 1,
+            tasks_computed: 0,
+        };
         assert_eq!(record.summary().unwrap().max_relative_loss_difference, Some(f64::INFINITY));
     }
 

@@ -30,9 +30,9 @@ impl Show {
         let json: Option<Box<dyn Write + Send>> = match &run.json {
             None => None,
             Some(_) if to_stdout => Some(Box::new(std::io::stdout())),
-            Some(path) => {
-                Some(Box::new(File::create(path).with_context(|| format!("cannot write {}", path.display()))?))
-            }
+            Some(path) => Some(Box::new(
+                File::create(path).with_context(|| format!("cannot write {}", path.display()))?,
+            )),
         };
         let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(run.train.steps));
         if let Some(bar) = &bar {
@@ -105,9 +105,12 @@ impl Show {
 }
 
 fn step_words(line: &StepLine) -> String {
-    let StepLine { attention, loss, tokens_per_second, imbalance_before: before, imbalance_after: after, .. } = line;
+    let StepLine {
+        attention, loss, tokens_per_second, imbalance_before: before, imbalance_after: after, ..
+    } = line;
     let name = attention.name();
-    let mut words = format!("{name:<5}  loss {loss:.3}  {tokens_per_second:>6.0} tokens/s  imbalance {before:.2}");
+    let mut words =
+        format!("{name:<5}  loss {loss:.3}  {tokens_per_second:>6.0} tokens/s  imbalance {before:.2}");
     if *attention == Mode::Pool {
         words += &format!(" to {after:.2}  {} moved", HumanBytes(line.bytes_moved));
         if line.tasks_resent > 0 {
@@ -154,7 +157,10 @@ fn summary_words(summary: &Summary, cores_shared: bool) -> Vec<String> {
     if let Some(difference) = summary.max_relative_loss_difference {
         lines.push(format!("largest relative difference of loss {difference:.1e}"));
     }
-    lines.push(format!("imbalance of the documents {:.3} (most over mean cells of a rank)", summary.imbalance));
+    lines.push(format!(
+        "imbalance of the documents {:.3} (most over mean cells of a rank)",
+        summary.imbalance
+    ));
     if summary.tasks_planned > 0 {
         lines.push(format!(
             "tasks: {} planned, {} computed by the servers' own counters, {} resent, {} servers lost; {} moved",

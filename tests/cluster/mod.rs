@@ -1,5 +1,5 @@
 //! A whole cluster in one process: a coordinator, attention servers, and ranks on threads, over real sockets.
-#![allow(dead_code, reason = "each test binary uses its own part of the harness")]
+#![allow(dead_code, unreachable_pub, reason = "a module of test binaries, each of which uses its own part")]
 
 use std::sync::Arc;
 
@@ -8,8 +8,8 @@ use outboard_attention::{Document, DocumentId, HeadGeometry, HomeRange, Span};
 use outboard_attention_server::{EngineOptions, InPlace, Service, ServiceOptions};
 use outboard_transport::TaskHandler;
 use outboard_worker::{
-    Attended, CoreAttention, JobOptions, LayerCall, LocalAttention, OutputGradient, PackedDocument, PoolAttention,
-    Qkv, QkvGradient,
+    Attended, CoreAttention, JobOptions, LayerCall, LocalAttention, OutputGradient, PackedDocument,
+    PoolAttention, Qkv, QkvGradient,
 };
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -43,7 +43,8 @@ impl Cluster {
     }
 
     pub fn start_with(options: outboard_coordinator::Options) -> Cluster {
-        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+        let runtime =
+            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         runtime.spawn(outboard_coordinator::serve(listener, options, std::future::pending()));
@@ -104,7 +105,8 @@ impl RankInputs {
             PackedDocument { id: DocumentId { rank, index: index as u32 }, rows }
         });
         let documents: Vec<_> = packed.collect();
-        let mut random = Random(0x9e37_79b9_7f4a_7c15 ^ (step << 40) ^ (u64::from(layer) << 20) ^ u64::from(rank) ^ 1);
+        let mut random =
+            Random(0x9e37_79b9_7f4a_7c15 ^ (step << 40) ^ (u64::from(layer) << 20) ^ u64::from(rank) ^ 1);
         let mut fill = |n: usize| Arc::new((0..n).map(|_| random.next()).collect::<Vec<f32>>());
         let qkv = Qkv {
             q: fill(at * geometry.q_heads() * geometry.head_dim()),
@@ -117,15 +119,17 @@ impl RankInputs {
     }
 
     /// Forward, then backward from a random gradient.
-    pub fn compute(&self, attention: &dyn CoreAttention) -> Result<LayerOutput, outboard_worker::WorkerError> {
+    pub fn compute(
+        &self,
+        attention: &dyn CoreAttention,
+    ) -> Result<LayerOutput, outboard_worker::WorkerError> {
         let Attended { o, lse } = attention.forward(&self.call, &self.qkv)?;
         let heads = self.call.geometry.q_heads();
         let dim = self.call.geometry.v_head_dim();
         let dots = self.gradient_of_o.chunks(dim).zip(o.chunks(dim));
         let d: Vec<f32> = dots.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect();
         assert_eq!(d.len(), self.call.rows() * heads);
-        let gradient =
-            OutputGradient { d_o: self.gradient_of_o.clone(), lse: lse.clone(), d: Arc::new(d) };
+        let gradient = OutputGradient { d_o: self.gradient_of_o.clone(), lse: lse.clone(), d: Arc::new(d) };
         let QkvGradient { dq, dk, dv } = attention.backward(&self.call, &self.qkv, &gradient)?;
         Ok(LayerOutput { o, lse: lse.to_vec(), dq, dk, dv })
     }
@@ -159,7 +163,11 @@ impl LayerOutput {
     }
 
     pub fn bits(&self) -> Vec<u32> {
-        [&self.o, &self.lse, &self.dq, &self.dk, &self.dv].into_iter().flatten().map(|x| x.to_bits()).collect()
+        [&self.o, &self.lse, &self.dq, &self.dk, &self.dv]
+            .into_iter()
+            .flatten()
+            .map(|x| x.to_bits())
+            .collect()
     }
 }
 

@@ -1,4 +1,5 @@
 //! Runs the command and reads what it prints. A process still running when its handle is dropped is killed.
+#![allow(unreachable_pub, reason = "a module of a test binary")]
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
@@ -101,7 +102,9 @@ impl Running {
         let mut child = command(args).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap());
         let (sender, lines) = channel();
-        std::thread::spawn(move || output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line)));
+        std::thread::spawn(move || {
+            output.lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
+        });
         Running { child, lines, seen: Vec::new() }
     }
 

@@ -55,7 +55,8 @@ pub(crate) fn sum_gradients(
         if let Results::Backward { dq, dk, dv } = results {
             let shapes = part.task.shapes(geometry);
             let (queries, keys) = (query_corner(call, part), key_corner(part));
-            let partial = |at, values| GradientPartial { group: part.group, position: part.position, at, values };
+            let partial =
+                |at, values| GradientPartial { group: part.group, position: part.position, at, values };
             of_q.push(partial(queries, TensorView::contiguous("dq", dq, shapes.q)?));
             of_k.push(partial(keys, TensorView::contiguous("dk", dk, shapes.k)?));
             of_v.push(partial(keys, TensorView::contiguous("dv", dv, shapes.v)?));

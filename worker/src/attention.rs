@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use outboard_attention::{DocumentId, HeadGeometry, HeadShape, InvalidAttention, Span, TensorView};
+use outboard_attention::{DocumentId, HeadGeometry, HeadShape, InvalidAttention, Span, Task, TensorView};
 
 use crate::WorkerError;
 
@@ -46,7 +46,12 @@ impl LayerCall {
             if rows.start() != at || rows.is_empty() {
                 let bound = Span::at(at, rows.len());
                 let bound_name = "where the document before it ends";
-                return Err(InvalidAttention::OutsideSpan { field: "document rows", span: *rows, bound_name, bound });
+                return Err(InvalidAttention::OutsideSpan {
+                    field: "document rows",
+                    span: *rows,
+                    bound_name,
+                    bound,
+                });
             }
             at = rows.end();
         }
@@ -67,6 +72,17 @@ impl LayerCall {
         TensorView::contiguous("lse", &gradient.lse, [rows, heads, 1])?;
         TensorView::contiguous("d", &gradient.d, [rows, heads, 1])?;
         Ok(())
+    }
+
+    pub(crate) fn no_result(&self, task: &Task) -> WorkerError {
+        let (step, layer) = (self.step, self.layer);
+        WorkerError::NoResult {
+            step,
+            layer,
+            document: task.document(),
+            q: task.q(),
+            kv_heads: task.kv_heads(),
+        }
     }
 
     pub(crate) fn invalid(&self, source: InvalidAttention) -> WorkerError {
@@ -130,5 +146,10 @@ pub trait CoreAttention: Send + Sync {
     ///
     /// # Errors
     /// When the inputs do not fit the call, or the attention cannot be computed.
-    fn backward(&self, call: &LayerCall, qkv: &Qkv, grad: &OutputGradient) -> Result<QkvGradient, WorkerError>;
+    fn backward(
+        &self,
+        call: &LayerCall,
+        qkv: &Qkv,
+        grad: &OutputGradient,
+    ) -> Result<QkvGradient, WorkerError>;
 }

@@ -11,10 +11,10 @@ use outboard_attention::kernel::Results;
 use outboard_proto::{ErrorKind, RetryHint, TaskError};
 use outboard_transport::{Pending, TaskOutcome};
 
-use crate::WorkerError;
 use crate::assemble::Part;
 use crate::peers::{Peer, least_busy};
 use crate::request::PlacedRequest;
+use crate::{LayerCall, WorkerError};
 
 /// How often a server that is full is asked again before the task goes elsewhere.
 const BUSY_RETRIES: u32 = 5;
@@ -58,7 +58,11 @@ struct Flight {
 
 impl Dispatch<'_> {
     /// Ships all requests and returns their results in the same order.
-    pub(crate) async fn run(&self, requests: Vec<PlacedRequest>) -> Result<Dispatched, WorkerError> {
+    pub(crate) async fn run(
+        &self,
+        call: &LayerCall,
+        requests: Vec<PlacedRequest>,
+    ) -> Result<Dispatched, WorkerError> {
         let mut communication = Duration::ZERO;
         let mut results: Vec<Option<Results>> = requests.iter().map(|_| None).collect();
         let mut flights: FuturesUnordered<_> = FuturesUnordered::new();
@@ -82,8 +86,12 @@ impl Dispatch<'_> {
                 }
             }
         }
-        let results = requests.into_iter().zip(results).filter_map(|(r, result)| Some((r.part, result?)));
-        Ok(Dispatched { results: results.collect(), communication })
+        let with_result = |(request, result): (PlacedRequest, Option<Results>)| match result {
+            Some(result) => Ok((request.part, result)),
+            None => Err(call.no_result(&request.part.task)),
+        };
+        let results = requests.into_iter().zip(results).map(with_result).collect::<Result<_, _>>()?;
+        Ok(Dispatched { results, communication })
     }
 
     /// Ships each server's requests together, other machines first, so that transfer begins while this one computes.

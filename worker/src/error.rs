@@ -1,7 +1,7 @@
 //! What can go wrong for a worker.
 
-use outboard_attention::InvalidAttention;
 use outboard_attention::kernel::KernelError;
+use outboard_attention::{DocumentId, InvalidAttention, Span};
 use outboard_proto::TaskError;
 
 /// Why a worker cannot go on.
@@ -58,7 +58,9 @@ pub enum WorkerError {
         message: String,
     },
     /// A step whose documents were never submitted.
-    #[error("job {job}, rank {rank}: attention of step {step} was asked for before its documents were submitted")]
+    #[error(
+        "job {job}, rank {rank}: attention of step {step} was asked for before its documents were submitted"
+    )]
     NotSubmitted {
         /// The job.
         job: String,
@@ -86,6 +88,22 @@ pub enum WorkerError {
         task: String,
         /// Why.
         source: TaskError,
+    },
+    /// A task that was neither computed nor refused: a defect of Outboard's own, never passed over.
+    #[error(
+        "step {step}, layer {layer}: document {document}, queries {q}, kv heads {kv_heads}: no result came"
+    )]
+    NoResult {
+        /// Training step.
+        step: u64,
+        /// Layer.
+        layer: u32,
+        /// The task's document.
+        document: DocumentId,
+        /// The task's queries.
+        q: Span,
+        /// The task's kv heads.
+        kv_heads: Span,
     },
     /// Servers of another numerics id than the job started with.
     #[error("rank {rank}: {task}: computed by {actual}, while the job started on {expected}")]

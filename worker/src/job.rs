@@ -2,7 +2,9 @@
 
 use outboard_attention::Document;
 use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
-use outboard_proto::v1::{JoinJobRequest, LeaveJobRequest, ReportStepRequest, ServerReport, SubmitStepRequest};
+use outboard_proto::v1::{
+    JoinJobRequest, LeaveJobRequest, ReportStepRequest, ServerReport, SubmitStepRequest,
+};
 use outboard_proto::{PROTOCOL_VERSION, TaskError, describe};
 use tonic::transport::{Channel, Endpoint};
 

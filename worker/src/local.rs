@@ -53,7 +53,11 @@ impl LocalAttention {
         kernel.run(batch, &done).map_err(failed)?;
         drop(kernel);
         let results = finished.into_inner().unwrap_or_else(PoisonError::into_inner);
-        Ok(parts.into_iter().zip(results.into_iter().flatten()).collect())
+        let with_result = |(part, result): (Part, Option<Results>)| match result {
+            Some(result) => Ok((part, result)),
+            None => Err(call.no_result(&part.task)),
+        };
+        parts.into_iter().zip(results).map(with_result).collect()
     }
 }
 

@@ -30,7 +30,13 @@ pub struct JobOptions {
 
 impl JobOptions {
     /// Options with the usual limits.
-    pub fn new(coordinator: String, job: String, rank: u32, ranks: u32, geometry: HeadGeometry) -> JobOptions {
+    pub fn new(
+        coordinator: String,
+        job: String,
+        rank: u32,
+        ranks: u32,
+        geometry: HeadGeometry,
+    ) -> JobOptions {
         JobOptions {
             coordinator,
             job,

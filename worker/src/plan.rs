@@ -46,7 +46,9 @@ impl RankPlan {
             let mask = masks.get(&document).ok_or(format!("document {document} was not submitted"))?;
             let task = planned.task(mask).map_err(|e| format!("document {document}: {e}"))?;
             if !servers.contains_key(&server) {
-                return Err(format!("a task of document {document} is on server {server}, which is not listed"));
+                return Err(format!(
+                    "a task of document {document} is on server {server}, which is not listed"
+                ));
             }
             ticks.entry(tick).or_insert(TickPlan { tick, tasks: Vec::new() }).tasks.push(planned);
             tasks.push(PlacedTask { tick, planned, task, server });

@@ -12,7 +12,7 @@ use outboard_proto::v1::{PlanSummary, ServerInfo};
 use outboard_transport::grpc::{ClientConfig, GrpcTransport};
 use outboard_transport::{InProcess, TaskHandler, Traffic, Transport};
 use tokio::runtime::Handle;
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::assemble::{Part, merge_outputs, sum_gradients};
 use crate::dispatch::{Dispatch, DispatchCounters};
@@ -34,13 +34,21 @@ pub struct PoolAttention {
     in_place: Option<Arc<dyn TaskHandler>>,
     peers: Peers,
     counters: DispatchCounters,
+    submissions: mpsc::Sender<Submission>,
     steps: Mutex<BTreeMap<u64, Step>>,
+}
+
+/// A step on its way to the coordinator.
+struct Submission {
+    step: u64,
+    documents: Vec<Document>,
+    planned: oneshot::Sender<Result<RankPlan, WorkerError>>,
 }
 
 /// A submitted step.
 enum Step {
     /// The coordinator has not answered yet.
-    Waiting(JoinHandle<Result<RankPlan, WorkerError>>),
+    Waiting(oneshot::Receiver<Result<RankPlan, WorkerError>>),
     /// Its plan, and what has been done of it.
     Planned(Arc<PlannedStep>),
 }
@@ -101,10 +109,13 @@ impl PoolAttention {
         in_place: Option<Arc<dyn TaskHandler>>,
     ) -> Result<PoolAttention, WorkerError> {
         let job = runtime.block_on(Job::join(options))?;
+        let (submissions, queue) = mpsc::channel(MAX_STEPS_AHEAD);
+        runtime.spawn(submit_in_order(job.clone(), queue));
         Ok(PoolAttention {
             job,
             runtime,
             in_place,
+            submissions,
             peers: Peers::default(),
             counters: DispatchCounters::default(),
             steps: Mutex::default(),
@@ -122,12 +133,13 @@ impl PoolAttention {
     /// [`WorkerError::BadPlan`] when more steps than a few are outstanding.
     pub fn submit_step(&self, step: u64, documents: Vec<Document>) -> Result<(), WorkerError> {
         let mut steps = self.lock_steps();
-        if steps.len() > MAX_STEPS_AHEAD {
+        let (planned, waiting) = oneshot::channel();
+        if steps.len() >= MAX_STEPS_AHEAD
+            || self.submissions.try_send(Submission { step, documents, planned }).is_err()
+        {
             let message = format!("{} steps are submitted and not finished; finish one first", steps.len());
             return Err(self.bad_plan(step, message));
         }
-        let job = self.job.clone();
-        let waiting = self.runtime.spawn(async move { job.submit(step, documents).await });
         steps.insert(step, Step::Waiting(waiting));
         Ok(())
     }
@@ -198,7 +210,7 @@ impl PoolAttention {
             peers: &step.peers,
             counters: &self.counters,
         };
-        let dispatched = self.runtime.block_on(dispatch.run(requests))?;
+        let dispatched = self.runtime.block_on(dispatch.run(call, requests))?;
         let elapsed = started.elapsed();
         let busy = self.device_busy().saturating_sub(busy_before);
         let mut times = step.times.lock().unwrap_or_else(PoisonError::into_inner);
@@ -226,7 +238,7 @@ impl PoolAttention {
             }
         };
         let plan = self.runtime.block_on(waiting);
-        let plan = plan.map_err(|e| self.bad_plan(step, format!("the submission did not end: {e}")))??;
+        let plan = plan.map_err(|_| self.bad_plan(step, "its submission was cut off".to_owned()))??;
         let meet = |info: &ServerInfo| {
             let peer = self.peers.meet(info.id, || self.peer(info));
             let failed = |e: TaskError| self.bad_plan(step, format!("server {}: {e}", info.id));
@@ -280,6 +292,14 @@ impl PoolAttention {
 
     fn lock_steps(&self) -> MutexGuard<'_, BTreeMap<u64, Step>> {
         self.steps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Submits steps one after another, since the coordinator takes a rank's steps in order.
+async fn submit_in_order(job: Job, mut queue: mpsc::Receiver<Submission>) {
+    while let Some(Submission { step, documents, planned }) = queue.recv().await {
+        // Nobody waits when the rank has ended meanwhile.
+        let _ = planned.send(job.submit(step, documents).await);
     }
 }
 

@@ -3,9 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use outboard_attention::{
-    DType, Direction, DocumentId, InvalidAttention, Span, TensorLayout, TensorSlice,
-};
+use outboard_attention::{DType, Direction, DocumentId, InvalidAttention, Span, TensorLayout, TensorSlice};
 use outboard_proto::TaskHeader;
 use outboard_transport::{GradientInputs, TaskInputs, TaskRequest};
 
