@@ -116,7 +116,9 @@ impl TaskHandler for Engine {
             );
             return Err(TaskError::new(ErrorKind::NumericsMismatch, message));
         }
-        for (field, dtype) in [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)] {
+        for (field, dtype) in
+            [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)]
+        {
             if dtype != DType::F32 {
                 let message = format!("{field} is {dtype}; this server computes f32");
                 return Err(TaskError::new(ErrorKind::Unsupported, message));

@@ -46,7 +46,12 @@ fn run_batch(kernel: &mut CpuKernel, batch: Vec<QueuedTask>, shared: &Shared) {
         match operands(&queued.task, inputs) {
             Ok(operands) => {
                 let results = Results::zeroed(&header.task, &header.geometry, header.direction);
-                kernel_tasks.push(KernelTask { geometry: header.geometry, task: &header.task, operands, results });
+                kernel_tasks.push(KernelTask {
+                    geometry: header.geometry,
+                    task: &header.task,
+                    operands,
+                    results,
+                });
                 running.push(Mutex::new(Some(Running { task: queued, started })));
             }
             Err(error) => fail(queued, error, shared),
@@ -80,7 +85,12 @@ fn succeed(running: Running, results: Results, compute: Duration, shared: &Share
     let header = &task.header;
     shared.stats.computed(header.direction, header.task.cells(), compute);
     let queued = started.duration_since(arrived);
-    task.reply.send(Ok(TaskOutcome { results, numerics_id: Arc::clone(&shared.numerics_id), queued, compute }));
+    task.reply.send(Ok(TaskOutcome {
+        results,
+        numerics_id: Arc::clone(&shared.numerics_id),
+        queued,
+        compute,
+    }));
 }
 
 fn fail(queued: QueuedTask, error: TaskError, shared: &Shared) {
@@ -92,7 +102,8 @@ fn fail(queued: QueuedTask, error: TaskError, shared: &Shared) {
 fn operands<'a>(task: &ArrivedTask, inputs: &'a TaskInputs) -> Result<Operands<'a>, TaskError> {
     let (q_span, kv_span) = (task.header.task.q(), task.header.task.kv());
     let view = |name: &str, tensor: &'a TensorSlice, span| -> Result<TensorView<'a>, TaskError> {
-        let missing = || TaskError::invalid(format!("tensor {name} holds {}, the task needs {span}", tensor.tokens()));
+        let missing =
+            || TaskError::invalid(format!("tensor {name} holds {}, the task needs {span}", tensor.tokens()));
         tensor.view_of(span).ok_or_else(missing)
     };
     let q = view("q", &inputs.q, q_span)?;

@@ -39,7 +39,8 @@ impl TaskQueue {
         let mut state = self.lock();
         if state.closed {
             drop(state);
-            task.reply.send(Err(TaskError::unavailable("the server has shut down; send the task to another")));
+            task.reply
+                .send(Err(TaskError::unavailable("the server has shut down; send the task to another")));
             return;
         }
         state.ready.push_back(QueuedTask { task, arrived: Instant::now(), flops });

@@ -28,9 +28,10 @@ impl Registration {
             .map_err(|e| failed(format!("{e}; give it as http://host:port")))?
             .connect_timeout(timeout)
             .timeout(timeout);
-        let channel = endpoint.connect().await.map_err(|e| {
-            failed(format!("{}; is `outboard coordinator` running there?", describe(&e)))
-        })?;
+        let channel = endpoint
+            .connect()
+            .await
+            .map_err(|e| failed(format!("{}; is `outboard coordinator` running there?", describe(&e))))?;
         let client = CoordinatorServiceClient::new(channel);
         let mut registration =
             Registration { client, url: url.to_owned(), server, id: 0, lease: Duration::from_secs(1) };
@@ -59,8 +60,12 @@ impl Registration {
             };
             if error.kind == ErrorKind::NotFound && !engine.is_draining() {
                 match self.register().await {
-                    Ok(()) => tracing::warn!(url = %self.url, id = self.id, "registered anew with the coordinator"),
-                    Err(error) => tracing::warn!(url = %self.url, %error, "cannot register anew; will try again"),
+                    Ok(()) => {
+                        tracing::warn!(url = %self.url, id = self.id, "registered anew with the coordinator")
+                    }
+                    Err(error) => {
+                        tracing::warn!(url = %self.url, %error, "cannot register anew; will try again")
+                    }
                 }
             } else if reachable {
                 reachable = false;

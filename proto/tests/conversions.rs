@@ -1,4 +1,5 @@
 //! Domain <-> wire: what is valid comes back as it went, and what is not is refused by name, never by a panic.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use std::time::Duration;
 

@@ -122,7 +122,7 @@ fn step_words(line: &StepLine) -> String {
 
 fn training_table(trainings: &[Training]) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::ASCII_MARKDOWN);
     let mut header = vec!["attention by".to_owned()];
     header.extend(trainings.iter().map(|t| t.attention.name().to_owned()));
     table.set_header(header);

@@ -1,4 +1,5 @@
 //! Servers that break the protocol, as a gRPC client meets them: every task ends with a reason, none with wrong numbers.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 
@@ -17,12 +18,14 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Request, Response, Status, Streaming};
 
+type Change = dyn Fn(&mut Vec<Result<Answer, Status>>) + Send + Sync;
+
 /// How a server misbehaves.
 #[derive(Clone)]
 struct Script {
     greeting: Option<ServerGreeting>,
     /// What it does with the right result of a task: header, chunk of O, chunk of LSE.
-    change: Arc<dyn Fn(&mut Vec<Result<Answer, Status>>) + Send + Sync>,
+    change: Arc<Change>,
 }
 
 struct BadServer(Script);

@@ -1,4 +1,5 @@
 //! Servers that die, freeze, drain or are none, as a gRPC client meets them.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 
@@ -213,6 +214,50 @@ fn draining_lets_running_tasks_finish_and_refuses_new_ones() {
 }
 
 #[test]
+fn draining_cuts_off_no_result() {
+    run(async {
+        for round in 0..20 {
+            let handler = TestHandler::new(256 * MIB);
+            handler.hold.store(true, SeqCst);
+            let mut server = Server::start(&handler).await;
+            let transport = client(server.address, |config| config.streams = 2);
+            let running: Vec<_> = (0..4).flat_map(|n| transport.ship(some(n, 2000))).collect();
+            eventually("all tasks are held", || handler.held() == 16).await;
+            handler.draining.store(true, SeqCst);
+            server.drain.cancel();
+            // The client goes on sending meanwhile.
+            let refused = transport.ship(some(round, 100));
+            handler.release();
+            for outcome in join_all(running).await {
+                outcome.expect("it ran before the drain");
+            }
+            for outcome in join_all(refused).await {
+                assert_eq!(outcome.expect_err("the server drains").kind, ErrorKind::Unavailable);
+            }
+            (&mut server.served).await.expect("the server ends by itself");
+        }
+    });
+}
+
+#[test]
+fn draining_ends_streams_that_wait_for_room() {
+    run(async {
+        let handler = TestHandler::new(4 * MIB);
+        let mut server = Server::start(&handler).await;
+        let blocker = handler.budget.lease(handler.budget.largest()).await.unwrap();
+        let transport = client(server.address, |_| {});
+        let waiting = transport.ship(some(1, 800));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        server.drain.cancel();
+        for outcome in join_all(waiting).await {
+            assert_eq!(outcome.expect_err("the server drains").kind, ErrorKind::Unavailable);
+        }
+        (&mut server.served).await.expect("the server ends by itself");
+        drop(blocker);
+    });
+}
+
+#[test]
 fn draining_ends_idle_streams() {
     run(async {
         let handler = TestHandler::new(64 * MIB);
@@ -236,6 +281,42 @@ fn a_server_of_another_numerics_id_is_refused_whole() {
             assert_eq!(error.kind, ErrorKind::NumericsMismatch);
             assert!(error.message.contains("other-7") && error.message.contains(NUMERICS_ID), "{error}");
         }
+    });
+}
+
+#[test]
+fn a_header_that_no_server_would_read_is_refused_at_the_caller() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        let server = Server::start(&handler).await;
+        let transport = client(server.address, |_| {});
+        let mut tasks = some(1, 50);
+        tasks[0].header.job = "x".repeat(1000);
+        let mut outcomes = join_all(transport.ship(tasks)).await;
+        let error = outcomes.remove(0).expect_err("the name is too long");
+        assert_eq!(error.kind, ErrorKind::Invalid);
+        assert!(error.message.contains("job has 1000 bytes"), "{error}");
+        outcomes.into_iter().for_each(|outcome| drop(outcome.expect("the others go through")));
+        assert_eq!(handler.failed.lock().unwrap().len(), 0);
+    });
+}
+
+#[test]
+fn a_stream_with_too_many_waiting_tasks_is_busy_and_keeps_its_credit() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        let config = ServerConfig { max_tasks: 2, ..ServerConfig::default() };
+        let server = Server::start_at(&handler, "127.0.0.1:0", config).await;
+        let transport = client(server.address, |_| {});
+        let mut busy = 0;
+        for seed in 0..20 {
+            for outcome in join_all(transport.ship(some(seed, 300))).await {
+                busy += outcome.map_or_else(|error| usize::from(error.kind == ErrorKind::Busy), |_| 0);
+            }
+        }
+        assert!(busy >= 20, "four headers come before the first tensor, and two may wait: {busy}");
+        drop(transport);
+        eventually("all memory is free", || handler.budget.used() == 0).await;
     });
 }
 

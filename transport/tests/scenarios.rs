@@ -1,4 +1,5 @@
 //! One suite of scenarios, run against every transport.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod support;
 

@@ -11,6 +11,9 @@ use tonic::transport::{Channel, Endpoint};
 use crate::plan::RankPlan;
 use crate::{JobOptions, WorkerError};
 
+/// Largest answer taken from the coordinator, in bytes: far above the part of any plan that a rank may submit for.
+const MAX_ANSWER_BYTES: usize = 256 << 20;
+
 /// A joined job. Clones share the connection.
 #[derive(Clone, Debug)]
 pub(crate) struct Job {
@@ -42,7 +45,8 @@ impl Job {
             let why = describe(&e);
             failed(TaskError::unavailable(format!("{why}; is `outboard coordinator` running there?")))
         })?;
-        let mut client = CoordinatorServiceClient::new(channel);
+        // The part of a plan grows with the number of documents; the library refuses answers above 4 MiB by default.
+        let mut client = CoordinatorServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES);
         let request = JoinJobRequest {
             protocol_version: PROTOCOL_VERSION,
             job: options.job.clone(),

@@ -110,20 +110,25 @@ impl Arrivals {
         self.tasks.contains_key(&task)
     }
 
+    /// Refuses a task when too many wait already.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`].
+    pub(super) fn check_room(&self) -> Result<(), TaskError> {
+        let (tasks, tensors) = (self.tasks.len(), self.tensors.len());
+        if tasks < self.max_tasks && tensors < self.max_tasks.saturating_mul(MAX_INPUTS) {
+            return Ok(());
+        }
+        let message =
+            format!("{tasks} tasks of this stream wait for {tensors} tensors already; send fewer at once");
+        Err(TaskError::new(ErrorKind::Busy, message))
+    }
+
     /// Checks the tensors that a task names against each other and against what the stream carries.
     ///
     /// # Errors
     /// What is wrong with which tensor.
     pub(super) fn check(&self, task: &WireTask) -> Result<(), TaskError> {
-        if self.tasks.len() >= self.max_tasks
-            || self.tensors.len() >= self.max_tasks.saturating_mul(MAX_INPUTS)
-        {
-            let message = format!(
-                "{} tasks of this stream wait for tensors already; send fewer at once",
-                self.tasks.len()
-            );
-            return Err(TaskError::new(ErrorKind::Busy, message));
-        }
         let needed = input_kinds(task.header.direction);
         for &kind in needed {
             let count = task.tensors.iter().filter(|tensor| tensor.kind == kind).count();

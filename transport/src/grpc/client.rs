@@ -4,8 +4,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use outboard_proto::v1::{GetServerStatsRequest, GetServerStatsResponse};
-use outboard_proto::{ErrorKind, TaskError};
+use outboard_proto::v1::{self, GetServerStatsRequest, GetServerStatsResponse};
+use outboard_proto::{ErrorKind, TaskError, WireTask};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 
@@ -86,6 +86,9 @@ impl GrpcTransport {
     fn prepare(&self, stream: &Stream, request: TaskRequest) -> Result<(Shipped, Pending), TaskError> {
         let name = || request.header.name();
         check(&request).map_err(|error| error.context(name()))?;
+        // What a server would refuse unread is refused here, before it costs credit.
+        let wire = WireTask { id: 0, header: request.header.clone(), tensors: Vec::new() };
+        WireTask::try_from(v1::TaskHeader::from(&wire))?;
         let permit = Arc::clone(&self.tasks).try_acquire_owned().map_err(|_| {
             let (address, max) = (&self.shared.config.address, self.shared.config.max_tasks);
             let message =

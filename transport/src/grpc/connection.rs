@@ -36,6 +36,8 @@ pub(super) struct Connection {
 
 struct State {
     credit: u64,
+    /// True once the server takes no more tasks.
+    draining: bool,
     /// True from a request for credit to the grant that answers it.
     asking: bool,
     /// Of the shipment at hand, not sent yet.
@@ -67,7 +69,15 @@ impl Connection {
     pub(super) fn new(link: &Link, greeting: &ServerGreeting, first: Vec<Shipped>) -> Connection {
         let credit = greeting.credit_bytes;
         let live = HashMap::new();
-        let state = State { credit, asking: false, waiting: first, live, next_task: 0, next_tensor: 0 };
+        let state = State {
+            credit,
+            asking: false,
+            draining: false,
+            waiting: first,
+            live,
+            next_task: 0,
+            next_tensor: 0,
+        };
         Connection {
             shared: Arc::clone(&link.shared),
             cancelled: Arc::clone(&link.cancelled),
@@ -128,6 +138,11 @@ impl Connection {
                 drop(state);
                 self.changed.notify_one();
             }
+            Some(Answer::Drain(_)) => {
+                state.draining = true;
+                drop(state);
+                self.changed.notify_one();
+            }
             Some(Answer::Result(result)) => {
                 let id = result.task;
                 let Some(live) = state.live.get_mut(&id) else { return };
@@ -174,7 +189,7 @@ impl Connection {
         self.changed.notify_one();
     }
 
-    /// Sends shipment after shipment until the transport is dropped, then waits for the last task.
+    /// Sends shipment after shipment until the transport is dropped or the server drains, then waits for the last task.
     async fn send(
         &self,
         queue: &mut mpsc::Receiver<Vec<Shipped>>,
@@ -182,6 +197,7 @@ impl Connection {
     ) -> Result<(), Deaf> {
         let mut open = true;
         loop {
+            open &= !self.state().draining;
             while let Some(packed) = self.next_parcel(outbound).await? {
                 self.send_parcel(packed, outbound).await?;
             }
@@ -204,10 +220,13 @@ impl Connection {
     async fn next_parcel(&self, outbound: &mpsc::Sender<AttendRequest>) -> Result<Option<Packed>, Deaf> {
         let mut give_up = None;
         while let Some(parcel) = self.pack_waiting() {
-            // Until a task is cancelled, the parcel stays as it is.
-            let cancelled = loop {
+            // The parcel stays as it is until a task is cancelled or the server drains.
+            let pack_anew = loop {
                 let request = {
                     let mut state = self.state();
+                    if state.draining {
+                        break true;
+                    }
                     if parcel.bytes <= state.credit {
                         state.credit -= parcel.bytes;
                         return Ok(Some(state.announce(parcel)));
@@ -227,7 +246,7 @@ impl Connection {
                     () = sleep_until(give_up) => break false,
                 }
             };
-            if cancelled {
+            if pack_anew {
                 self.sweep(outbound).await?;
             } else {
                 self.give_up_waiting(parcel.bytes);
@@ -239,6 +258,10 @@ impl Connection {
     fn pack_waiting(&self) -> Option<Parcel> {
         let mut state = self.state();
         state.waiting.retain(|task| !task.reply.is_cancelled());
+        if state.draining {
+            let error = closed(&self.shared.config.address);
+            state.waiting.drain(..).for_each(|task| task.fail(&error));
+        }
         while !state.waiting.is_empty() {
             let requests: Vec<_> = state.waiting.iter().map(|task| &task.request).collect();
             let error = match pack(&requests, self.memory_bytes) {

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Fuse, FusedFuture};
@@ -27,6 +28,9 @@ use crate::{ArrivedTask, Origin, Pending, TaskHandler};
 const MAX_FAILURES: usize = 256;
 /// Most results that wait to be sent. Each holds its memory meanwhile.
 const MAX_RESULTS: usize = 16;
+
+/// How long a client may take to end a drained stream that has no tasks left.
+const LINGER: Duration = Duration::from_secs(10);
 
 /// What every stream of a server shares.
 #[derive(Clone)]
@@ -57,7 +61,7 @@ pub(super) async fn attend(shared: Shared, mut inbound: Streaming<AttendRequest>
     };
     tracing::warn!(%error, "a stream ended early");
     // When even this cannot be sent, the client has gone.
-    let _ = outbound.send_timeout(Err(Status::from(error)), std::time::Duration::from_secs(5)).await;
+    let _ = outbound.send_timeout(Err(Status::from(error)), LINGER).await;
 }
 
 async fn serve(
@@ -131,13 +135,18 @@ fn greet(shared: &Shared, greeting: &ClientGreeting) -> Result<Arc<Account>, Tas
 
 impl Reader {
     async fn read(mut self, inbound: &mut Streaming<AttendRequest>) -> Result<(), TaskError> {
-        let (mut reading, mut draining) = (true, false);
+        let mut reading = true;
+        // Whether the client was told to send no more, and since when the stream has no tasks.
+        let (mut drained, mut idle_since) = (false, Instant::now());
         let stall_timeout = self.shared.config.stall_timeout;
         let mut heard = Instant::now();
         loop {
             let idle = self.arrivals.is_empty() && self.running.is_empty() && self.tasks.is_empty();
-            if idle && (draining || !reading) {
+            if idle && !reading {
                 return Ok(());
+            }
+            if !idle {
+                idle_since = Instant::now();
             }
             tokio::select! {
                 message = inbound.message(), if reading => {
@@ -162,7 +171,12 @@ impl Reader {
                     }
                 }
                 granted = &mut self.granting, if !self.granting.is_terminated() => granted?,
-                () = self.shared.drain.cancelled(), if !draining => draining = true,
+                () = self.shared.drain.cancelled(), if !drained => {
+                    drained = true;
+                    // The queue is gone only when the client is.
+                    let _ = self.control.send(Answer::Drain(v1::Drain {})).await;
+                }
+                () = sleep_until(idle_since + LINGER), if idle && drained => return Ok(()),
                 () = sleep_until(heard + stall_timeout), if reading && !self.arrivals.is_empty() => {
                     return Err(TaskError::deadline("sending the tensors of the stream's tasks", stall_timeout));
                 }
@@ -238,6 +252,8 @@ impl Reader {
         let named = |error: TaskError| error.context(&name);
         self.arrivals.check(&task).map_err(named)?;
         let leases = self.account.spend(&costs(&task)).map_err(named)?;
+        // After spending, so that what a well-meaning client has spent comes back to it.
+        self.arrivals.check_room().map_err(named)?;
         let refused = refuse(&*self.shared.handler, &task.header);
         let whole = self.arrivals.announce(task, leases);
         // Even the tensors of a refused task are taken in where later tasks may name them.

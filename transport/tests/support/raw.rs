@@ -1,5 +1,7 @@
 //! Streams made by hand.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use outboard_attention::Direction;
 use outboard_attention::kernel::Results;
@@ -70,32 +72,44 @@ impl Raw {
             match self.next().await {
                 Answer::Failure(v1::TaskFailure { task, failure }) => return (task, failure.unwrap().into()),
                 Answer::Greeting(_) => panic!("a second greeting"),
-                Answer::Credit(_) | Answer::Result(_) | Answer::Chunk(_) => {}
+                Answer::Credit(_) | Answer::Result(_) | Answer::Chunk(_) | Answer::Drain(_) => {}
             }
         }
     }
 
     /// Awaits the result of a task and compares it with a direct computation.
     pub async fn check_result(&mut self, script: &Script) {
-        let mut data: Vec<Vec<u8>> = Vec::new();
-        let expected = elements(compute(&script.request.header, &script.request.inputs));
-        loop {
-            match self.next().await {
+        self.check_results(&[script]).await;
+    }
+
+    /// The same for several tasks, which may end in any order.
+    pub async fn check_results(&mut self, scripts: &[&Script]) {
+        let expected = |script: &&Script| {
+            let results = compute(&script.request.header, &script.request.inputs);
+            (script.header.task, elements(results))
+        };
+        let mut expected: HashMap<u64, Vec<Vec<u8>>> = scripts.iter().map(expected).collect();
+        let mut arrived: HashMap<u64, Vec<Vec<u8>>> = HashMap::new();
+        while !expected.is_empty() {
+            let task = match self.next().await {
                 Answer::Result(result) => {
-                    assert_eq!((result.task, &*result.numerics_id), (script.header.task, NUMERICS_ID));
-                    data = result.tensors.iter().map(|_| Vec::new()).collect();
+                    assert_eq!(result.numerics_id, NUMERICS_ID);
+                    arrived.insert(result.task, vec![Vec::new(); result.tensors.len()]);
+                    result.task
                 }
                 Answer::Chunk(chunk) => {
                     assert_eq!(chunk.crc32c, crc32c::crc32c(&chunk.data));
-                    let tensor = &mut data[chunk.tensor as usize];
+                    let tensor = &mut arrived.get_mut(&chunk.task).unwrap()[chunk.tensor as usize];
                     assert_eq!(tensor.len() as u64, chunk.offset);
                     tensor.extend_from_slice(&chunk.data);
+                    chunk.task
                 }
                 Answer::Credit(_) => continue,
                 other => panic!("no result but {other:?}"),
-            }
-            if data == expected {
-                return;
+            };
+            assert!(expected.contains_key(&task), "task {task} was not awaited");
+            if expected[&task] == arrived[&task] {
+                expected.remove(&task);
             }
         }
     }

@@ -87,7 +87,7 @@ impl Default for TrainConfig {
             tokens: 16_384,
             ranks: 2,
             rank: 0,
-            learning_rate: 1e-2,
+            learning_rate: 5e-3,
             warmup_steps: 2,
             weight_decay: 0.1,
             beta1: 0.9,
