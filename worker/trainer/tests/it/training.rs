@@ -89,11 +89,15 @@ struct Broken {
     short: bool,
 }
 
-const REASON: &str = "job 4, rank 0: every server refused task 17 (no memory for 3 GiB)";
+const TRIED: &str = "127.0.0.1:7001: no memory for 3 GiB";
 
 impl Broken {
     fn fails(call: &LayerCall, fails: bool) -> Result<(), WorkerError> {
-        if fails && call.layer == 1 { Err(WorkerError::Failed(REASON.into())) } else { Ok(()) }
+        if fails && call.layer == 1 {
+            let task = format!("step {}, layer 1", call.step);
+            return Err(WorkerError::NoServerLeft { rank: 0, task, tried: TRIED.into() });
+        }
+        Ok(())
     }
 }
 
@@ -130,9 +134,11 @@ fn errors_of_attention_reach_the_caller_whole() {
         let before = weights(&trainer);
         let error = trainer.step(&batch(0, 0, &[30, 40]), &mut Exchange::alone()).unwrap_err();
         match &error {
-            TrainerError::Attention { step: 0, source: WorkerError::Failed(text) } if !short => {
-                assert_eq!(text, REASON);
-                assert!(error.to_string().ends_with(REASON), "{error}");
+            TrainerError::Attention { step: 0, source: WorkerError::NoServerLeft { tried, .. } }
+                if !short =>
+            {
+                assert_eq!(tried, TRIED);
+                assert!(error.to_string().ends_with(TRIED), "{error}");
             }
             TrainerError::Attention { step: 0, source: WorkerError::Invalid { layer: 1, .. } } if short => {
                 assert!(error.to_string().contains("dk holds"), "{error}");
