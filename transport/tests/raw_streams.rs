@@ -257,7 +257,8 @@ fn ends_with(kind: ErrorKind, expected: &str, messages: Vec<Message>) {
         let server = Server::start_at(&handler, "127.0.0.1:0", config).await;
         let mut raw = Raw::silent(&server).await;
         for message in messages {
-            raw.send(message).await;
+            // The server may have ended the stream by now.
+            raw.outbound.send(AttendRequest { message: Some(message) }).await.ok();
         }
         let error = raw.end().await;
         assert_eq!(error.kind, kind, "{error}");

@@ -197,13 +197,15 @@ impl Connection {
     ) -> Result<(), Deaf> {
         let mut open = true;
         loop {
-            open &= !self.state().draining;
             while let Some(packed) = self.next_parcel(outbound).await? {
                 self.send_parcel(packed, outbound).await?;
             }
             self.return_excess(outbound).await?;
-            if !open && self.state().live.is_empty() {
-                return Ok(());
+            {
+                let state = self.state();
+                if (!open || state.draining) && state.live.is_empty() {
+                    return Ok(());
+                }
             }
             tokio::select! {
                 shipment = queue.recv(), if open => match shipment {
