@@ -38,6 +38,9 @@ pub(crate) struct Args {
     /// Width of the model.
     #[arg(long, default_value_t = ModelConfig::default().dim)]
     dim: usize,
+    /// Width of the gated MLP [default: three times the width of the model].
+    #[arg(long)]
+    ffn_dim: Option<usize>,
     /// Largest learning rate.
     #[arg(long, default_value_t = TrainConfig::default().learning_rate)]
     learning_rate: f64,
@@ -129,6 +132,7 @@ impl Args {
             q_heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            ffn_dim: self.ffn_dim.unwrap_or(self.dim.saturating_mul(3)),
             ..ModelConfig::default()
         };
         model.validate()?;

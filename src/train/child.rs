@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use outboard_trainer::LAUNCH_ENVIRONMENT;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
@@ -29,8 +30,7 @@ impl JsonChild {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut child = Command::new(program)
             .args(args)
-            // A tensor library's own threads would take the cores of other ranks.
-            .env("RAYON_NUM_THREADS", "1")
+            .envs(LAUNCH_ENVIRONMENT)
             // A group of its own, so that Ctrl-C on the terminal reaches the parent alone, which ends its children.
             .process_group(0)
             .stdin(Stdio::piped())
