@@ -1,5 +1,6 @@
 //! The `outboard` command: one subcommand per role.
 
+use std::io::IsTerminal;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
@@ -44,7 +45,12 @@ enum Role {
 
 fn main() -> ExitCode {
     let filter = EnvFilter::try_from_env("OUTBOARD_LOG").unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .init();
     let outcome = match Cli::parse().role {
         Role::Train(args) => train::run(args),
         Role::AttentionServer(args) => attention_server::run(args),

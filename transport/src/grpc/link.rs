@@ -1,5 +1,6 @@
 //! One stream of a client: connects when there is something to ship, and ends every task of a connection that is lost.
 
+use std::error::Error;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -128,7 +129,8 @@ pub(super) fn ended(address: &str, status: &Status) -> TaskError {
             error
         }
         None => {
-            let reason = describe(status);
+            // A status says of itself what its cause says better.
+            let reason = status.source().map_or_else(|| status.message().to_owned(), describe);
             let message = format!("the connection to the attention server at {address} was lost: {reason}");
             TaskError::unavailable(message)
         }
