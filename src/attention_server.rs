@@ -81,7 +81,7 @@ async fn serve(args: Args, engine: EngineOptions, options: ServiceOptions) -> an
     tokio::select! {
         signal = lifetime::signalled() => tracing::info!("draining after {}", signal?),
         () = lifetime::parent_gone(), if args.end_with_stdin => tracing::info!("draining, since the parent is gone"),
-        ended = service.ended() => return Ok(ended?),
+        ended = service.ended() => ended?,
     }
     Ok(service.shut_down().await?)
 }

@@ -1,4 +1,5 @@
 //! The command as a user runs it: processes, signals, exit codes, and what is printed.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod command_support;
 

@@ -1,10 +1,15 @@
 //! Attention through the pool equals attention at home, whoever computes it, and whoever dies.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 mod cluster;
+
+use std::time::Duration;
 
 use cluster::{Cluster, LayerOutput, RankInputs, documents};
 use outboard_attention::HeadGeometry;
 use outboard_attention_server::{EngineOptions, Service};
+use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
+use outboard_proto::v1::{DrainServerRequest, ListPoolRequest};
 use outboard_transport::TaskHandler;
 use outboard_worker::{PoolAttention, StepStats};
 
@@ -152,4 +157,45 @@ fn inputs_that_do_not_fit_are_refused_by_name() {
     assert!(error.contains("layer 3") && error.contains("k holds 7 elements"), "{error}");
     let unknown = RankInputs::random(9, 0, 0, geometry(), &[64]).compute(&pools[0]).unwrap_err().to_string();
     assert!(unknown.contains("step 9") && unknown.contains("submitted"), "{unknown}");
+}
+
+#[test]
+fn a_call_that_differs_from_what_was_submitted_is_refused() {
+    let cluster = Cluster::start();
+    let _services = [cluster.server(None)];
+    let pools = cluster.join(JOB, 1, geometry(), &[]);
+    pools[0].submit_step(0, documents(0, &[64, 9])).unwrap();
+    let refused = |inputs: RankInputs| inputs.compute(&pools[0]).unwrap_err().to_string();
+
+    let longer = refused(RankInputs::random(0, 0, 0, geometry(), &[65, 9]));
+    assert!(longer.contains("document 0.0") && longer.contains("64") && longer.contains("65"), "{longer}");
+    let missing = refused(RankInputs::random(0, 0, 0, geometry(), &[64]));
+    assert!(missing.contains("document 0.1"), "{missing}");
+    let unknown = refused(RankInputs::random(0, 0, 0, geometry(), &[64, 9, 5]));
+    assert!(unknown.contains("document 0.2"), "{unknown}");
+    let mut other_tick = RankInputs::random(0, 0, 0, geometry(), &[64, 9]);
+    other_tick.call.tick = 1;
+    assert!(refused(other_tick).contains("tick 1"));
+    let heads = refused(RankInputs::random(0, 0, 0, HeadGeometry::standard(8, 4, 32).unwrap(), &[64, 9]));
+    assert!(heads.contains("kv_heads: 4") && heads.contains("kv_heads: 2"), "{heads}");
+
+    let again = pools[0].submit_step(0, documents(0, &[64])).unwrap_err().to_string();
+    assert!(again.contains("submitted before"), "{again}");
+    RankInputs::random(0, 0, 0, geometry(), &[64, 9]).compute(&pools[0]).unwrap();
+}
+
+#[test]
+fn a_server_that_the_coordinator_drains_ends_by_itself() {
+    let cluster = Cluster::start();
+    let mut service = cluster.server(None);
+    let (url, engine) = (cluster.url.clone(), service.engine());
+    cluster.runtime.block_on(async {
+        let mut client = CoordinatorServiceClient::connect(url).await.unwrap();
+        let pool = client.list_pool(ListPoolRequest {}).await.unwrap().into_inner();
+        let server_id = pool.servers[0].server.as_ref().unwrap().id;
+        client.drain_server(DrainServerRequest { server_id }).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(30), service.ended()).await.unwrap().unwrap();
+        service.shut_down().await.unwrap();
+    });
+    assert!(engine.stats().draining);
 }

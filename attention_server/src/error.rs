@@ -20,6 +20,14 @@ pub enum ServerError {
         /// Why.
         source: std::io::Error,
     },
+    /// No address to tell the coordinator.
+    #[error(
+        "the server listens on {address}, which is no address that workers can reach; name one with --advertise HOST:PORT"
+    )]
+    NoAddress {
+        /// The address.
+        address: SocketAddr,
+    },
     /// The coordinator refused the server or cannot be reached.
     #[error("cannot register with the coordinator at {url}: {message}")]
     Register {

@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use outboard_attention::kernel::{CpuKernel, KernelTask, Operands, Results};
 use outboard_attention::{Direction, TensorSlice, TensorView};
@@ -29,20 +29,21 @@ pub(crate) fn start(mut kernel: CpuKernel, shared: Arc<Shared>) -> Result<JoinHa
     std::thread::Builder::new().name("executor".into()).spawn(run).map_err(ServerError::Thread)
 }
 
-/// What remains of a task once its operands are borrowed by the kernel.
-struct Running {
-    task: QueuedTask,
-    started: Instant,
+/// When a task was computed: from the end of the task before it in the batch to its own. Together the tasks of a batch
+/// take exactly the batch's time, though with several threads they overlap.
+struct Span {
+    begun: Instant,
+    end: Instant,
 }
 
 fn run_batch(kernel: &mut CpuKernel, batch: Vec<QueuedTask>, shared: &Shared) {
-    let started = Instant::now();
-    // The inputs are cloned (by reference count) so that the kernel's borrow does not tie down the task, which is
-    // ended, and its memory freed, from within the kernel.
-    let inputs: Vec<_> = batch.iter().map(|t| (t.task.header.clone(), t.task.inputs.clone())).collect();
+    // The kernel borrows headers and inputs (cloned by reference count) while tasks end, one by one, from within it. Their
+    // leases are cloned with them: the memory is not free before the borrow ends.
+    let held: Vec<_> =
+        batch.iter().map(|t| (t.task.header.clone(), t.task.inputs.clone(), t.task.lease.clone())).collect();
     let mut kernel_tasks = Vec::with_capacity(batch.len());
     let mut running = Vec::with_capacity(batch.len());
-    for (queued, (header, inputs)) in batch.into_iter().zip(&inputs) {
+    for (queued, (header, inputs, _)) in batch.into_iter().zip(&held) {
         match operands(&queued.task, inputs) {
             Ok(operands) => {
                 let results = Results::zeroed(&header.task, &header.geometry, header.direction);
@@ -52,19 +53,19 @@ fn run_batch(kernel: &mut CpuKernel, batch: Vec<QueuedTask>, shared: &Shared) {
                     operands,
                     results,
                 });
-                running.push(Mutex::new(Some(Running { task: queued, started })));
+                running.push(Mutex::new(Some(queued)));
             }
             Err(error) => fail(queued, error, shared),
         }
     }
 
-    let previous_end = Mutex::new(started);
+    let previous_end = Mutex::new(Instant::now());
     let done = |index: usize, results: Results| {
-        let slot: Option<&Mutex<Option<Running>>> = running.get(index);
-        if let Some(running) = slot.and_then(|slot| lock(slot).take()) {
-            let now = Instant::now();
-            let compute = now.duration_since(std::mem::replace(&mut *lock(&previous_end), now));
-            succeed(running, results, compute, shared);
+        let slot: Option<&Mutex<Option<QueuedTask>>> = running.get(index);
+        if let Some(queued) = slot.and_then(|slot| lock(slot).take()) {
+            let end = Instant::now();
+            let begun = std::mem::replace(&mut *lock(&previous_end), end);
+            succeed(queued, results, Span { begun, end }, shared);
         }
     };
     let outcome = catch_unwind(AssertUnwindSafe(|| kernel.run(kernel_tasks, &done)));
@@ -74,17 +75,18 @@ fn run_batch(kernel: &mut CpuKernel, batch: Vec<QueuedTask>, shared: &Shared) {
         Err(_) => TaskError::internal("the kernel panicked; this is a defect, please report it"),
     };
     for left in running {
-        if let Some(running) = left.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            fail(running.task, error.clone(), shared);
+        if let Some(queued) = left.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            fail(queued, error.clone(), shared);
         }
     }
 }
 
-fn succeed(running: Running, results: Results, compute: Duration, shared: &Shared) {
-    let Running { task: QueuedTask { task, arrived, .. }, started } = running;
+fn succeed(queued: QueuedTask, results: Results, span: Span, shared: &Shared) {
+    let QueuedTask { task, arrived, .. } = queued;
     let header = &task.header;
+    let compute = span.end.saturating_duration_since(span.begun);
     shared.stats.computed(header.direction, header.task.cells(), compute);
-    let queued = started.duration_since(arrived);
+    let queued = span.begun.saturating_duration_since(arrived);
     task.reply.send(Ok(TaskOutcome {
         results,
         numerics_id: Arc::clone(&shared.numerics_id),

@@ -9,6 +9,9 @@ use outboard_transport::{ArrivedTask, Origin};
 
 use crate::batch::{Ready, next_batch};
 
+/// How long the tasks of this process give way to those from elsewhere.
+const LOCAL_PATIENCE: Duration = Duration::from_secs(10);
+
 /// A task and when it became whole.
 #[derive(Debug)]
 pub(crate) struct QueuedTask {
@@ -64,11 +67,8 @@ impl TaskQueue {
                 state = self.lock();
                 continue;
             }
-            let ready: Vec<Ready> = state
-                .ready
-                .iter()
-                .map(|t| Ready { remote: t.task.origin == Origin::Remote, flops: t.flops })
-                .collect();
+            let ready: Vec<Ready> =
+                state.ready.iter().map(|t| Ready { urgent: t.is_urgent(), flops: t.flops }).collect();
             let chosen = next_batch(&ready, max_flops);
             if !chosen.is_empty() {
                 let mut batch: Vec<_> = chosen.iter().rev().filter_map(|&i| state.ready.remove(i)).collect();
@@ -123,6 +123,10 @@ impl State {
 }
 
 impl QueuedTask {
+    fn is_urgent(&self) -> bool {
+        self.task.origin == Origin::Remote || self.arrived.elapsed() > LOCAL_PATIENCE
+    }
+
     fn hopeless(&self, now: Instant) -> Option<TaskError> {
         let header = &self.task.header;
         if self.task.reply.is_cancelled() {

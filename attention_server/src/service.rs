@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use outboard_attention::MAX_HEAD_DIM;
 use outboard_proto::v1::attention_service_server::AttentionServiceServer;
@@ -11,9 +12,13 @@ use outboard_transport::grpc::{self, ServerConfig};
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tonic_health::server::HealthReporter;
 
 use crate::registration::Registration;
 use crate::{Engine, EngineOptions, ServerError, ServiceOptions};
+
+/// How long results that are computed may take to go out, even when the time to drain is over.
+const LAST_RESULTS: Duration = Duration::from_secs(1);
 
 /// A server on the network. Dropping it ends it at once; [`Service::shut_down`] lets tasks in hand finish.
 #[derive(Debug)]
@@ -24,6 +29,7 @@ pub struct Service {
     /// Ends the streams once they are idle.
     drain: CancellationToken,
     serving: JoinHandle<Result<(), ServerError>>,
+    health: HealthReporter,
     heartbeat: Option<Heartbeat>,
 }
 
@@ -42,6 +48,9 @@ pub async fn serve(engine: &EngineOptions, options: ServiceOptions) -> Result<Se
     let listen_error = |source| ServerError::Listen { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(listen_error)?;
     let address = listener.local_addr().map_err(listen_error)?;
+    if options.coordinator.is_some() && options.advertise.is_none() && address.ip().is_unspecified() {
+        return Err(ServerError::NoAddress { address });
+    }
     let memory_bytes = engine.memory_bytes;
     let engine = Engine::start(engine)?;
     let registered = register(&engine, address, memory_bytes, &options).await;
@@ -62,7 +71,7 @@ pub async fn serve(engine: &EngineOptions, options: ServiceOptions) -> Result<Se
         let task = tokio::spawn(registration.keep(engine.clone(), stop.clone()));
         Heartbeat { stop, task }
     });
-    Ok(Service { engine, address, options, drain, serving, heartbeat })
+    Ok(Service { engine, address, options, drain, serving, health, heartbeat })
 }
 
 async fn register(
@@ -108,22 +117,22 @@ impl Service {
         self.engine.clone()
     }
 
-    /// Resolves when serving ends by itself: by an error, or because the coordinator asked the server to drain and the
-    /// last task is done.
+    /// Resolves when the server should be shut down although nobody here asked for it: serving failed, or the
+    /// coordinator asks it to drain. Then call [`Service::shut_down`].
     ///
     /// # Errors
     /// [`ServerError::Serve`].
     pub async fn ended(&mut self) -> Result<(), ServerError> {
-        let drained = async {
-            while !self.engine.is_draining() || self.engine.tasks() > 0 {
-                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        let asked_to_drain = async {
+            while !self.engine.is_draining() {
+                tokio::time::sleep(Duration::from_millis(100)).await;
             }
         };
         tokio::select! {
             served = &mut self.serving => served.unwrap_or_else(|e| {
                 Err(ServerError::Serve { address: self.address, message: e.to_string() })
             }),
-            () = drained => Ok(()),
+            () = asked_to_drain => Ok(()),
         }
     }
 
@@ -132,7 +141,9 @@ impl Service {
     /// # Errors
     /// [`ServerError::DrainTimeout`] when tasks were cut off.
     pub async fn shut_down(mut self) -> Result<(), ServerError> {
+        let deadline = Instant::now() + self.options.drain_timeout;
         self.engine.drain();
+        self.health.set_not_serving::<AttentionServiceServer<()>>().await;
         if let Some(Heartbeat { stop, task }) = self.heartbeat.take() {
             stop.cancel();
             // The task ends at the token, or has panicked, and then there is no lease to give back.
@@ -140,10 +151,11 @@ impl Service {
                 registration.leave().await;
             }
         }
-        let idle = self.engine.idle(self.options.drain_timeout).await;
+        let idle = self.engine.idle(deadline.saturating_duration_since(Instant::now())).await;
         self.drain.cancel();
         // Streams end once their last result is out; clients that do not read it are cut off.
-        let served = tokio::time::timeout(self.options.drain_timeout, &mut self.serving).await;
+        let left = deadline.saturating_duration_since(Instant::now()).max(LAST_RESULTS);
+        let served = tokio::time::timeout(left, &mut self.serving).await;
         self.engine.close();
         if served.is_err() {
             self.serving.abort();

@@ -85,9 +85,9 @@ pub struct TaskOutcome {
     pub results: Results,
     /// Who computed it.
     pub numerics_id: Arc<str>,
-    /// From arrival of the last input to the start of the computation.
+    /// From arrival of the last input to the start of the computation, which in a batch is the end of the task before.
     pub queued: Duration,
-    /// Of the computation; a batch's time is shared among its tasks by work.
+    /// Of the computation. The tasks of a batch share its time: each takes what passed since the one before it ended.
     pub compute: Duration,
 }
 

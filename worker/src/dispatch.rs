@@ -6,13 +6,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
+use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use outboard_attention::kernel::Results;
 use outboard_proto::{ErrorKind, RetryHint, TaskError};
 use outboard_transport::{Pending, TaskOutcome};
 
 use crate::assemble::Part;
-use crate::peers::{Peer, least_busy};
+use crate::peers::{Load, Peer, least_busy};
 use crate::request::PlacedRequest;
 use crate::{LayerCall, WorkerError};
 
@@ -35,6 +36,8 @@ pub(crate) struct Dispatch<'a> {
     /// Servers that may compute the tasks, planned and spare, by id.
     pub(crate) peers: &'a BTreeMap<u64, Arc<Peer>>,
     pub(crate) counters: &'a DispatchCounters,
+    /// When every task must be done, however often it is sent.
+    pub(crate) deadline: Instant,
 }
 
 /// Results of all tasks in the order of their requests.
@@ -48,9 +51,11 @@ pub(crate) struct Dispatched {
 /// One task on its way.
 struct Flight {
     index: usize,
-    peer: Arc<Peer>,
+    load: Load,
     shipped: Instant,
-    flops: f64,
+    /// How often it was sent.
+    sends: u32,
+    /// How often the present server was too full for it.
     busy: u32,
     /// Servers that failed it, with their errors.
     tried: Vec<(u64, String)>,
@@ -65,27 +70,35 @@ impl Dispatch<'_> {
     ) -> Result<Dispatched, WorkerError> {
         let mut communication = Duration::ZERO;
         let mut results: Vec<Option<Results>> = requests.iter().map(|_| None).collect();
-        let mut flights: FuturesUnordered<_> = FuturesUnordered::new();
-        for flight in self.ship_all(&requests)? {
-            flights.push(land(flight.0, flight.1));
+        let mut flights: FuturesUnordered<BoxFuture<'_, Landed>> = FuturesUnordered::new();
+        for (flight, pending) in self.ship_all(&requests) {
+            flights.push(Box::pin(land(flight, pending)));
+        }
+        // Tasks whose server was lost in an earlier call of the step never took off.
+        let grounded = (0..requests.len()).filter(|&i| self.peer(&requests[i]).is_none());
+        for index in grounded {
+            let request = &requests[index];
+            let tried = vec![(request.server, "lost earlier".to_owned())];
+            let flight = Flight { tried, ..Flight::new(index, request, self.other(request, &[])?) };
+            flights.push(Box::pin(self.send(request, flight, Duration::ZERO)));
         }
         while let Some((flight, outcome)) = flights.next().await {
-            flight.peer.ended(flight.flops);
             let request = &requests[flight.index];
             match outcome {
                 Ok(outcome) => {
-                    if !flight.peer.in_place {
+                    if !flight.load.peer().in_place {
                         let there = outcome.queued + outcome.compute;
                         communication = communication.max(flight.shipped.elapsed().saturating_sub(there));
                     }
-                    results[flight.index] = Some(self.accept(request, &flight, outcome)?);
+                    results[flight.index] = Some(self.accept(call, request, &flight, outcome)?);
                 }
                 Err(error) => {
-                    let (flight, pending) = self.retry(request, flight, error).await?;
-                    flights.push(land(flight, pending));
+                    let (flight, wait) = self.next_try(request, flight, error)?;
+                    flights.push(Box::pin(self.send(request, flight, wait)));
                 }
             }
         }
+        drop(flights);
         let with_result = |(request, result): (PlacedRequest, Option<Results>)| match result {
             Some(result) => Ok((request.part, result)),
             None => Err(call.no_result(&request.part.task)),
@@ -95,40 +108,36 @@ impl Dispatch<'_> {
     }
 
     /// Ships each server's requests together, other machines first, so that transfer begins while this one computes.
-    fn ship_all(&self, requests: &[PlacedRequest]) -> Result<Vec<(Flight, Pending)>, WorkerError> {
-        let mut by_peer: BTreeMap<(bool, u64), (Arc<Peer>, Vec<usize>)> = BTreeMap::new();
-        let mut homeless = Vec::new();
+    fn ship_all(&self, requests: &[PlacedRequest]) -> Vec<(Flight, Pending)> {
+        let mut by_peer: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
         for (index, request) in requests.iter().enumerate() {
-            match self.peers.get(&request.server).filter(|peer| !peer.is_lost()) {
-                Some(peer) => {
-                    let entry = by_peer.entry((peer.in_place, peer.id));
-                    entry.or_insert_with(|| (Arc::clone(peer), Vec::new())).1.push(index);
-                }
-                None => homeless.push(index),
-            }
+            by_peer.entry(request.server).or_default().push(index);
         }
+        let mut shipments: Vec<_> = by_peer
+            .into_values()
+            .filter_map(|of_peer| Some((self.peer(&requests[*of_peer.first()?])?, of_peer)))
+            .collect();
+        shipments.sort_by_key(|(peer, _)| (peer.in_place, peer.id));
         let mut shipped = Vec::with_capacity(requests.len());
-        for (peer, indices) in by_peer.into_values() {
-            let flights = indices.iter().map(|&i| {
-                let flight = Flight::new(i, &requests[i], Arc::clone(&peer));
-                flight.peer.shipped(flight.flops);
-                flight
-            });
-            let flights: Vec<_> = flights.collect();
+        for (peer, indices) in shipments {
+            let flights: Vec<_> = indices
+                .iter()
+                .map(|&i| Flight { sends: 1, ..Flight::new(i, &requests[i], Arc::clone(peer)) })
+                .collect();
             let shipment = indices.iter().map(|&i| requests[i].request.clone()).collect();
             shipped.extend(flights.into_iter().zip(peer.transport.ship(shipment)));
         }
-        for index in homeless {
-            let request = &requests[index];
-            let tried = vec![(request.server, "lost earlier".to_owned())];
-            let peer = self.other(request, &tried)?;
-            shipped.push(self.resend(request, Flight { tried, ..Flight::new(index, request, peer) }));
-        }
-        Ok(shipped)
+        shipped
+    }
+
+    /// The planned server of a task, unless it is lost.
+    fn peer(&self, request: &PlacedRequest) -> Option<&Arc<Peer>> {
+        self.peers.get(&request.server).filter(|peer| !peer.is_lost())
     }
 
     fn accept(
         &self,
+        call: &LayerCall,
         request: &PlacedRequest,
         flight: &Flight,
         outcome: TaskOutcome,
@@ -141,46 +150,62 @@ impl Dispatch<'_> {
                 actual: outcome.numerics_id.to_string(),
             });
         }
-        flight.peer.computed(outcome.compute);
+        if outcome.results.direction() != request.request.header.direction {
+            return Err(call.no_result(&request.part.task));
+        }
+        flight.load.peer().computed(outcome.compute);
         Ok(outcome.results)
     }
 
-    /// Sends a failed task again, to the same server if it is merely full, else to another.
-    async fn retry(
+    /// Where a failed task goes next, and after what wait: to the same server if that is merely full, else to another.
+    fn next_try(
         &self,
         request: &PlacedRequest,
         mut flight: Flight,
         error: TaskError,
-    ) -> Result<(Flight, Pending), WorkerError> {
-        let task = request.request.header.name();
+    ) -> Result<(Flight, Duration), WorkerError> {
         if error.retry == RetryHint::Never {
+            let task = request.request.header.name();
             return Err(WorkerError::Refused { rank: self.rank, task, source: error });
         }
         if error.retry == RetryHint::Later && flight.busy < BUSY_RETRIES {
-            tokio::time::sleep(BUSY_WAIT * 2u32.pow(flight.busy)).await;
+            let wait = BUSY_WAIT * 2u32.pow(flight.busy);
             flight.busy += 1;
-            return Ok(self.resend(request, flight));
+            return Ok((flight, wait));
         }
-        if matches!(error.kind, ErrorKind::Unavailable | ErrorKind::DeadlineExceeded) && flight.peer.lose() {
+        // A task that was late says nothing certain about its server; a connection that broke does.
+        if error.kind == ErrorKind::Unavailable && flight.load.peer().lose() {
             self.counters.servers_lost.fetch_add(1, Ordering::Relaxed);
-            let Peer { id, address, .. } = &*flight.peer;
+            let Peer { id, address, .. } = &**flight.load.peer();
             tracing::warn!(rank = self.rank, server = id, address, %error, "server lost; its tasks go to the others");
         }
-        flight.tried.push((flight.peer.id, error.message));
-        flight.peer = self.other(request, &flight.tried)?;
+        flight.tried.push((flight.load.peer().id, error.message.clone()));
+        let peer = self.other(request, &flight.tried)?;
+        flight.load = Load::new(peer, flight.load.flops());
         flight.busy = 0;
-        Ok(self.resend(request, flight))
+        Ok((flight, Duration::ZERO))
     }
 
-    fn resend(&self, request: &PlacedRequest, mut flight: Flight) -> (Flight, Pending) {
-        flight.shipped = Instant::now();
-        self.counters.resent.fetch_add(1, Ordering::Relaxed);
+    /// Sends one task after a wait, with what is left of its time.
+    async fn send(&self, request: &PlacedRequest, mut flight: Flight, wait: Duration) -> Landed {
+        if !wait.is_zero() {
+            tokio::time::sleep(wait).await;
+        }
         let mut again = request.request.clone();
-        again.header.attempt = flight.tried.len() as u32 + flight.busy;
-        flight.peer.shipped(flight.flops);
-        let pending = flight.peer.transport.ship(vec![again]).pop();
-        let lost = || Pending::failed(TaskError::internal("the transport gave no answer for a task"));
-        (flight, pending.unwrap_or_else(lost))
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            let limit = again.header.deadline.unwrap_or_default();
+            let late = TaskError::deadline("the task, sent to one server after another,", limit);
+            return (flight, Err(TaskError { retry: RetryHint::Never, ..late }));
+        }
+        again.header.deadline = Some(left);
+        again.header.attempt = flight.sends;
+        self.counters.resent.fetch_add(u64::from(flight.sends > 0), Ordering::Relaxed);
+        flight.sends += 1;
+        flight.shipped = Instant::now();
+        let pending = flight.load.peer().transport.ship(vec![again]).pop();
+        let unanswered = || Pending::failed(TaskError::internal("the transport gave no answer for a task"));
+        land(flight, pending.unwrap_or_else(unanswered)).await
     }
 
     /// Another server for a task that those of `tried` failed.
@@ -197,15 +222,19 @@ impl Dispatch<'_> {
     }
 }
 
+/// A task that came back, or failed.
+type Landed = (Flight, Result<TaskOutcome, TaskError>);
+
 impl Flight {
     fn new(index: usize, request: &PlacedRequest, peer: Arc<Peer>) -> Flight {
         let header = &request.request.header;
         let flops = header.task.flops(&header.geometry, header.direction);
-        Flight { index, peer, shipped: Instant::now(), flops, busy: 0, tried: Vec::new() }
+        let load = Load::new(peer, flops);
+        Flight { index, load, shipped: Instant::now(), sends: 0, busy: 0, tried: Vec::new() }
     }
 }
 
-async fn land(flight: Flight, pending: Pending) -> (Flight, Result<TaskOutcome, TaskError>) {
+async fn land(flight: Flight, pending: Pending) -> Landed {
     let outcome = pending.await;
     (flight, outcome)
 }

@@ -1,5 +1,7 @@
 //! A rank's place in a job: it joins, submits its documents, and gets its part of each step's plan.
 
+use std::time::Duration;
+
 use outboard_attention::Document;
 use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use outboard_proto::v1::{
@@ -13,6 +15,11 @@ use crate::{JobOptions, WorkerError};
 
 /// Largest answer taken from the coordinator, in bytes: far above the part of any plan that a rank may submit for.
 const MAX_ANSWER_BYTES: usize = 256 << 20;
+
+/// How long a call may take that waits for nobody else.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often the coordinator is pinged during a call, and how long the answer may take.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// A joined job. Clones share the connection.
 #[derive(Clone, Debug)]
@@ -40,7 +47,10 @@ impl Job {
         let endpoint = Endpoint::from_shared(options.coordinator.clone())
             .map_err(|e| failed(TaskError::invalid(format!("{e}; give it as http://host:port"))))?
             .connect_timeout(options.connect_timeout)
-            .tcp_nodelay(true);
+            .tcp_nodelay(true)
+            // A host that falls silent ends the calls that wait on it.
+            .http2_keep_alive_interval(KEEP_ALIVE)
+            .keep_alive_timeout(KEEP_ALIVE);
         let channel = endpoint.connect().await.map_err(|e| {
             let why = describe(&e);
             failed(TaskError::unavailable(format!("{why}; is `outboard coordinator` running there?")))
@@ -56,7 +66,7 @@ impl Job {
             slots: Vec::new(),
             min_servers: options.min_servers,
         };
-        let joined = bounded(&options, client.join_job(request)).await.map_err(failed)?;
+        let joined = bounded(options.barrier_timeout, client.join_job(request)).await.map_err(failed)?;
         let slots = joined.slots.len() as u32;
         Ok(Job { client, options, id: joined.job_id, numerics_id: joined.numerics_id, slots })
     }
@@ -79,9 +89,13 @@ impl Job {
             documents: documents.iter().map(Into::into).collect(),
         };
         let mut client = self.client.clone();
-        let response = bounded(&self.options, client.submit_step(request)).await;
+        let response = bounded(self.options.barrier_timeout, client.submit_step(request)).await;
         let response = response.map_err(|e| error(&self.options, format!("submitting step {step}"), e))?;
-        RankPlan::new(response, &documents, &self.options.geometry, self.slots).map_err(|message| {
+        let (geometry, slots) = (self.options.geometry, self.slots);
+        // Checking a long plan would hold up transfers on this runtime's few threads.
+        let checked =
+            tokio::task::spawn_blocking(move || RankPlan::new(response, documents, &geometry, slots)).await;
+        checked.unwrap_or_else(|e| Err(format!("checking it failed: {e}"))).map_err(|message| {
             WorkerError::BadPlan { job: self.options.job.clone(), rank: self.options.rank, step, message }
         })
     }
@@ -98,7 +112,7 @@ impl Job {
             servers: report.servers,
         };
         let mut client = self.client.clone();
-        let outcome = bounded(&self.options, client.report_step(request)).await;
+        let outcome = bounded(CALL_TIMEOUT, client.report_step(request)).await;
         outcome.map(drop).map_err(|e| error(&self.options, format!("reporting step {step}"), e))
     }
 
@@ -106,18 +120,18 @@ impl Job {
     pub(crate) async fn leave(&self, reason: String) -> Result<(), WorkerError> {
         let request = LeaveJobRequest { job_id: self.id, rank: self.options.rank, reason };
         let mut client = self.client.clone();
-        let outcome = bounded(&self.options, client.leave_job(request)).await;
+        let outcome = bounded(CALL_TIMEOUT, client.leave_job(request)).await;
         outcome.map(drop).map_err(|e| error(&self.options, "leaving the job".into(), e))
     }
 }
 
 async fn bounded<T>(
-    options: &JobOptions,
+    limit: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, TaskError> {
-    match tokio::time::timeout(options.barrier_timeout, call).await {
+    match tokio::time::timeout(limit, call).await {
         Ok(answer) => answer.map(tonic::Response::into_inner).map_err(TaskError::from),
-        Err(_) => Err(TaskError::deadline("the call", options.barrier_timeout)),
+        Err(_) => Err(TaskError::deadline("the call", limit)),
     }
 }
 

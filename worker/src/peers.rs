@@ -15,15 +15,26 @@ pub(crate) struct Peer {
     pub(crate) address: String,
     pub(crate) transport: Box<dyn Transport>,
     pub(crate) in_place: bool,
-    lost: AtomicBool,
+    /// `NOT_LOST`, or the step from which on a plan that lists the server shows that it is back.
+    lost_before: AtomicU64,
+    lost_unreported: AtomicBool,
     /// FLOPs shipped and not yet answered.
     outstanding: AtomicU64,
     tasks: AtomicU64,
     compute_nanos: AtomicU64,
 }
 
-/// All servers met in a job. A server once lost stays lost under its id: when it comes back it registers anew, and gets
-/// a new one.
+/// Work on its way to a server, counted for as long as this lives.
+pub(crate) struct Load {
+    peer: Arc<Peer>,
+    flops: f64,
+}
+
+/// Value of `lost_before` of a server in use.
+const NOT_LOST: u64 = 0;
+
+/// All servers met in a job. A server that was lost is reported once, and is used again when a plan that was submitted
+/// after the report lists it: then the coordinator has heard from it since.
 #[derive(Default)]
 pub(crate) struct Peers {
     by_id: Mutex<BTreeMap<u64, Arc<Peer>>>,
@@ -36,7 +47,8 @@ impl Peer {
             address: info.address.clone(),
             transport,
             in_place,
-            lost: AtomicBool::new(false),
+            lost_before: AtomicU64::new(NOT_LOST),
+            lost_unreported: AtomicBool::new(false),
             outstanding: AtomicU64::new(0),
             tasks: AtomicU64::new(0),
             compute_nanos: AtomicU64::new(0),
@@ -44,20 +56,26 @@ impl Peer {
     }
 
     pub(crate) fn is_lost(&self) -> bool {
-        self.lost.load(Ordering::Relaxed)
+        self.lost_before.load(Ordering::Relaxed) != NOT_LOST
     }
 
     /// Marks the server lost; true when it was not before.
     pub(crate) fn lose(&self) -> bool {
-        !self.lost.swap(true, Ordering::Relaxed)
+        let was_in_use = self
+            .lost_before
+            .compare_exchange(NOT_LOST, u64::MAX, Ordering::Relaxed, Ordering::Relaxed)
+            .is_ok();
+        if was_in_use {
+            self.lost_unreported.store(true, Ordering::Relaxed);
+        }
+        was_in_use
     }
 
-    pub(crate) fn shipped(&self, flops: f64) {
-        self.outstanding.fetch_add(flops as u64, Ordering::Relaxed);
-    }
-
-    pub(crate) fn ended(&self, flops: f64) {
-        self.outstanding.fetch_sub(flops as u64, Ordering::Relaxed);
+    /// Tells that the plan of `step` lists the server.
+    pub(crate) fn listed(&self, step: u64) {
+        if step >= self.lost_before.load(Ordering::Relaxed) {
+            self.lost_before.store(NOT_LOST, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn computed(&self, time: Duration) {
@@ -95,19 +113,46 @@ impl Peers {
         })
     }
 
-    /// What each server did since the last report.
-    pub(crate) fn take_reports(&self) -> Vec<ServerReport> {
-        let report = |peer: &Arc<Peer>| ServerReport {
-            server_id: peer.id,
-            tasks: peer.tasks.swap(0, Ordering::Relaxed),
-            compute_seconds: peer.compute_nanos.swap(0, Ordering::Relaxed) as f64 / 1e9,
-            lost: peer.is_lost(),
+    /// What each server did since the last report. Steps from `next_step` on are not submitted yet.
+    pub(crate) fn take_reports(&self, next_step: u64) -> Vec<ServerReport> {
+        let report = |peer: &Arc<Peer>| {
+            let lost = peer.lost_unreported.swap(false, Ordering::Relaxed);
+            if lost {
+                peer.lost_before.store(next_step.max(NOT_LOST + 1), Ordering::Relaxed);
+            }
+            ServerReport {
+                server_id: peer.id,
+                tasks: peer.tasks.swap(0, Ordering::Relaxed),
+                compute_seconds: peer.compute_nanos.swap(0, Ordering::Relaxed) as f64 / 1e9,
+                lost,
+            }
         };
         self.all().iter().map(report).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<u64, Arc<Peer>>> {
         self.by_id.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Load {
+    pub(crate) fn new(peer: Arc<Peer>, flops: f64) -> Load {
+        peer.outstanding.fetch_add(flops as u64, Ordering::Relaxed);
+        Load { peer, flops }
+    }
+
+    pub(crate) fn peer(&self) -> &Arc<Peer> {
+        &self.peer
+    }
+
+    pub(crate) fn flops(&self) -> f64 {
+        self.flops
+    }
+}
+
+impl Drop for Load {
+    fn drop(&mut self) {
+        self.peer.outstanding.fetch_sub(self.flops as u64, Ordering::Relaxed);
     }
 }
 

@@ -6,6 +6,8 @@ use outboard_attention::{Document, DocumentId, HeadGeometry, Mask, PlannedTask, 
 use outboard_proto::AssignedTask;
 use outboard_proto::v1::{PlanSummary, ServerInfo, SubmitStepResponse};
 
+use crate::LayerCall;
+
 /// A task of this rank's documents and the server that computes it.
 #[derive(Clone, Debug)]
 pub(crate) struct PlacedTask {
@@ -19,6 +21,8 @@ pub(crate) struct PlacedTask {
 #[derive(Clone, Debug)]
 pub(crate) struct RankPlan {
     pub(crate) epoch: u64,
+    /// What the rank submitted.
+    pub(crate) documents: Vec<Document>,
     /// In plan order.
     pub(crate) tasks: Vec<PlacedTask>,
     /// Servers of the plan, and those that may take over.
@@ -30,7 +34,7 @@ impl RankPlan {
     /// Reads a plan. It must compute every cell of `documents` exactly once, on servers that it lists.
     pub(crate) fn new(
         response: SubmitStepResponse,
-        documents: &[Document],
+        documents: Vec<Document>,
         geometry: &HeadGeometry,
         slots: u32,
     ) -> Result<RankPlan, String> {
@@ -54,8 +58,33 @@ impl RankPlan {
             tasks.push(PlacedTask { tick, planned, task, server });
         }
         let plan = StepPlan { ticks: ticks.into_values().collect(), slots };
-        plan.check(documents, geometry).map_err(|e| e.to_string())?;
+        plan.check(&documents, geometry).map_err(|e| e.to_string())?;
         let summary = response.summary.ok_or("it has no summary")?;
-        Ok(RankPlan { epoch: response.plan_epoch, tasks, servers, summary })
+        Ok(RankPlan { epoch: response.plan_epoch, documents, tasks, servers, summary })
+    }
+
+    /// Checks that a call asks for what was submitted, no more and no less: then the plan computes all of it.
+    pub(crate) fn check_call(&self, call: &LayerCall) -> Result<(), String> {
+        let asked: BTreeMap<DocumentId, usize> =
+            call.documents.iter().map(|d| (d.id, d.rows.len())).collect();
+        if asked.len() != call.documents.len() {
+            return Err("the call names a document twice".to_owned());
+        }
+        let of_tick = self.documents.iter().filter(|d| d.tick() == call.tick);
+        let submitted: BTreeMap<DocumentId, usize> = of_tick.map(|d| (d.id(), d.tokens())).collect();
+        let differs = |&(id, tokens): &(&DocumentId, &usize)| asked.get(id) != Some(tokens);
+        if let Some((id, tokens)) = submitted.iter().find(differs) {
+            let asked = asked.get(id).map_or("none".to_owned(), usize::to_string);
+            return Err(format!(
+                "document {id} was submitted with {tokens} tokens for tick {}, the call has {asked}",
+                call.tick
+            ));
+        }
+        match asked.keys().find(|id| !submitted.contains_key(id)) {
+            Some(id) => {
+                Err(format!("the call has document {id}, which was not submitted for tick {}", call.tick))
+            }
+            None => Ok(()),
+        }
     }
 }

@@ -49,6 +49,8 @@ struct Submission {
 enum Step {
     /// The coordinator has not answered yet.
     Waiting(oneshot::Receiver<Result<RankPlan, WorkerError>>),
+    /// There is no plan, and why.
+    Failed(String),
     /// Its plan, and what has been done of it.
     Planned(Arc<PlannedStep>),
 }
@@ -133,10 +135,12 @@ impl PoolAttention {
     /// [`WorkerError::BadPlan`] when more steps than a few are outstanding.
     pub fn submit_step(&self, step: u64, documents: Vec<Document>) -> Result<(), WorkerError> {
         let mut steps = self.lock_steps();
+        if steps.contains_key(&step) {
+            return Err(self.bad_plan(step, "it was submitted before".to_owned()));
+        }
         let (planned, waiting) = oneshot::channel();
-        if steps.len() >= MAX_STEPS_AHEAD
-            || self.submissions.try_send(Submission { step, documents, planned }).is_err()
-        {
+        let submission = Submission { step, documents, planned };
+        if steps.len() >= MAX_STEPS_AHEAD || self.submissions.try_send(submission).is_err() {
             let message = format!("{} steps are submitted and not finished; finish one first", steps.len());
             return Err(self.bad_plan(step, message));
         }
@@ -158,14 +162,19 @@ impl PoolAttention {
     /// [`WorkerError::NotSubmitted`], or when the report does not reach the coordinator.
     pub fn finish_step(&self, step: u64, seconds: f64) -> Result<StepStats, WorkerError> {
         let planned = self.planned(step)?;
-        self.lock_steps().remove(&step);
+        let next_step = {
+            let mut steps = self.lock_steps();
+            let newest = steps.last_key_value().map_or(step, |(&newest, _)| newest);
+            steps.remove(&step);
+            newest + 1
+        };
         let (now, start) = (self.totals(), planned.at_start);
         let times = *planned.times.lock().unwrap_or_else(PoisonError::into_inner);
         let report = StepReport {
             step,
             seconds,
             exposed_seconds: times.exposed.as_secs_f64(),
-            servers: self.peers.take_reports(),
+            servers: self.peers.take_reports(next_step),
         };
         self.runtime.block_on(self.job.report(report))?;
         let bytes = |t: Traffic| t.sent + t.received;
@@ -198,17 +207,23 @@ impl PoolAttention {
         call.check(qkv).map_err(|e| call.invalid(e))?;
         gradient.map_or(Ok(()), |g| call.check_gradient(g)).map_err(|e| call.invalid(e))?;
         let step = self.planned(call.step)?;
+        let options = self.job.options();
+        if call.geometry != options.geometry {
+            let message = format!("the call has {:?}, the job {:?}", call.geometry, options.geometry);
+            return Err(self.bad_plan(call.step, message));
+        }
+        step.plan.check_call(call).map_err(|message| self.bad_plan(call.step, message))?;
         let started = Instant::now();
         let busy_before = self.device_busy();
-        let shipping =
-            Shipping { options: self.job.options(), numerics_id: self.job.numerics_id(), plan: &step.plan };
+        let shipping = Shipping { options, numerics_id: self.job.numerics_id(), plan: &step.plan };
         let requests = requests(shipping, call, qkv, gradient).map_err(|e| call.invalid(e))?;
         let tasks = requests.len() as u64;
         let dispatch = Dispatch {
-            rank: self.job.options().rank,
+            rank: options.rank,
             numerics_id: self.job.numerics_id(),
             peers: &step.peers,
             counters: &self.counters,
+            deadline: started + options.task_timeout,
         };
         let dispatched = self.runtime.block_on(dispatch.run(call, requests))?;
         let elapsed = started.elapsed();
@@ -234,17 +249,25 @@ impl PoolAttention {
                     steps.insert(step, Step::Planned(Arc::clone(&planned)));
                     return Ok(planned);
                 }
+                Some(Step::Failed(message)) => {
+                    steps.insert(step, Step::Failed(message.clone()));
+                    return Err(self.bad_plan(step, message));
+                }
                 Some(Step::Waiting(waiting)) => waiting,
             }
         };
-        let plan = self.runtime.block_on(waiting);
-        let plan = plan.map_err(|_| self.bad_plan(step, "its submission was cut off".to_owned()))??;
+        let cut_off = |_| Err(self.bad_plan(step, "its submission was cut off".to_owned()));
+        let plan = self.runtime.block_on(waiting).unwrap_or_else(cut_off).inspect_err(|error| {
+            self.lock_steps().insert(step, Step::Failed(error.to_string()));
+        })?;
         let meet = |info: &ServerInfo| {
             let peer = self.peers.meet(info.id, || self.peer(info));
             let failed = |e: TaskError| self.bad_plan(step, format!("server {}: {e}", info.id));
-            peer.map(|peer| (info.id, peer)).map_err(failed)
+            let peer = peer.map_err(failed)?;
+            peer.listed(step);
+            Ok((info.id, peer))
         };
-        let peers = plan.servers.values().map(meet).collect::<Result<_, _>>()?;
+        let peers = plan.servers.values().map(meet).collect::<Result<_, WorkerError>>()?;
         let planned = PlannedStep { plan, peers, at_start: self.totals(), times: Mutex::default() };
         let planned = Arc::new(planned);
         self.lock_steps().insert(step, Step::Planned(Arc::clone(&planned)));
@@ -262,7 +285,8 @@ impl PoolAttention {
                     rank: *rank,
                     numerics_id: Some(self.job.numerics_id().to_owned()),
                     connect_timeout: *connect_timeout,
-                    credit_timeout: *task_timeout,
+                    // Shorter than the task's own time, so that a server without room is known as such.
+                    credit_timeout: *task_timeout / 2,
                     ..ClientConfig::new(&info.address)
                 };
                 Box::new(GrpcTransport::new(config, self.runtime.clone())?)
