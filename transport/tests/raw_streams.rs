@@ -10,7 +10,7 @@ use bytes::Bytes;
 use outboard_proto::v1::attend_request::Message;
 use outboard_proto::v1::attend_response::Message as Answer;
 use outboard_proto::v1::{self, AttendRequest, ClientGreeting, TaskHeader};
-use outboard_proto::{ErrorKind, MAX_CHUNK_BYTES, PROTOCOL_VERSION, TaskError};
+use outboard_proto::{ErrorKind, MAX_CHUNK_BYTES, PROTOCOL_VERSION, RetryHint, TaskError};
 use outboard_transport::grpc::{LinkConfig, ServerConfig};
 use support::*;
 use tokio::sync::mpsc;
@@ -215,6 +215,92 @@ fn a_tensor_may_be_named_before_it_is_whole_and_outlives_its_carrier() {
             drop(raw);
             eventually("all memory is free", || handler.budget.used() == 0).await;
         }
+    });
+}
+
+#[test]
+fn running_tasks_count_among_those_under_way() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        handler.hold.store(true, SeqCst);
+        let config = ServerConfig { max_tasks: 2, ..ServerConfig::default() };
+        let server = Server::start_at(&handler, "127.0.0.1:0", config).await;
+        let (mut raw, _) = Raw::open(&server).await;
+        let (first, second, refused, last) = (script(1), script(2), script(3), script(4));
+        raw.send_all(&first).await;
+        raw.send_all(&second).await;
+        eventually("two are held", || handler.held() == 2).await;
+        raw.send_all(&refused).await;
+        let (task, error) = raw.failure().await;
+        assert_eq!((task, error.kind, error.retry), (3, ErrorKind::Busy, RetryHint::Later), "{error}");
+        assert!(error.message.contains("2 run; 2 tasks may be under way"), "{error}");
+        handler.release();
+        raw.check_results(&[&first, &second]).await;
+        raw.send_all(&last).await;
+        raw.check_result(&last).await;
+    });
+}
+
+#[test]
+fn a_task_refused_for_want_of_room_leaves_shared_tensors_to_others() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        let config = ServerConfig { max_tasks: 1, ..ServerConfig::default() };
+        let server = Server::start_at(&handler, "127.0.0.1:0", config).await;
+        let (mut raw, _) = Raw::open(&server).await;
+        let (first, mut carrier, mut other) = (script(1), script(2), script(3));
+        other.header = TaskHeader { task: 3, ..carrier.header.clone() };
+        other.request = carrier.request.clone();
+        carrier.header.tensors.iter_mut().for_each(|tensor| tensor.last_use = false);
+        other.header.tensors.iter_mut().for_each(|tensor| tensor.carried = false);
+        raw.send(Message::Task(first.header.clone())).await;
+        // No room: but what it carries is taken in.
+        raw.send(Message::Task(carrier.header.clone())).await;
+        let (task, error) = raw.failure().await;
+        assert_eq!((task, error.kind, error.retry), (2, ErrorKind::Busy, RetryHint::Later), "{error}");
+        for chunk in &first.chunks {
+            raw.send(Message::Chunk(chunk.clone())).await;
+        }
+        raw.check_result(&first).await;
+        // The server may hear a moment later than the client that a task has ended.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        // Room again: the other task reads what the refused one carries.
+        raw.send(Message::Task(other.header.clone())).await;
+        for chunk in &carrier.chunks {
+            raw.send(Message::Chunk(chunk.clone())).await;
+        }
+        raw.check_result(&other).await;
+        assert_eq!(handler.failed.lock().unwrap().len(), 1);
+        drop(raw);
+        eventually("all memory is free", || handler.budget.used() == 0).await;
+    });
+}
+
+#[test]
+fn a_task_refused_for_want_of_room_ends_the_tensors_that_it_was_the_last_to_use() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        let config = ServerConfig { max_tasks: 1, ..ServerConfig::default() };
+        let server = Server::start_at(&handler, "127.0.0.1:0", config).await;
+        let (mut raw, _) = Raw::open(&server).await;
+        let (mut carrier, mut last, after) = (script(1), script(2), script(3));
+        last.header = TaskHeader { task: 2, ..carrier.header.clone() };
+        carrier.header.tensors.iter_mut().for_each(|tensor| tensor.last_use = false);
+        last.header.tensors.iter_mut().for_each(|tensor| tensor.carried = false);
+        raw.send(Message::Task(carrier.header.clone())).await;
+        raw.send(Message::Task(last.header.clone())).await;
+        assert_eq!(raw.failure().await.1.kind, ErrorKind::Busy);
+        for chunk in &carrier.chunks {
+            raw.send(Message::Chunk(chunk.clone())).await;
+        }
+        raw.check_result(&carrier).await;
+        // Named once more, the tensors are gone.
+        raw.send(Message::Task(TaskHeader { task: 4, ..last.header })).await;
+        let (task, error) = raw.failure().await;
+        assert_eq!((task, error.kind), (4, ErrorKind::Invalid), "{error}");
+        assert!(error.message.contains("no task of the stream carries it"), "{error}");
+        raw.send_all(&after).await;
+        raw.check_result(&after).await;
     });
 }
 

@@ -110,17 +110,19 @@ impl Arrivals {
         self.tasks.contains_key(&task)
     }
 
-    /// Refuses a task when too many wait already.
+    /// Refuses a task when too many are under way already: those that wait here, and `running` that were handed on.
     ///
     /// # Errors
     /// [`ErrorKind::Busy`].
-    pub(super) fn check_room(&self) -> Result<(), TaskError> {
-        let (tasks, tensors) = (self.tasks.len(), self.tensors.len());
-        if tasks < self.max_tasks && tensors < self.max_tasks.saturating_mul(MAX_INPUTS) {
+    pub(super) fn check_room(&self, running: usize) -> Result<(), TaskError> {
+        let (waiting, tensors, max) = (self.tasks.len(), self.tensors.len(), self.max_tasks);
+        if waiting + running < max && tensors < max.saturating_mul(MAX_INPUTS) {
             return Ok(());
         }
-        let message =
-            format!("{tasks} tasks of this stream wait for {tensors} tensors already; send fewer at once");
+        let message = format!(
+            "{waiting} tasks of this stream wait, with {tensors} tensors, and {running} run; {max} tasks may be under way: send \
+             fewer at once"
+        );
         Err(TaskError::new(ErrorKind::Busy, message))
     }
 

@@ -11,7 +11,7 @@ use outboard_proto::v1::attend_response::Message as Answer;
 use outboard_proto::v1::{self, AttendRequest, ClientGreeting, Failure, ServerGreeting, TaskFailure};
 use outboard_proto::{ErrorKind, PROTOCOL_VERSION, TaskError, TaskHeader, WireTask, check_protocol_version};
 use tokio::sync::mpsc;
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Status, Streaming};
@@ -164,12 +164,7 @@ impl Reader {
                         Err(_) => return Ok(()),
                     }
                 }
-                Some(ended) = self.tasks.join_next() => {
-                    // A cancelled task has left `running` already.
-                    if let Ok(id) = ended {
-                        self.running.remove(&id);
-                    }
-                }
+                Some(ended) = self.tasks.join_next() => self.ended(ended),
                 granted = &mut self.granting, if !self.granting.is_terminated() => granted?,
                 () = self.shared.drain.cancelled(), if !drained => {
                     drained = true;
@@ -241,6 +236,10 @@ impl Reader {
 
     fn announce(&mut self, wire: v1::TaskHeader) -> Result<Option<WholeTask>, TaskError> {
         let id = wire.task;
+        // The client may know of their ends already.
+        while let Some(ended) = self.tasks.try_join_next() {
+            self.ended(ended);
+        }
         if self.arrivals.holds(id) || self.running.contains_key(&id) {
             let message = format!(
                 "task id {id} is taken by a task of the stream that has not ended; both are given up"
@@ -252,11 +251,11 @@ impl Reader {
         let named = |error: TaskError| error.context(&name);
         self.arrivals.check(&task).map_err(named)?;
         let leases = self.account.spend(&costs(&task)).map_err(named)?;
-        // After spending, so that what a well-meaning client has spent comes back to it.
-        self.arrivals.check_room().map_err(named)?;
-        let refused = refuse(&*self.shared.handler, &task.header);
+        let room = self.arrivals.check_room(self.running.len());
+        let refused = room.and_then(|()| refuse(&*self.shared.handler, &task.header));
+        // Even a refused task spends its credit, which comes back to the client, and its tensors are taken in where later
+        // tasks may name them.
         let whole = self.arrivals.announce(task, leases);
-        // Even the tensors of a refused task are taken in where later tasks may name them.
         refused.map_err(|error| {
             self.arrivals.cancel(id);
             named(error)
@@ -271,6 +270,14 @@ impl Reader {
             forward(id, header.clone(), pending, results, self.control.clone(), self.results.clone());
         self.running.insert(id, self.tasks.spawn(forward));
         self.shared.handler.submit(ArrivedTask { header, inputs, origin: Origin::Remote, lease, reply });
+    }
+
+    /// Notes that a task has left the handler, and its result the stream.
+    fn ended(&mut self, ended: Result<u64, JoinError>) {
+        // A cancelled task has left `running` already.
+        if let Ok(id) = ended {
+            self.running.remove(&id);
+        }
     }
 
     /// Ends a task with an error. A task that the stream does not know ends at the client only.
