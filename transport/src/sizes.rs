@@ -6,6 +6,14 @@ use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind};
 
 use crate::{TaskHandler, TaskInputs, TaskRequest};
 
+/// Bytes of credit that a task's header costs beyond its tensors and slices, so that no number of tiny tasks takes memory
+/// that is not counted.
+const HEADER_BYTES: u64 = 4096;
+/// The same for each slice of its mask.
+const SLICE_BYTES: u64 = 256;
+/// The same for each tensor that it names.
+pub(crate) const TENSOR_BYTES: u64 = 256;
+
 /// The tensors that a task reads, in wire order.
 pub(crate) fn input_kinds(direction: Direction) -> &'static [TensorKind] {
     match direction {
@@ -81,6 +89,16 @@ pub(crate) fn tensor_bytes(tokens: usize, [heads, dim]: [usize; 2]) -> u64 {
 pub(crate) fn result_bytes(header: &TaskHeader) -> u64 {
     let bytes = |&kind: &TensorKind| tensor_bytes(tokens_of(header, kind).len(), row_of(header, kind));
     result_kinds(header.direction).iter().map(bytes).fold(0, u64::saturating_add)
+}
+
+/// Bytes of credit that a task takes besides the elements of the tensors it carries.
+pub(crate) fn task_bytes(header: &TaskHeader) -> u64 {
+    let slices = header.task.mask().parts().len() as u64;
+    let tensors = input_kinds(header.direction).len() as u64;
+    result_bytes(header)
+        .saturating_add(HEADER_BYTES)
+        .saturating_add(slices.saturating_mul(SLICE_BYTES))
+        .saturating_add(tensors.saturating_mul(TENSOR_BYTES))
 }
 
 /// Refuses element types that no transport carries yet.

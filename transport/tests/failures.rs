@@ -321,6 +321,29 @@ fn a_stream_with_too_many_waiting_tasks_is_busy_and_keeps_its_credit() {
 }
 
 #[test]
+fn tiny_tasks_take_memory_too() {
+    run(async {
+        let handler = TestHandler::new(MIB);
+        handler.hold.store(true, SeqCst);
+        let server = Server::start(&handler).await;
+        let transport = client(server.address, |_| {});
+        let shape =
+            Shape { tasks: 1, tokens: 1, head_dim: 1, v_head_dim: 1, ..Shape::small(Direction::Forward) };
+        let one = || transport.ship(shipment(&mut Rng(1), shape));
+        let pendings: Vec<_> = (0..1000).flat_map(|_| one()).collect();
+        eventually("memory is full", || handler.budget.used() + 8192 > handler.budget.largest()).await;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!((100..250).contains(&handler.held()), "{} are held", handler.held());
+        handler.release();
+        for outcome in join_all(pendings).await {
+            outcome.expect("all go through in the end");
+        }
+        drop(transport);
+        eventually("all memory is free", || handler.budget.used() == 0).await;
+    });
+}
+
+#[test]
 fn too_many_tasks_are_refused_as_busy() {
     run(async {
         let handler = TestHandler::new(64 * MIB);

@@ -447,7 +447,9 @@ fn credit_comes_back_as_tasks_end() {
         // All that was spent comes back, in one grant or several.
         let bytes: u64 = script(1).chunks.iter().map(|chunk| chunk.data.len() as u64).sum();
         let results = compute(&script(1).request.header, &script(1).request.inputs);
-        let mut spent = bytes + elements(results).iter().map(|x| x.len() as u64).sum::<u64>();
+        // A header with one slice and three tensors.
+        let header = 4096 + 256 + 3 * 256;
+        let mut spent = header + bytes + elements(results).iter().map(|x| x.len() as u64).sum::<u64>();
         while spent > 0 {
             if let Answer::Credit(grant) = raw.next().await {
                 assert!(!grant.answers_request);

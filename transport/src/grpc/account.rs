@@ -74,7 +74,7 @@ impl Account {
         let known = state.unspent - state.owed;
         if total > known {
             return Err(TaskError::invalid(format!(
-                "the task needs {total} bytes (tensors it carries, and results), and the stream holds credit for {known}; ask \
+                "the task needs {total} bytes (its header, tensors it carries, and results), and the stream holds credit for {known}; ask \
                  for credit before sending a task"
             )));
         }

@@ -7,7 +7,7 @@ use outboard_proto::v1::Chunk;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind, TensorRef, WireTask};
 
 use super::elements::Destination;
-use crate::sizes::{input_kinds, result_bytes, row_of, tensor_bytes, tokens_of};
+use crate::sizes::{TENSOR_BYTES, input_kinds, row_of, task_bytes, tensor_bytes, tokens_of};
 use crate::{ByteLease, GradientInputs, TaskInputs};
 
 /// Most ids of given-up tensors whose late chunks are still known for what they are.
@@ -58,9 +58,9 @@ pub(super) struct WholeTask {
     pub(super) id: u64,
     pub(super) header: TaskHeader,
     pub(super) inputs: TaskInputs,
-    /// Bytes of its inputs and results.
+    /// Bytes of itself, its inputs and its results.
     pub(super) lease: ByteLease,
-    /// Bytes of its results alone.
+    /// Bytes of itself and its results.
     pub(super) results: ByteLease,
 }
 
@@ -87,11 +87,13 @@ impl DeadTensors {
     }
 }
 
-/// What the task spends: first its results, then each tensor it carries.
+/// What a checked task spends: first itself and its results, then each tensor it carries, which may outlive it.
 pub(super) fn costs(task: &WireTask) -> Vec<u64> {
     let carried = task.tensors.iter().filter(|tensor| tensor.carried);
-    let bytes = carried.map(|tensor| tensor_bytes(tensor.tokens.len(), row_of(&task.header, tensor.kind)));
-    std::iter::once(result_bytes(&task.header)).chain(bytes).collect()
+    let bytes = |tensor: &TensorRef| tensor_bytes(tensor.tokens.len(), row_of(&task.header, tensor.kind));
+    let carried: Vec<u64> = carried.map(|tensor| bytes(tensor).saturating_add(TENSOR_BYTES)).collect();
+    let own = task_bytes(&task.header).saturating_sub(carried.len() as u64 * TENSOR_BYTES);
+    std::iter::once(own).chain(carried).collect()
 }
 
 impl Arrivals {

@@ -7,14 +7,14 @@ use outboard_attention::{Span, TensorIdentity, TensorSlice};
 use outboard_proto::{TaskError, TensorKind, TensorRef};
 
 use crate::TaskRequest;
-use crate::sizes::{input_kinds, input_of, result_bytes, tokens_of};
+use crate::sizes::{input_kinds, input_of, task_bytes, tokens_of};
 
 /// Tasks sent together: the first of a shipment, as many as the server can hold at once.
 #[derive(Debug)]
 pub(super) struct Parcel {
     /// How many tasks.
     pub(super) tasks: usize,
-    /// Bytes of credit they take: carried tensors and results.
+    /// Bytes of credit they take: themselves, carried tensors and results.
     pub(super) bytes: u64,
     /// The tensors that each task names, in wire order, with ids counted from zero.
     pub(super) references: Vec<Vec<TensorRef>>,
@@ -71,8 +71,8 @@ pub(super) fn bytes_of(tasks: &[&TaskRequest]) -> u64 {
         let slice = uses[run.uses.start].slice;
         (run.tokens.len() * slice.heads() * slice.dim() * size_of::<f32>()) as u64
     };
-    let results = tasks.iter().map(|task| result_bytes(&task.header));
-    results.chain(runs.iter().map(run_bytes)).fold(0, u64::saturating_add)
+    let own = tasks.iter().map(|task| task_bytes(&task.header));
+    own.chain(runs.iter().map(run_bytes)).fold(0, u64::saturating_add)
 }
 
 fn parcel(tasks: &[&TaskRequest]) -> Result<Parcel, TaskError> {
