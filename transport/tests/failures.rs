@@ -386,6 +386,57 @@ fn a_shipment_gives_up_waiting_for_room() {
     });
 }
 
+/// A forward task that needs `kib` to `kib + 50` KiB at the server.
+fn sized(rng: &mut Rng, kib: u64) -> outboard_transport::TaskRequest {
+    let shape = Shape {
+        tasks: 1,
+        tokens: 2000,
+        kv_heads: 1,
+        head_dim: 64,
+        v_head_dim: 64,
+        ..Shape::small(Direction::Forward)
+    };
+    loop {
+        let task = shipment(rng, shape).remove(0);
+        // Two query heads: Q, O and LSE a row, K and V a key.
+        let (rows, keys) = (task.header.task.q().len() as u64, task.header.task.kv().len() as u64);
+        if (kib..kib + 50).contains(&((rows * (64 + 64 + 1) * 2 * 4 + keys * (64 + 64) * 4) >> 10)) {
+            return task;
+        }
+    }
+}
+
+#[test]
+fn clients_that_need_more_than_they_asked_for_do_not_wait_for_each_other() {
+    run(async {
+        // One request can get 3 MiB.
+        let handler = TestHandler::new(4 * MIB);
+        let server = Server::start(&handler).await;
+        let blocker = handler.budget.lease(handler.budget.largest()).await.unwrap();
+        let transports =
+            [0, 1].map(|_| client(server.address, |config| config.credit_timeout = Duration::from_secs(5)));
+        let mut rng = Rng(1);
+        let mut pendings = Vec::new();
+        for transport in &transports {
+            // The first two go together, or the last two, and not all.
+            let sizes = [600, 900, 1750];
+            pendings.push(transport.ship(sizes.map(|kib| sized(&mut rng, kib)).into()));
+        }
+        // Both have asked for room for their first two tasks.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        for pending in &mut pendings {
+            drop(pending.remove(0));
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        drop(blocker);
+        for outcome in join_all(pendings.into_iter().flatten()).await {
+            outcome.expect("there is room for one client after the other");
+        }
+        drop(transports);
+        eventually("all memory is free", || handler.budget.used() == 0).await;
+    });
+}
+
 #[test]
 fn results_outlive_their_transport() {
     run(async {

@@ -233,11 +233,16 @@ impl Connection {
                         state.credit -= parcel.bytes;
                         return Ok(Some(state.announce(parcel)));
                     }
-                    let missing = parcel.bytes - state.credit;
                     let asked = std::mem::replace(&mut state.asking, true);
-                    (!asked).then_some(missing)
+                    // What was granted for a smaller parcel goes back first: whoever held it while waiting for more could
+                    // wait for a client that does the same.
+                    (!asked).then(|| {
+                        let excess = state.take_excess(self.standing);
+                        (excess, parcel.bytes - state.credit)
+                    })
                 };
-                if let Some(bytes) = request {
+                if let Some((excess, bytes)) = request {
+                    give_back(outbound, excess).await?;
                     post(outbound, Message::Credit(v1::CreditRequest { bytes })).await?;
                 }
                 let limit = self.shared.config.credit_timeout;
@@ -328,16 +333,8 @@ impl Connection {
 
     /// Gives credit back that was granted for a shipment which then was not sent.
     async fn return_excess(&self, outbound: &mpsc::Sender<AttendRequest>) -> Result<(), Deaf> {
-        let excess = {
-            let mut state = self.state();
-            let excess = state.credit.saturating_sub(self.standing);
-            state.credit -= excess;
-            excess
-        };
-        match excess {
-            0 => Ok(()),
-            bytes => post(outbound, Message::CreditReturn(v1::CreditReturn { bytes })).await,
-        }
+        let excess = self.state().take_excess(self.standing);
+        give_back(outbound, excess).await
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -346,6 +343,13 @@ impl Connection {
 }
 
 impl State {
+    /// Takes out what is held beyond the standing credit.
+    fn take_excess(&mut self, standing: u64) -> u64 {
+        let excess = self.credit.saturating_sub(standing);
+        self.credit -= excess;
+        excess
+    }
+
     /// Moves the parcel's tasks from the waiting to the live.
     fn announce(&mut self, parcel: Parcel) -> Packed {
         let (first_task, first_tensor) = (self.next_task, self.next_tensor);
@@ -372,6 +376,13 @@ impl State {
             (carrier, first_tensor + n as u64, Outgoing::new(tensor.slice), users)
         };
         Packed { headers, tensors: tensors.into_iter().map(outgoing).collect() }
+    }
+}
+
+async fn give_back(outbound: &mpsc::Sender<AttendRequest>, bytes: u64) -> Result<(), Deaf> {
+    match bytes {
+        0 => Ok(()),
+        bytes => post(outbound, Message::CreditReturn(v1::CreditReturn { bytes })).await,
     }
 }
 
