@@ -399,6 +399,27 @@ fn a_message_of_no_known_kind_ends_the_stream() {
 }
 
 #[test]
+fn a_stream_idle_for_long_hears_of_a_drain_before_it_ends() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        let config = ServerConfig { linger: Duration::from_millis(500), ..ServerConfig::default() };
+        let mut server = Server::start_at(&handler, "127.0.0.1:0", config).await;
+        let (mut raw, _) = Raw::open(&server).await;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        handler.draining.store(true, SeqCst);
+        server.drain.cancel();
+        assert!(matches!(raw.next().await, Answer::Drain(_)));
+        // On its way before the client knew.
+        raw.send_all(&script(1)).await;
+        let (task, error) = raw.failure().await;
+        assert_eq!((task, error.kind), (1, ErrorKind::Unavailable), "{error}");
+        assert!(error.message.contains("draining"), "{error}");
+        // The client never ends the stream; the server does.
+        (&mut server.served).await.expect("the server ends by itself");
+    });
+}
+
+#[test]
 fn a_client_that_sends_no_more_still_gets_its_results() {
     run(async {
         let handler = TestHandler::new(64 * MIB);

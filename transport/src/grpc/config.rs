@@ -79,6 +79,8 @@ pub struct ServerConfig {
     pub max_tasks: usize,
     /// How long a stream with half-sent tasks, or with results that nobody reads, may stand still.
     pub stall_timeout: Duration,
+    /// How long a client may take to end a drained stream that has no tasks left.
+    pub linger: Duration,
     /// The link.
     pub link: LinkConfig,
 }
@@ -89,6 +91,7 @@ impl Default for ServerConfig {
             window_bytes: 64 << 20,
             max_tasks: 16384,
             stall_timeout: Duration::from_secs(60),
+            linger: Duration::from_secs(10),
             link: LinkConfig::default(),
         }
     }

@@ -22,8 +22,8 @@ const MAX_MESSAGES: usize = 4;
 
 struct Edge(Shared);
 
-/// AttentionService over `handler`, in a router that may get further services. Once `drain` is cancelled, a stream
-/// ends as soon as it has no task left; refusing new tasks meanwhile is the handler's part.
+/// AttentionService over `handler`, in a router that may get further services. Once `drain` is cancelled, clients are told
+/// to end their streams when they have no task left; refusing new tasks meanwhile is the handler's part.
 pub fn router(handler: Arc<dyn TaskHandler>, config: &ServerConfig, drain: CancellationToken) -> Router {
     let shared = Shared { handler, config: config.clone(), drain };
     let link = &config.link;

@@ -29,8 +29,8 @@ const MAX_FAILURES: usize = 256;
 /// Most results that wait to be sent. Each holds its memory meanwhile.
 const MAX_RESULTS: usize = 16;
 
-/// How long a client may take to end a drained stream that has no tasks left.
-const LINGER: Duration = Duration::from_secs(10);
+/// How long the last word to a client may take.
+const LAST_WORD: Duration = Duration::from_secs(10);
 
 /// What every stream of a server shares.
 #[derive(Clone)]
@@ -61,7 +61,7 @@ pub(super) async fn attend(shared: Shared, mut inbound: Streaming<AttendRequest>
     };
     tracing::warn!(%error, "a stream ended early");
     // When even this cannot be sent, the client has gone.
-    let _ = outbound.send_timeout(Err(Status::from(error)), LINGER).await;
+    let _ = outbound.send_timeout(Err(Status::from(error)), LAST_WORD).await;
 }
 
 async fn serve(
@@ -136,9 +136,9 @@ fn greet(shared: &Shared, greeting: &ClientGreeting) -> Result<Arc<Account>, Tas
 impl Reader {
     async fn read(mut self, inbound: &mut Streaming<AttendRequest>) -> Result<(), TaskError> {
         let mut reading = true;
-        // Whether the client was told to send no more, and since when the stream has no tasks.
+        // Whether the client was told to send no more, and since when the stream has had no tasks, or the client has known.
         let (mut drained, mut idle_since) = (false, Instant::now());
-        let stall_timeout = self.shared.config.stall_timeout;
+        let ServerConfig { stall_timeout, linger, .. } = self.shared.config;
         let mut heard = Instant::now();
         loop {
             let idle = self.arrivals.is_empty() && self.running.is_empty() && self.tasks.is_empty();
@@ -168,10 +168,12 @@ impl Reader {
                 granted = &mut self.granting, if !self.granting.is_terminated() => granted?,
                 () = self.shared.drain.cancelled(), if !drained => {
                     drained = true;
+                    // The client has not heard of it: what it sends until then is refused, not cut off.
+                    idle_since = Instant::now();
                     // The queue is gone only when the client is.
                     let _ = self.control.send(Answer::Drain(v1::Drain {})).await;
                 }
-                () = sleep_until(idle_since + LINGER), if idle && drained => return Ok(()),
+                () = sleep_until(idle_since + linger), if idle && drained => return Ok(()),
                 () = sleep_until(heard + stall_timeout), if reading && !self.arrivals.is_empty() => {
                     return Err(TaskError::deadline("sending the tensors of the stream's tasks", stall_timeout));
                 }
