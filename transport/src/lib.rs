@@ -18,7 +18,8 @@ pub use task::{GradientInputs, Pending, Reply, TaskInputs, TaskOutcome, TaskRequ
 /// Ships tasks to one attention server.
 pub trait Transport: Send + Sync {
     /// Ships tasks together; the result of each is awaited by its [`Pending`], in the same order. Never blocks: room
-    /// at the server (credits, in bytes) is awaited inside. All tasks of a shipment are admitted together.
+    /// at the server (credits, in bytes) is awaited inside, and when too much waits already, tasks fail as busy. Each task
+    /// is admitted or refused by itself, and a shipment that the server cannot hold at once goes in parts.
     fn ship(&self, shipment: Vec<TaskRequest>) -> Vec<Pending>;
 
     /// What has crossed the link since it was made.

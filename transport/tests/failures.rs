@@ -367,6 +367,31 @@ fn too_many_tasks_are_refused_as_busy() {
 }
 
 #[test]
+fn too_many_shipments_are_refused_as_busy() {
+    run(async {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let transport = client(listener.local_addr().unwrap(), |config| {
+            config.connect_timeout = NO_HANG * 2;
+            config.max_tasks = 1;
+        });
+        // The stream never opens, and given-up shipments pile up before it.
+        let error = loop {
+            let mut task = some(1, 50);
+            task.truncate(1);
+            let shipped = transport.ship(task).remove(0);
+            if let Ok(outcome) = tokio::time::timeout(Duration::from_millis(20), shipped).await {
+                let error = outcome.expect_err("nobody answers");
+                if !error.message.contains("tasks are under way") {
+                    break error;
+                }
+            }
+        };
+        assert_eq!((error.kind, error.retry), (ErrorKind::Busy, RetryHint::Later), "{error}");
+        assert!(error.message.contains("shipments wait for a stream"), "{error}");
+    });
+}
+
+#[test]
 fn a_shipment_gives_up_waiting_for_room() {
     run(async {
         let handler = TestHandler::new(4 * MIB);

@@ -69,7 +69,7 @@ impl GrpcTransport {
             config,
         });
         let stream = |_| {
-            // One place for each task, so that a shipment always finds one.
+            // One place for each task. Shipments whose tasks were given up keep theirs until the stream comes to them.
             let (queue, shipments) = mpsc::channel(shared.config.max_tasks);
             let cancelled = Arc::new(Notify::new());
             let link =
@@ -132,12 +132,18 @@ impl Transport for GrpcTransport {
         if !shipped.is_empty()
             && let Err(refused) = stream.queue.try_send(shipped)
         {
-            let shipment = match refused {
-                mpsc::error::TrySendError::Full(shipment) | mpsc::error::TrySendError::Closed(shipment) => {
-                    shipment
+            let (shipment, error) = match refused {
+                mpsc::error::TrySendError::Full(shipment) => {
+                    let (address, max) = (&self.shared.config.address, self.shared.config.max_tasks);
+                    let message = format!(
+                        "{max} shipments wait for a stream to the attention server at {address} already; ship later"
+                    );
+                    (shipment, TaskError::new(ErrorKind::Busy, message))
+                }
+                mpsc::error::TrySendError::Closed(shipment) => {
+                    (shipment, TaskError::unavailable("the runtime of this transport has shut down"))
                 }
             };
-            let error = TaskError::unavailable("the runtime of this transport has shut down");
             shipment.into_iter().for_each(|task| task.fail(&error));
         }
         pendings
