@@ -20,7 +20,7 @@
 //! - No input makes it panic: what it cannot plan is a [`PlanError`] that names the field and the value.
 //!
 //! # How it works
-//! [`plan`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
+//! [`plan()`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
 //! where there is room; `balance` decides who gives how much to whom; `cut` chooses the slices that cost the fewest
 //! bytes (priced by `cost`); `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
 //! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
