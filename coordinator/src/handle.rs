@@ -11,7 +11,7 @@ use crate::jobs::Jobs;
 use crate::planning::{PlacedTask, PlanInput, PlannedStep, plan_step};
 use crate::pool::{Gone, Pool, PoolEntry};
 use crate::report::{RunTimes, StepReport};
-use crate::server::{ServerId, ServerSpec};
+use crate::server::{InPlace, ServerId, ServerSpec};
 use crate::slots::Terms;
 use crate::{Error, Options};
 
@@ -92,6 +92,15 @@ impl Handle {
     pub fn register_server(&self, spec: ServerSpec) -> Result<ServerId, Error> {
         let (address, numerics_id) = (spec.address.clone(), spec.numerics_id.clone());
         let id = self.change(|state, now| {
+            if let Some(place) = &spec.in_place
+                && state.jobs.is_running(&place.job, self.options(), now)
+                && let Some(other) = state.pool.live_elsewhere(place, &spec.address, now)
+            {
+                let InPlace { job, rank } = place;
+                return Err(Error::invalid(format!(
+                    "job {job} runs, and its rank {rank} has a live server at {other}; give another run another job name"
+                )));
+            }
             let (id, replaced) = state.pool.register(spec, now)?;
             state.jobs.servers_gone(&replaced, now);
             // A job may have waited for this server.

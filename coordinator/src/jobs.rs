@@ -55,6 +55,12 @@ impl Jobs {
         Ok((id, job.join(rank, terms, options, now)?))
     }
 
+    /// True when a run of that name is alive, so that no other may take its name.
+    pub(crate) fn is_running(&self, name: &str, options: &Options, now: Instant) -> bool {
+        let current = self.by_name.get(name).and_then(|id| self.runs.get(id));
+        current.is_some_and(|job| !job.may_be_replaced(options, now))
+    }
+
     fn begin(&mut self, terms: &Terms, options: &Options, now: Instant) -> Result<JobId, Error> {
         if self.runs.len() >= options.max_jobs {
             let over = self.runs.iter().filter_map(|(&id, job)| Some((job.over_since()?, id))).min();

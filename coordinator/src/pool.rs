@@ -101,6 +101,13 @@ impl Pool {
         Ok((id, gone))
     }
 
+    /// The address of the live server in this place, if it is another one.
+    pub(crate) fn live_elsewhere(&self, place: &InPlace, address: &str, now: Instant) -> Option<&str> {
+        let entry = self.servers.get(self.by_place.get(place)?)?;
+        let other = entry.spec.address.as_str();
+        (entry.lease_end > now && other != address).then_some(other)
+    }
+
     /// Renews a lease. True when the server should drain.
     pub(crate) fn heartbeat(&mut self, id: ServerId, now: Instant) -> Result<bool, Error> {
         let lease = self.lease;

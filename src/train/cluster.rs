@@ -17,9 +17,13 @@ use tonic::transport::Channel;
 use super::args::Run;
 use super::child::JsonChild;
 use super::protocol::{FromRank, Mode, Setup, ToRank};
+use super::report::Record;
 
 /// How long a process may take to say that it is ready.
 const START_LIMIT: Duration = Duration::from_secs(60);
+/// How long ranks may take to join the job: longer than the coordinator's and the client's own limits, whose errors say
+/// who is missing.
+const JOIN_LIMIT: Duration = Duration::from_secs(420);
 /// How long a call to the coordinator or to a server may take.
 const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// How long to wait for other ranks' own words once one has failed.
@@ -114,11 +118,18 @@ impl Cluster {
             rank.send(&ToRank::Exchange { addresses: addresses.clone() }).await?;
         }
         if self.coordinator.is_some() {
-            for message in self.next_of_each(START_LIMIT).await? {
+            for message in self.next_of_each(JOIN_LIMIT).await? {
                 match message {
                     FromRank::Started { numerics_id } => self.numerics_id = Some(numerics_id),
                     other => bail!("a rank said {other:?} before it had joined the job"),
                 }
+            }
+        }
+        if let Some(coordinator) = &mut self.coordinator {
+            // In-place servers have joined by now; the first step may have begun on them, but on no other.
+            let now = coordinator.task_counters().await?;
+            for id in now.into_keys() {
+                coordinator.before.entry(id).or_insert(0);
             }
         }
         Ok(())
@@ -150,10 +161,15 @@ impl Cluster {
         // The rank that failed first may have failed because of another, whose own words say why.
         let others = self.ranks.iter_mut().map(|rank| async {
             let name = rank.name.clone();
-            match timeout(LAST_WORDS, rank.receive()).await {
-                Ok(Ok(Some(FromRank::Failed { message }))) => Some(format!("{name}: {message}")),
-                _ => None,
-            }
+            let failed = async {
+                while let Ok(Some(message)) = rank.receive().await {
+                    if let FromRank::Failed { message } = message {
+                        return Some(format!("{name}: {message}"));
+                    }
+                }
+                None
+            };
+            timeout(LAST_WORDS, failed).await.ok().flatten()
         });
         let others: Vec<String> = join_all(others).await.into_iter().flatten().collect();
         match others.is_empty() {
@@ -172,18 +188,15 @@ impl Cluster {
         Ok(())
     }
 
-    /// Tasks that the servers computed since the run began, by their own counters.
-    pub(crate) async fn tasks_computed(&mut self) -> anyhow::Result<u64> {
-        match &mut self.coordinator {
-            None => Ok(0),
-            Some(coordinator) => {
-                let before = std::mem::take(&mut coordinator.before);
-                let now = coordinator.task_counters().await?;
-                let since =
-                    |(id, count): (&u64, &u64)| count.saturating_sub(before.get(id).copied().unwrap_or(0));
-                Ok(now.iter().map(since).sum())
-            }
-        }
+    /// Asks the servers how many tasks they have computed since the run began.
+    pub(crate) async fn count_tasks(&mut self, record: &mut Record) -> anyhow::Result<()> {
+        let Some(coordinator) = &mut self.coordinator else { return Ok(()) };
+        let now = coordinator.task_counters().await?;
+        let before = &coordinator.before;
+        record.tasks_computed =
+            now.iter().map(|(id, count)| count - before.get(id).unwrap_or(&0).min(count)).sum();
+        record.counters_complete = before.keys().all(|id| now.contains_key(id));
+        Ok(())
     }
 
     /// Ends all processes, ranks first.
@@ -242,6 +255,14 @@ impl CoordinatorLink {
         let mut link =
             CoordinatorLink { url, client: CoordinatorServiceClient::new(channel), before: BTreeMap::new() };
         link.before = link.task_counters().await?;
+        if link.before.is_empty() && run.coordinator.is_some() && run.dedicated == 0 && !run.in_place {
+            bail!(
+                "the coordinator at {} has no attention server; start some with `outboard attention-server --coordinator \
+                 {}`, or add --in-place or --pool N",
+                link.url,
+                link.url
+            );
+        }
         Ok(link)
     }
 

@@ -46,9 +46,10 @@ async fn train(run: &args::Run) -> anyhow::Result<()> {
     show.progress_ends();
     match outcome {
         Ok(mut record) => {
-            record.tasks_computed = cluster.tasks_computed().await?;
-            cluster.finish().await?;
+            let counted = cluster.count_tasks(&mut record).await;
             show.summary(&record)?;
+            counted?;
+            cluster.finish().await?;
             check(run, &record)
         }
         Err(error) => {
@@ -97,8 +98,15 @@ async fn step_of_all_ranks(cluster: &mut Cluster) -> anyhow::Result<Vec<RankStep
 fn check(run: &args::Run, record: &Record) -> anyhow::Result<()> {
     let Some(summary) = record.summary() else { return Ok(()) };
     let (planned, computed) = (summary.tasks_planned, summary.tasks_computed);
-    // A server that died took its counters with it.
-    if summary.servers_lost == 0 && computed < planned {
+    let accepted = record.tasks_accepted();
+    if accepted != planned {
+        bail!("ranks took the results of {accepted} tasks, the plans hold {planned}");
+    }
+    // A server that is gone took its counters with it, and servers of an outside coordinator may work for others too.
+    let own_pool = run.coordinator.is_none();
+    let expected =
+        if own_pool && summary.tasks_resent == 0 { computed == planned } else { computed >= planned };
+    if record.counters_complete && !expected {
         bail!("the servers' counters show {computed} tasks computed, the plans hold {planned}");
     }
     match summary.max_relative_loss_difference {

@@ -114,7 +114,7 @@ pub(crate) struct RankStep {
     pub(crate) wait_seconds: f64,
     pub(crate) tokens: u64,
     pub(crate) documents: u64,
-    /// Bytes of files dropped because the rank's budget was full.
+    /// Bytes of the step's files, on all ranks, dropped because a rank's budget was full.
     pub(crate) dropped_bytes: u64,
     /// Attention cells of the rank's documents.
     pub(crate) cells: u64,
@@ -131,7 +131,8 @@ pub(crate) struct PoolStep {
     /// Tasks of this rank's documents, over all layers and both directions.
     pub(crate) tasks: u64,
     pub(crate) tasks_resent: u64,
-    pub(crate) servers_lost: u64,
+    /// Ids of servers that this rank found lost.
+    pub(crate) servers_lost: Vec<u64>,
     pub(crate) bytes_moved: u64,
     /// Time inside attention in which the rank's device computed none.
     pub(crate) exposed_seconds: f64,

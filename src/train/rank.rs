@@ -82,7 +82,9 @@ fn train(setup: &Setup, launcher: &Receiver<ToRank>) -> anyhow::Result<()> {
     });
     if let Some(pool) = pool {
         let reason = outcome.as_ref().err().map(|error| describe(error.as_ref()));
-        pool.leave(&reason.unwrap_or_default(), &runtime)?;
+        let left = pool.leave(&reason.unwrap_or_default(), &runtime);
+        // What went wrong first says more than what went wrong because of it.
+        return outcome.and(left);
     }
     outcome
 }

@@ -1,5 +1,7 @@
 //! What a run amounts to: figures of each step over all ranks, and of the whole. Pure.
 
+use std::collections::BTreeSet;
+
 use serde::Serialize;
 
 use super::protocol::{Mode, RankStep};
@@ -56,7 +58,7 @@ impl StepLine {
             tokens_per_second: ratio(tokens as f64, seconds),
             tokens,
             documents: sum(|r| r.documents),
-            dropped_bytes: sum(|r| r.dropped_bytes),
+            dropped_bytes: first.dropped_bytes,
             imbalance_before: first.pool.as_ref().map_or(own, |p| p.imbalance_before),
             imbalance_after: first.pool.as_ref().map_or(own, |p| p.imbalance_after),
             bytes_moved: sum(|r| r.pool.as_ref().map_or(0, |p| p.bytes_moved)),
@@ -67,12 +69,7 @@ impl StepLine {
             communication_hidden: hidden(ranks),
             tasks: sum(|r| r.pool.as_ref().map_or(0, |p| p.tasks)),
             tasks_resent: sum(|r| r.pool.as_ref().map_or(0, |p| p.tasks_resent)),
-            servers_lost: ranks
-                .iter()
-                .filter_map(|r| r.pool.as_ref())
-                .map(|p| p.servers_lost)
-                .max()
-                .unwrap_or(0),
+            servers_lost: lost(ranks).len() as u64,
         })
     }
 }
@@ -118,7 +115,7 @@ pub(crate) struct Training {
     pub(crate) wait_seconds: f64,
     /// In the gradient exchange but not waiting, mean over ranks.
     pub(crate) exchange_seconds: f64,
-    /// Everything else: the model, the optimizer, reading documents.
+    /// The rest of the slowest rank's time: the model and the optimizer. Documents are read outside of all these.
     pub(crate) other_seconds: f64,
 }
 
@@ -129,9 +126,16 @@ pub(crate) struct Record {
     pub(crate) layers: u64,
     /// Tasks that the servers' own counters say they computed.
     pub(crate) tasks_computed: u64,
+    /// Whether every server of the run is still there to be asked.
+    pub(crate) counters_complete: bool,
 }
 
 impl Record {
+    /// Tasks whose results ranks took.
+    pub(crate) fn tasks_accepted(&self) -> u64 {
+        self.steps.iter().flatten().filter_map(|r| r.pool.as_ref()).map(|p| p.tasks).sum()
+    }
+
     /// Sums up the run. `None` when no step was done.
     pub(crate) fn summary(&self) -> Option<Summary> {
         let lines: Vec<StepLine> = self.steps.iter().filter_map(|ranks| StepLine::new(ranks)).collect();
@@ -169,7 +173,7 @@ impl Record {
             tasks_planned: self.steps.iter().filter_map(planned).sum::<u64>() * self.layers * 2,
             tasks_computed: self.tasks_computed,
             tasks_resent: lines.iter().map(|l| l.tasks_resent).sum(),
-            servers_lost: lines.iter().map(|l| l.servers_lost).sum(),
+            servers_lost: lost(self.steps.iter().flatten()).len() as u64,
             trainings,
         })
     }
@@ -222,12 +226,18 @@ fn hidden(ranks: &[RankStep]) -> f64 {
     if communication > 0.0 { 1.0 - (exposed / communication).min(1.0) } else { 1.0 }
 }
 
+/// Servers that some rank found lost. Ranks may find the same one lost in different steps.
+fn lost<'a>(ranks: impl IntoIterator<Item = &'a RankStep>) -> BTreeSet<u64> {
+    ranks.into_iter().filter_map(|r| r.pool.as_ref()).flat_map(|p| p.servers_lost.iter().copied()).collect()
+}
+
 fn ratio(a: f64, b: f64) -> f64 {
     if b > 0.0 { a / b } else { 0.0 }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::protocol::PoolStep;
     use super::*;
 
     fn step(mode: Mode, seconds: f64, attention: f64, wait: f64) -> RankStep {
@@ -251,7 +261,7 @@ mod tests {
     fn ideal_speedup_leaves_out_waiting_for_the_slowest() {
         // Rest is 1 s on both; attention 3 s and 1 s; the second waits 2 s for the first.
         let local = vec![step(Mode::Local, 4.0, 3.0, 0.0), step(Mode::Local, 4.0, 1.0, 2.0)];
-        let record = Record { steps: vec![local], layers: 1, tasks_computed: 0 };
+        let record = Record { steps: vec![local], layers: 1, ..Record::default() };
         assert_eq!(record.ideal_speedup(), Some(4.0 / 3.0));
     }
 
@@ -260,7 +270,7 @@ mod tests {
         let local = vec![step(Mode::Local, 4.0, 3.0, 0.0), step(Mode::Local, 4.0, 1.0, 2.0)];
         let mut pool = vec![step(Mode::Pool, 3.2, 2.1, 0.1), step(Mode::Pool, 3.2, 2.1, 0.1)];
         pool[0].loss = 2.0002;
-        let record = Record { steps: vec![local, pool], layers: 1, tasks_computed: 0 };
+        let record = Record { steps: vec![local, pool], layers: 1, ..Record::default() };
         let summary = record.summary().expect("steps were done");
         assert_eq!(summary.steps, 1);
         assert_eq!(summary.speedup, Some(4.0 / 3.2));
@@ -275,7 +285,7 @@ mod tests {
         let record = Record {
             steps: vec![vec![step(Mode::Local, 1.0, 0.5, 0.0)], vec![pool]],
             layers: 1,
-            tasks_computed: 0,
+            ..Record::default()
         };
         assert_eq!(record.summary().unwrap().max_relative_loss_difference, Some(f64::INFINITY));
     }
@@ -283,5 +293,34 @@ mod tests {
     #[test]
     fn no_step_no_summary() {
         assert!(Record::default().summary().is_none());
+    }
+
+    #[test]
+    fn a_server_that_two_ranks_lose_in_different_steps_counts_once() {
+        let pool = |lost: &[u64]| PoolStep {
+            imbalance_before: 1.5,
+            imbalance_after: 1.0,
+            planned_tasks: 10,
+            tasks: 10,
+            tasks_resent: 1,
+            servers_lost: lost.to_vec(),
+            bytes_moved: 7,
+            exposed_seconds: 0.0,
+            communication_seconds: 0.0,
+            plan_seconds: 0.0,
+        };
+        let rank = |lost: &[u64]| RankStep { pool: Some(pool(lost)), ..step(Mode::Pool, 1.0, 0.5, 0.0) };
+        let steps =
+            vec![vec![rank(&[4]), rank(&[])], vec![rank(&[]), rank(&[4])], vec![rank(&[9]), rank(&[9])]];
+        let record = Record { steps, layers: 1, ..Record::default() };
+        let summary = record.summary().unwrap();
+        assert_eq!((summary.servers_lost, summary.tasks_planned), (2, 60));
+        assert_eq!(record.tasks_accepted(), 60);
+    }
+
+    #[test]
+    fn dropped_bytes_are_those_of_all_ranks_already() {
+        let rank = RankStep { dropped_bytes: 100, ..step(Mode::Local, 1.0, 0.5, 0.0) };
+        assert_eq!(StepLine::new(&[rank.clone(), rank]).unwrap().dropped_bytes, 100);
     }
 }

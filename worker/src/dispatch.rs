@@ -1,8 +1,8 @@
 //! Ships requests to their servers and awaits every result; what a server loses or refuses goes to another.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -26,7 +26,8 @@ const BUSY_WAIT: Duration = Duration::from_millis(20);
 #[derive(Debug, Default)]
 pub(crate) struct DispatchCounters {
     pub(crate) resent: AtomicU64,
-    pub(crate) servers_lost: AtomicU64,
+    /// Ids of servers found lost, in the order found.
+    pub(crate) servers_lost: Mutex<Vec<u64>>,
 }
 
 /// What dispatching needs to know.
@@ -71,11 +72,13 @@ impl Dispatch<'_> {
         let mut communication = Duration::ZERO;
         let mut results: Vec<Option<Results>> = requests.iter().map(|_| None).collect();
         let mut flights: FuturesUnordered<BoxFuture<'_, Landed>> = FuturesUnordered::new();
-        for (flight, pending) in self.ship_all(&requests) {
+        // Asked once: another thread may find a server lost, or back, meanwhile.
+        let (flying, grounded): (Vec<usize>, Vec<usize>) =
+            (0..requests.len()).partition(|&i| self.peer(&requests[i]).is_some());
+        for (flight, pending) in self.ship_all(&requests, flying) {
             flights.push(Box::pin(land(flight, pending)));
         }
         // Tasks whose server was lost in an earlier call of the step never took off.
-        let grounded = (0..requests.len()).filter(|&i| self.peer(&requests[i]).is_none());
         for index in grounded {
             let request = &requests[index];
             let tried = vec![(request.server, "lost earlier".to_owned())];
@@ -108,14 +111,14 @@ impl Dispatch<'_> {
     }
 
     /// Ships each server's requests together, other machines first, so that transfer begins while this one computes.
-    fn ship_all(&self, requests: &[PlacedRequest]) -> Vec<(Flight, Pending)> {
+    fn ship_all(&self, requests: &[PlacedRequest], flying: Vec<usize>) -> Vec<(Flight, Pending)> {
         let mut by_peer: BTreeMap<u64, Vec<usize>> = BTreeMap::new();
-        for (index, request) in requests.iter().enumerate() {
-            by_peer.entry(request.server).or_default().push(index);
+        for index in flying {
+            by_peer.entry(requests[index].server).or_default().push(index);
         }
         let mut shipments: Vec<_> = by_peer
             .into_values()
-            .filter_map(|of_peer| Some((self.peer(&requests[*of_peer.first()?])?, of_peer)))
+            .filter_map(|of_peer| Some((self.peers.get(&requests[*of_peer.first()?].server)?, of_peer)))
             .collect();
         shipments.sort_by_key(|(peer, _)| (peer.in_place, peer.id));
         let mut shipped = Vec::with_capacity(requests.len());
@@ -175,8 +178,8 @@ impl Dispatch<'_> {
         }
         // A task that was late says nothing certain about its server; a connection that broke does.
         if error.kind == ErrorKind::Unavailable && flight.load.peer().lose() {
-            self.counters.servers_lost.fetch_add(1, Ordering::Relaxed);
             let Peer { id, address, .. } = &**flight.load.peer();
+            self.counters.servers_lost.lock().unwrap_or_else(PoisonError::into_inner).push(*id);
             tracing::warn!(rank = self.rank, server = id, address, %error, "server lost; its tasks go to the others");
         }
         flight.tried.push((flight.load.peer().id, error.message.clone()));

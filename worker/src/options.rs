@@ -21,8 +21,8 @@ pub struct JobOptions {
     pub min_servers: u32,
     /// How long to wait for the coordinator to be reached.
     pub connect_timeout: Duration,
-    /// How long to wait for the other ranks, to join and to submit each step. The coordinator's own limit comes first
-    /// if it is shorter, and names the ranks that are missing.
+    /// How long to wait for the other ranks, to join and to submit each step. Longer than the coordinator's own limits,
+    /// whose errors name the ranks that are missing.
     pub barrier_timeout: Duration,
     /// How long one task may take, transfer included.
     pub task_timeout: Duration,
@@ -45,7 +45,7 @@ impl JobOptions {
             geometry,
             min_servers: 1,
             connect_timeout: Duration::from_secs(10),
-            barrier_timeout: Duration::from_secs(180),
+            barrier_timeout: Duration::from_secs(360),
             task_timeout: Duration::from_secs(300),
         }
     }

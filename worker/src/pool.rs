@@ -68,7 +68,6 @@ struct PlannedStep {
 struct Totals {
     traffic: Traffic,
     resent: u64,
-    servers_lost: u64,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -88,8 +87,8 @@ pub struct StepStats {
     pub tasks: u64,
     /// Tasks sent again.
     pub tasks_resent: u64,
-    /// Servers lost during the step.
-    pub servers_lost: u64,
+    /// Ids of the servers that this rank found lost since the step before ended.
+    pub servers_lost: Vec<u64>,
     /// Tensor bytes that left and entered this rank as a client.
     pub bytes_moved: u64,
     /// Wall time inside attention calls.
@@ -182,7 +181,9 @@ impl PoolAttention {
             summary: planned.plan.summary,
             tasks: times.tasks,
             tasks_resent: now.resent - start.resent,
-            servers_lost: now.servers_lost - start.servers_lost,
+            servers_lost: std::mem::take(
+                &mut *self.counters.servers_lost.lock().unwrap_or_else(PoisonError::into_inner),
+            ),
             bytes_moved: bytes(now.traffic) - bytes(start.traffic),
             attention: times.attention,
             exposed: times.exposed,
@@ -206,6 +207,7 @@ impl PoolAttention {
     ) -> Result<Vec<(Part, Results)>, WorkerError> {
         call.check(qkv).map_err(|e| call.invalid(e))?;
         gradient.map_or(Ok(()), |g| call.check_gradient(g)).map_err(|e| call.invalid(e))?;
+        let started = Instant::now();
         let step = self.planned(call.step)?;
         let options = self.job.options();
         if call.geometry != options.geometry {
@@ -213,7 +215,6 @@ impl PoolAttention {
             return Err(self.bad_plan(call.step, message));
         }
         step.plan.check_call(call).map_err(|message| self.bad_plan(call.step, message))?;
-        let started = Instant::now();
         let busy_before = self.device_busy();
         let shipping = Shipping { options, numerics_id: self.job.numerics_id(), plan: &step.plan };
         let requests = requests(shipping, call, qkv, gradient).map_err(|e| call.invalid(e))?;
@@ -302,11 +303,7 @@ impl PoolAttention {
     }
 
     fn totals(&self) -> Totals {
-        Totals {
-            traffic: self.peers.traffic(),
-            resent: self.counters.resent.load(Ordering::Relaxed),
-            servers_lost: self.counters.servers_lost.load(Ordering::Relaxed),
-        }
+        Totals { traffic: self.peers.traffic(), resent: self.counters.resent.load(Ordering::Relaxed) }
     }
 
     fn bad_plan(&self, step: u64, message: String) -> WorkerError {
