@@ -1,6 +1,6 @@
 //! What can be wrong with a description of attention.
 
-use crate::{DocumentId, Span};
+use crate::{DType, DocumentId, Span};
 
 /// A domain value that does not hold together. Every variant names the field and the values at fault.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -33,6 +33,12 @@ pub enum InvalidAttention {
     BadScale {
         /// What was given.
         scale: f32,
+    },
+    /// A softcap that is not a positive finite number.
+    #[error("softcap is {softcap}; it must be finite and above zero, or left out")]
+    BadSoftcap {
+        /// What was given.
+        softcap: f32,
     },
     /// An empty range where something was expected.
     #[error("{field} {span} is empty")]
@@ -105,5 +111,15 @@ pub enum InvalidAttention {
         actual: [usize; 3],
         /// `[tokens, heads, dim]` wanted.
         expected: [usize; 3],
+    },
+    /// A tensor of another element type than the geometry says.
+    #[error("{tensor} holds {actual}; the geometry says {expected}")]
+    DTypeMismatch {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The element type found.
+        actual: DType,
+        /// The element type wanted.
+        expected: DType,
     },
 }

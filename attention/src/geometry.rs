@@ -58,10 +58,12 @@ pub struct HeadShape {
     pub scale: f32,
     /// Element type of Q, K, V.
     pub dtype: DType,
+    /// Logit soft-capping: a scaled score `s` becomes `softcap * tanh(s / softcap)` before the softmax.
+    pub softcap: Option<f32>,
 }
 
 /// Heads of one attention layer, validated: `q_heads` is a multiple of `kv_heads`, dimensions are within
-/// `1..=`[`MAX_HEAD_DIM`], and the scale is finite and positive. Query head `h` reads kv head `h / group()`.
+/// `1..=`[`MAX_HEAD_DIM`], and scale and softcap are finite and positive. Query head `h` reads kv head `h / group()`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadGeometry(HeadShape);
 
@@ -86,6 +88,11 @@ impl TryFrom<HeadShape> for HeadGeometry {
         if !(shape.scale.is_finite() && shape.scale > 0.0) {
             return Err(InvalidAttention::BadScale { scale: shape.scale });
         }
+        if let Some(softcap) = shape.softcap
+            && !(softcap.is_finite() && softcap > 0.0)
+        {
+            return Err(InvalidAttention::BadSoftcap { softcap });
+        }
         Ok(HeadGeometry(shape))
     }
 }
@@ -97,7 +104,8 @@ impl HeadGeometry {
     /// As [`HeadGeometry::try_from`].
     pub fn standard(q_heads: usize, kv_heads: usize, head_dim: usize) -> Result<Self, InvalidAttention> {
         let scale = 1.0 / (head_dim.max(1) as f32).sqrt();
-        HeadShape { q_heads, kv_heads, head_dim, v_head_dim: head_dim, scale, dtype: DType::F32 }.try_into()
+        let (dtype, softcap) = (DType::F32, None);
+        HeadShape { q_heads, kv_heads, head_dim, v_head_dim: head_dim, scale, dtype, softcap }.try_into()
     }
 
     /// Query heads.
@@ -133,6 +141,11 @@ impl HeadGeometry {
     /// Element type of Q, K, V.
     pub fn dtype(&self) -> DType {
         self.0.dtype
+    }
+
+    /// What scores are capped at softly, if they are.
+    pub fn softcap(&self) -> Option<f32> {
+        self.0.softcap
     }
 
     /// The plain fields.

@@ -4,6 +4,7 @@
 //! Nothing here does IO, reads a clock or the environment, or knows an async runtime, serde or protobuf.
 
 mod document;
+mod element;
 mod error;
 mod geometry;
 pub mod kernel;
@@ -17,6 +18,7 @@ mod task;
 mod tensor;
 
 pub use document::{Document, DocumentId, HomeRange};
+pub use element::{AnyTensor, Element};
 pub use error::InvalidAttention;
 pub use geometry::{DType, HeadGeometry, HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS};
 pub use mask::{BandSlice, Mask, MaskPart};

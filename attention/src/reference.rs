@@ -114,7 +114,7 @@ pub fn backward(
                 let (k, v) = (inputs.k.row(cell.key, kv_head), inputs.v.row(cell.key, kv_head));
                 let p = (cell.score - gradient.lse[at]).exp();
                 let dp = dot(d_o, v);
-                let ds = p * (dp - gradient.d[at]) * scale;
+                let ds = p * (dp - gradient.d[at]) * cell.slope * scale;
                 let key = cell.key * shapes.k[1] + kv_head;
                 for d in 0..dim {
                     out.dq[at * dim + d] += ds * f64::from(k[d]);
@@ -143,6 +143,8 @@ struct Cell {
     /// Index among the task's keys.
     key: usize,
     score: f64,
+    /// Derivative of the score by the scaled product; one without softcap.
+    slope: f64,
 }
 
 /// The cells of one row and query head (both counted within the task), slice by slice.
@@ -152,9 +154,16 @@ fn scores(geometry: &HeadGeometry, task: &Task, inputs: Inputs<'_>, row: usize, 
     for slice in task.mask().slices_of(task.kv_heads().start() + kv_head) {
         for position in slice.keys_of(task.q().start() + row).iter() {
             let key = position - task.kv().start();
-            let score =
+            let scaled =
                 dot(inputs.q.row(row, head), inputs.k.row(key, kv_head)) * f64::from(geometry.scale());
-            cells.push(Cell { key, score });
+            let (score, slope) = match geometry.softcap().map(f64::from) {
+                None => (scaled, 1.0),
+                Some(cap) => {
+                    let t = (scaled / cap).tanh();
+                    (cap * t, 1.0 - t * t)
+                }
+            };
+            cells.push(Cell { key, score, slope });
         }
     }
     cells

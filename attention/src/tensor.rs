@@ -4,22 +4,22 @@ use std::sync::Arc;
 
 use crate::{InvalidAttention, Span};
 
-/// A borrowed view `[tokens, heads, dim]` of f32: element `(t, h, d)` is `data[t * stride + h * dim + d]`.
+/// A borrowed view `[tokens, heads, dim]`: element `(t, h, d)` is `data[t * stride + h * dim + d]`.
 #[derive(Clone, Copy, Debug)]
-pub struct TensorView<'a> {
-    data: &'a [f32],
+pub struct TensorView<'a, T = f32> {
+    data: &'a [T],
     shape: [usize; 3],
     stride: usize,
 }
 
-impl<'a> TensorView<'a> {
+impl<'a, T> TensorView<'a, T> {
     /// A view of `data`. `stride` is the distance in elements from one token to the next.
     ///
     /// # Errors
     /// [`InvalidAttention::BadTensor`] when `data` is too short, or the stride shorter than a token.
     pub fn new(
         tensor: &'static str,
-        data: &'a [f32],
+        data: &'a [T],
         shape: [usize; 3],
         stride: usize,
     ) -> Result<Self, InvalidAttention> {
@@ -41,7 +41,7 @@ impl<'a> TensorView<'a> {
     /// [`InvalidAttention::BadTensor`] when `data` does not hold exactly the shape's elements.
     pub fn contiguous(
         tensor: &'static str,
-        data: &'a [f32],
+        data: &'a [T],
         shape: [usize; 3],
     ) -> Result<Self, InvalidAttention> {
         let stride = shape[1].saturating_mul(shape[2]);
@@ -63,7 +63,7 @@ impl<'a> TensorView<'a> {
     }
 
     /// The elements from the first token's first head on.
-    pub fn data(&self) -> &'a [f32] {
+    pub fn data(&self) -> &'a [T] {
         self.data
     }
 
@@ -71,7 +71,7 @@ impl<'a> TensorView<'a> {
     ///
     /// # Panics
     /// When `token` is not below the number of tokens.
-    pub fn token(&self, token: usize) -> &'a [f32] {
+    pub fn token(&self, token: usize) -> &'a [T] {
         &self.data[token * self.stride..][..self.shape[1] * self.shape[2]]
     }
 
@@ -79,12 +79,12 @@ impl<'a> TensorView<'a> {
     ///
     /// # Panics
     /// When either index is out of range.
-    pub fn row(&self, token: usize, head: usize) -> &'a [f32] {
+    pub fn row(&self, token: usize, head: usize) -> &'a [T] {
         &self.token(token)[head * self.shape[2]..][..self.shape[2]]
     }
 
     /// A view of some of the tokens and heads, counted from the view's first, `None` when they reach outside it.
-    pub fn part(&self, tokens: Span, heads: Span) -> Option<TensorView<'a>> {
+    pub fn part(&self, tokens: Span, heads: Span) -> Option<TensorView<'a, T>> {
         let [all_tokens, all_heads, dim] = self.shape;
         if !(Span::to(all_tokens).covers(tokens) && Span::to(all_heads).covers(heads)) {
             return None;

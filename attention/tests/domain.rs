@@ -175,8 +175,15 @@ fn a_document_is_causal_unless_told_otherwise() {
 
 #[test]
 fn geometry_is_checked() {
-    let shape =
-        HeadShape { q_heads: 8, kv_heads: 2, head_dim: 64, v_head_dim: 32, scale: 0.125, dtype: DType::F32 };
+    let shape = HeadShape {
+        q_heads: 8,
+        kv_heads: 2,
+        head_dim: 64,
+        v_head_dim: 32,
+        scale: 0.125,
+        dtype: DType::F32,
+        softcap: None,
+    };
     let geometry = HeadGeometry::try_from(shape).unwrap();
     assert_eq!((geometry.group(), geometry.q_heads_of(Span::at(1, 1))), (4, Span::at(4, 4)));
     let field = |shape: HeadShape| HeadGeometry::try_from(shape).unwrap_err().to_string();

@@ -18,8 +18,15 @@ fn loss(geometry: &HeadGeometry, task: &Task, tensors: [&Tensor; 3], d_o: &Tenso
 fn gradients_are_finite_differences() {
     let mut random = Random(41);
     for _ in 0..12 {
-        let shape =
-            HeadShape { q_heads: 4, kv_heads: 2, head_dim: 3, v_head_dim: 5, scale: 0.6, dtype: DType::F32 };
+        let shape = HeadShape {
+            q_heads: 4,
+            kv_heads: 2,
+            head_dim: 3,
+            v_head_dim: 5,
+            scale: 0.6,
+            dtype: DType::F32,
+            softcap: None,
+        };
         let geometry = HeadGeometry::try_from(shape).unwrap();
         let task = random_task(&mut random, &geometry, 9);
         let shapes = task.shapes(&geometry);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use outboard_attention::DType;
-use outboard_attention::kernel::{CpuKernel, KernelConfig};
+use outboard_attention::kernel::{CpuKernel, KernelConfig, task_workspace};
 use outboard_proto::v1::GetServerStatsResponse;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader};
 use outboard_transport::{ArrivedTask, ByteBudget, TaskHandler};
@@ -21,6 +21,7 @@ pub(crate) struct Shared {
     pub(crate) stats: Stats,
     pub(crate) numerics_id: Arc<str>,
     pub(crate) batch_flops: f64,
+    kernel: KernelConfig,
     budget: ByteBudget,
     draining: AtomicBool,
 }
@@ -37,14 +38,16 @@ impl Engine {
     /// # Errors
     /// [`ServerError::Kernel`] and [`ServerError::Thread`].
     pub fn start(options: &EngineOptions) -> Result<Engine, ServerError> {
-        let config = KernelConfig { isa: options.isa, threads: options.threads };
+        let workspace_bytes = usize::try_from(options.workspace_bytes()).unwrap_or(usize::MAX);
+        let config = KernelConfig { isa: options.isa, threads: options.threads, workspace_bytes };
         let kernel = CpuKernel::new(config).map_err(|e| ServerError::Kernel(e.to_string()))?;
         let shared = Arc::new(Shared {
             queue: TaskQueue::default(),
             stats: Stats::default(),
-            numerics_id: kernel.numerics_id().into(),
+            numerics_id: kernel.numerics_id(DType::F32).into(),
+            kernel: config,
             batch_flops: options.batch_flops_per_thread * options.threads as f64,
-            budget: ByteBudget::new(options.memory_bytes),
+            budget: ByteBudget::new(options.memory_bytes - options.workspace_bytes()),
             draining: AtomicBool::new(false),
         });
         // The thread owns itself: it ends by the queue's closing, and holds only what it shares.
@@ -123,6 +126,15 @@ impl TaskHandler for Engine {
                 let message = format!("{field} is {dtype}; this server computes f32");
                 return Err(TaskError::new(ErrorKind::Unsupported, message));
             }
+        }
+        let KernelConfig { isa, threads, workspace_bytes: limit } = self.shared.kernel;
+        let needed = task_workspace(isa, threads, &header.geometry, header.direction, &header.task);
+        if needed > limit {
+            let message = format!(
+                "the task needs {needed} bytes of the kernel's working memory, this server has {limit} (a quarter of its \
+                 memory); cut the task into fewer keys, or give the server more memory"
+            );
+            return Err(TaskError::new(ErrorKind::TooLarge, message));
         }
         Ok(())
     }

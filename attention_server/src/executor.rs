@@ -112,12 +112,12 @@ fn operands<'a>(task: &ArrivedTask, inputs: &'a TaskInputs) -> Result<Operands<'
     let k = view("k", &inputs.k, kv_span)?;
     let v = view("v", &inputs.v, kv_span)?;
     match (task.header.direction, &inputs.gradient) {
-        (Direction::Forward, _) => Ok(Operands::Forward { q, k, v }),
+        (Direction::Forward, _) => Ok(Operands::Forward { q: q.into(), k: k.into(), v: v.into() }),
         (Direction::Backward, Some(gradient)) => {
             let d_o = view("d_o", &gradient.d_o, q_span)?;
             let lse = view("lse", &gradient.lse, q_span)?;
             let d = view("d", &gradient.d, q_span)?;
-            Ok(Operands::Backward { q, k, v, d_o, lse, d })
+            Ok(Operands::Backward { q: q.into(), k: k.into(), v: v.into(), d_o: d_o.into(), lse, d })
         }
         (Direction::Backward, None) => Err(TaskError::invalid("a backward task needs dO, LSE and D")),
     }

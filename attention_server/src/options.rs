@@ -12,7 +12,7 @@ pub struct EngineOptions {
     pub isa: Isa,
     /// Threads of the kernel.
     pub threads: usize,
-    /// Bytes of task buffers held at once.
+    /// Bytes that the server may hold: a quarter for the kernel's working memory, the rest for task buffers.
     pub memory_bytes: u64,
     /// Work of one batch, in FLOPs per thread. A task that arrives while a batch runs waits for it at most.
     pub batch_flops_per_thread: f64,
@@ -27,6 +27,13 @@ impl Default for EngineOptions {
             // About 20 ms of one core: long against the cost of a batch, short against a layer.
             batch_flops_per_thread: 2e9,
         }
+    }
+}
+
+impl EngineOptions {
+    /// The share of the memory that the kernel may work in.
+    pub(crate) fn workspace_bytes(&self) -> u64 {
+        self.memory_bytes / 4
     }
 }
 

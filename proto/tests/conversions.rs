@@ -24,9 +24,18 @@ fn dtype() -> impl Strategy<Value = DType> {
 }
 
 fn geometry() -> impl Strategy<Value = HeadGeometry> {
-    (1..9usize, 1..9usize, 1..=256usize, 1..=256usize, 1e-6..1e3f32, dtype()).prop_map(
-        |(kv_heads, group, head_dim, v_head_dim, scale, dtype)| {
-            let shape = HeadShape { q_heads: kv_heads * group, kv_heads, head_dim, v_head_dim, scale, dtype };
+    let softcap = proptest::option::of(1e-3..1e3f32);
+    (1..9usize, 1..9usize, 1..=256usize, 1..=256usize, 1e-6..1e3f32, dtype(), softcap).prop_map(
+        |(kv_heads, group, head_dim, v_head_dim, scale, dtype, softcap)| {
+            let shape = HeadShape {
+                q_heads: kv_heads * group,
+                kv_heads,
+                head_dim,
+                v_head_dim,
+                scale,
+                dtype,
+                softcap,
+            };
             HeadGeometry::try_from(shape).unwrap()
         },
     )
@@ -285,7 +294,7 @@ fn every_fault_of_a_header_is_named() {
     use ErrorKind::{Invalid, Unsupported};
     let span = |start, end| Some(v1::Span { start, end });
     refused(Unsupported, "protocol_version is 7, and 1 is spoken here", |h| h.protocol_version = 7);
-    refused(Unsupported, "softcap 30 is not supported yet", |h| h.softcap = Some(30.0));
+    refused(Invalid, "softcap is -1", |h| h.geometry.as_mut().unwrap().softcap = Some(-1.0));
     refused(Unsupported, "sink is not supported yet", |h| h.sink = true);
     refused(Invalid, "job has 257 bytes", |h| h.job = "x".repeat(MAX_NAME_BYTES + 1));
     refused(Invalid, "numerics_id has 257 bytes", |h| h.numerics_id = "x".repeat(MAX_NAME_BYTES + 1));

@@ -9,10 +9,10 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use comfy_table::{CellAlignment, Table, presets};
-use outboard_attention::kernel::{CpuKernel, Isa, KernelConfig, KernelTask, Operands, Results, fma_loop};
+use outboard_attention::kernel::{CpuKernel, Isa, KernelConfig, KernelTask, Operands, Results, peak_loop};
 use outboard_attention::merge::row_dots;
 use outboard_attention::{
-    BandSlice, Direction, DocumentId, HeadGeometry, Mask, MaskPart, Span, Task, TaskShapes, TensorView,
+    BandSlice, DType, Direction, DocumentId, HeadGeometry, Mask, MaskPart, Span, Task, TaskShapes, TensorView,
 };
 use serde::Serialize;
 
@@ -205,7 +205,7 @@ fn calibrate(isa: Isa) -> u64 {
     let mut iterations = 1000;
     loop {
         let start = Instant::now();
-        fma_loop(isa, iterations);
+        peak_loop(isa, DType::F32, iterations);
         let seconds = start.elapsed().as_secs_f64();
         if seconds > PEAK_SECONDS / 4.0 {
             return ((iterations as f64 * PEAK_SECONDS / seconds) as u64).max(1);
@@ -227,7 +227,7 @@ impl Tensors {
         };
         let (q, k, v, d_o) = (noise(shapes.q), noise(shapes.k), noise(shapes.v), noise(shapes.o));
         let mut tensors = Tensors { shapes, q, k, v, d_o, lse: Vec::new(), d: Vec::new() };
-        let mut kernel = CpuKernel::new(KernelConfig { isa, threads: 1 })?;
+        let mut kernel = CpuKernel::new(KernelConfig::new(isa, 1))?;
         let results = Results::zeroed(task, geometry, Direction::Forward);
         let operands = tensors.operands(Direction::Forward)?;
         let results = compute(&mut kernel, KernelTask { geometry: *geometry, task, operands, results })?;
@@ -244,12 +244,12 @@ impl Tensors {
         let k = TensorView::contiguous("k", &self.k, self.shapes.k)?;
         let v = TensorView::contiguous("v", &self.v, self.shapes.v)?;
         Ok(match direction {
-            Direction::Forward => Operands::Forward { q, k, v },
+            Direction::Forward => Operands::Forward { q: q.into(), k: k.into(), v: v.into() },
             Direction::Backward => {
                 let d_o = TensorView::contiguous("d_o", &self.d_o, self.shapes.o)?;
                 let lse = TensorView::contiguous("lse", &self.lse, self.shapes.row)?;
                 let d = TensorView::contiguous("d", &self.d, self.shapes.row)?;
-                Operands::Backward { q, k, v, d_o, lse, d }
+                Operands::Backward { q: q.into(), k: k.into(), v: v.into(), d_o: d_o.into(), lse, d }
             }
         })
     }
@@ -270,7 +270,7 @@ fn compute(kernel: &mut CpuKernel, task: KernelTask<'_>) -> anyhow::Result<Resul
 impl Subject<'_> {
     /// Peak loop and kernel in turn, so that whatever else the machine does slows down both.
     fn measure(&self, direction: Direction, tensors: &Tensors) -> anyhow::Result<Measurement> {
-        let mut kernel = CpuKernel::new(KernelConfig { isa: self.isa, threads: self.threads })?;
+        let mut kernel = CpuKernel::new(KernelConfig::new(self.isa, self.threads))?;
         let mut results = Results::zeroed(self.task, &self.geometry, direction);
         let (mut speeds, mut fractions) = (Vec::new(), Vec::new());
         let mut before = self.peak();
@@ -310,9 +310,10 @@ impl Subject<'_> {
     fn peak(&self) -> f64 {
         let start = Instant::now();
         let flops: f64 = std::thread::scope(|scope| {
-            let others: Vec<_> =
-                (1..self.threads).map(|_| scope.spawn(|| fma_loop(self.isa, self.peak_iterations))).collect();
-            let own = fma_loop(self.isa, self.peak_iterations);
+            let others: Vec<_> = (1..self.threads)
+                .map(|_| scope.spawn(|| peak_loop(self.isa, DType::F32, self.peak_iterations)))
+                .collect();
+            let own = peak_loop(self.isa, DType::F32, self.peak_iterations);
             own + others.into_iter().filter_map(|other| other.join().ok()).sum::<f64>()
         });
         flops / start.elapsed().as_secs_f64()

@@ -139,7 +139,7 @@ fn geometry(model: &ModelEntry) -> anyhow::Result<HeadGeometry> {
     };
     let scale = 1.0 / (head_dim.max(1) as f32).sqrt();
     let v_head_dim = v_head_dim.unwrap_or(head_dim);
-    Ok(HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale, dtype }.try_into()?)
+    Ok(HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale, dtype, softcap: None }.try_into()?)
 }
 
 /// What the planner makes no use of yet, said so that nobody counts on it.

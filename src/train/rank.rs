@@ -159,7 +159,7 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
         let attention: Arc<dyn CoreAttention> = match (mode, pool) {
             (Mode::Pool, Some(pool)) => pool.attention.clone(),
             _ => {
-                let config = KernelConfig { isa: Isa::detect(), threads: setup.cores.len() };
+                let config = KernelConfig::new(Isa::detect(), setup.cores.len());
                 Arc::new(LocalAttention::new(config)?)
             }
         };

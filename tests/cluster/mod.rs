@@ -136,7 +136,7 @@ impl RankInputs {
 
     /// The same by this thread alone.
     pub fn compute_locally(&self) -> LayerOutput {
-        let config = KernelConfig { isa: Isa::detect(), threads: 1 };
+        let config = KernelConfig::new(Isa::detect(), 1);
         self.compute(&LocalAttention::new(config).unwrap()).unwrap()
     }
 }

@@ -112,7 +112,7 @@ fn headers_that_do_not_hold_together_fail_alone() {
     bad_task(ErrorKind::Invalid, "geometry is missing", |s| s.header.geometry = None);
     bad_task(ErrorKind::Invalid, "direction is 9", |s| s.header.direction = 9);
     bad_task(ErrorKind::Invalid, "reaches outside task.kv", |s| s.header.slices[0].kv = span(0, 301));
-    bad_task(ErrorKind::Unsupported, "softcap", |s| s.header.softcap = Some(30.0));
+    bad_task(ErrorKind::Unsupported, "sink", |s| s.header.sink = true);
     bad_task(ErrorKind::Unsupported, "sink", |s| s.header.sink = true);
     bad_task(ErrorKind::Unsupported, "result_dtype is bf16", |s| {
         s.header.result_dtype = v1::DType::Bf16 as i32

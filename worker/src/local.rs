@@ -107,12 +107,12 @@ fn operands<'a>(
     let k = view("k", &qkv.k, shapes.k)?;
     let v = view("v", &qkv.v, shapes.v)?;
     Ok(match gradient {
-        None => Operands::Forward { q, k, v },
+        None => Operands::Forward { q: q.into(), k: k.into(), v: v.into() },
         Some(gradient) => {
             let d_o = view("d_o", &gradient.d_o, shapes.o)?;
             let lse = view("lse", &gradient.lse, shapes.row)?;
             let d = view("d", &gradient.d, shapes.row)?;
-            Operands::Backward { q, k, v, d_o, lse, d }
+            Operands::Backward { q: q.into(), k: k.into(), v: v.into(), d_o: d_o.into(), lse, d }
         }
     })
 }

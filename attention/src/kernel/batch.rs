@@ -1,30 +1,53 @@
 //! What a kernel computes: tasks with their operands and result buffers, and the checks on them.
 
-use super::KernelError;
-use crate::{DType, Direction, HeadGeometry, Task, TensorView};
+use super::stream::{ForwardState, carry_len};
+use super::{Isa, KernelError};
+use crate::{AnyTensor, DType, Direction, Element, HeadGeometry, Span, Task, TensorView};
 
-/// Input tensors of a task, shaped as [`Task::shapes`] says: exactly the task's tokens and heads, possibly strided.
+/// A tensor with the rows of Q or dO.
 #[derive(Clone, Copy, Debug)]
+pub enum QueryInput<'a> {
+    /// A tensor of the caller's, which stays as it is.
+    View(AnyTensor<'a>),
+    /// The result that the kernel writes over it: O holds Q, or dQ holds dO. Only for f32, and equal dims of Q/K and V.
+    InPlace,
+}
+
+/// Input tensors of a task, shaped as [`Task::shapes`] says: exactly the task's tokens and heads, possibly strided, of
+/// the geometry's element type.
+#[derive(Debug)]
 pub enum Operands<'a> {
     /// What O and LSE are computed from.
     Forward {
         /// `[tokens, q heads, head_dim]`.
-        q: TensorView<'a>,
+        q: QueryInput<'a>,
         /// `[keys, kv heads, head_dim]`.
-        k: TensorView<'a>,
+        k: AnyTensor<'a>,
         /// `[keys, kv heads, v_head_dim]`.
-        v: TensorView<'a>,
+        v: AnyTensor<'a>,
+    },
+    /// Some of what O and LSE are computed from: the next of the task's keys.
+    Stage {
+        /// `[tokens, q heads, head_dim]`, the same in each stage.
+        q: AnyTensor<'a>,
+        /// Positions of the stage's keys: from where the stage before ended, or the task's first, to a multiple of
+        /// [`KEY_BLOCK`] or the task's end.
+        keys: Span,
+        /// `[keys of the stage, kv heads, head_dim]`.
+        k: AnyTensor<'a>,
+        /// `[keys of the stage, kv heads, v_head_dim]`.
+        v: AnyTensor<'a>,
     },
     /// What dQ, dK and dV are computed from.
     Backward {
         /// `[tokens, q heads, head_dim]`.
-        q: TensorView<'a>,
+        q: AnyTensor<'a>,
         /// `[keys, kv heads, head_dim]`.
-        k: TensorView<'a>,
+        k: AnyTensor<'a>,
         /// `[keys, kv heads, v_head_dim]`.
-        v: TensorView<'a>,
+        v: AnyTensor<'a>,
         /// `[tokens, q heads, v_head_dim]`.
-        d_o: TensorView<'a>,
+        d_o: QueryInput<'a>,
         /// Final LSE over all keys of the row, natural log: `[tokens, q heads, 1]`.
         lse: TensorView<'a>,
         /// D = rowsum(dO * O) over the final O: `[tokens, q heads, 1]`.
@@ -32,11 +55,23 @@ pub enum Operands<'a> {
     },
 }
 
+impl<'a, T: Element> From<TensorView<'a, T>> for QueryInput<'a> {
+    fn from(view: TensorView<'a, T>) -> Self {
+        QueryInput::View(view.into())
+    }
+}
+
+impl<'a> From<AnyTensor<'a>> for QueryInput<'a> {
+    fn from(tensor: AnyTensor<'a>) -> Self {
+        QueryInput::View(tensor)
+    }
+}
+
 impl Operands<'_> {
     /// The direction computed.
     pub fn direction(&self) -> Direction {
         match self {
-            Operands::Forward { .. } => Direction::Forward,
+            Operands::Forward { .. } | Operands::Stage { .. } => Direction::Forward,
             Operands::Backward { .. } => Direction::Backward,
         }
     }
@@ -52,6 +87,8 @@ pub enum Results {
         /// Natural log: `[tokens, q heads]`. `-inf` for a row without keys.
         lse: Vec<f32>,
     },
+    /// Results of [`Operands::Stage`]. After the last stage they become [`Results::Forward`].
+    Stage(ForwardState),
     /// Results of [`Operands::Backward`]: the task's share, to be added to that of other tasks.
     Backward {
         /// `[tokens, q heads, head_dim]`.
@@ -90,7 +127,7 @@ impl Results {
     /// The direction computed.
     pub fn direction(&self) -> Direction {
         match self {
-            Results::Forward { .. } => Direction::Forward,
+            Results::Forward { .. } | Results::Stage(_) => Direction::Forward,
             Results::Backward { .. } => Direction::Backward,
         }
     }
@@ -110,53 +147,83 @@ pub struct KernelTask<'a> {
 }
 
 impl KernelTask<'_> {
-    /// Checks shapes, lengths and types. `index` is the task's place in the batch, for the error.
-    pub(super) fn check(&self, index: usize) -> Result<(), KernelError> {
-        let dtype = self.geometry.dtype();
-        if dtype != DType::F32 {
-            return Err(KernelError::UnsupportedDType { index, dtype });
+    /// Positions of the keys that the operands hold.
+    pub(super) fn keys(&self) -> Span {
+        match &self.operands {
+            Operands::Stage { keys, .. } => *keys,
+            _ => self.task.kv(),
         }
+    }
+
+    /// Checks shapes, lengths and types. `index` is the task's place in the batch, for the error.
+    pub(super) fn check(&self, isa: Isa, index: usize) -> Result<(), KernelError> {
+        let (geometry, task) = (&self.geometry, self.task);
         let (operands, results) = (self.operands.direction(), self.results.direction());
         if operands != results {
             return Err(KernelError::MixedDirections { index, operands, results });
         }
         let invalid = |source| KernelError::Invalid { index, source };
-        self.task.check(&self.geometry).map_err(invalid)?;
-        let shapes = self.task.shapes(&self.geometry);
-        let expect = |tensor, view: &TensorView<'_>, shape| view.expect(tensor, shape).map_err(invalid);
+        task.check(geometry).map_err(invalid)?;
+        let dtype = geometry.dtype();
+        let shapes = task.shapes(geometry);
+        let expect = |tensor, view: &AnyTensor<'_>, shape| view.expect(tensor, shape, dtype).map_err(invalid);
+        let expect_query = |tensor, input: &QueryInput<'_>, shape| match input {
+            QueryInput::View(view) => expect(tensor, view, shape),
+            QueryInput::InPlace if dtype != DType::F32 || geometry.head_dim() != geometry.v_head_dim() => {
+                let (head_dim, v_head_dim) = (geometry.head_dim(), geometry.v_head_dim());
+                Err(KernelError::NotInPlace { index, tensor, dtype, head_dim, v_head_dim })
+            }
+            QueryInput::InPlace => Ok(()),
+        };
         match &self.operands {
             Operands::Forward { q, k, v } => {
-                expect("q", q, shapes.q)?;
+                expect_query("q", q, shapes.q)?;
                 expect("k", k, shapes.k)?;
                 expect("v", v, shapes.v)?;
+            }
+            Operands::Stage { q, keys, k, v } => {
+                let [_, kv_heads, dim] = shapes.k;
+                expect("q", q, shapes.q)?;
+                expect("k", k, [keys.len(), kv_heads, dim])?;
+                expect("v", v, [keys.len(), kv_heads, geometry.v_head_dim()])?;
             }
             Operands::Backward { q, k, v, d_o, lse, d } => {
                 expect("q", q, shapes.q)?;
                 expect("k", k, shapes.k)?;
                 expect("v", v, shapes.v)?;
-                expect("d_o", d_o, shapes.o)?;
-                expect("lse", lse, shapes.row)?;
-                expect("d", d, shapes.row)?;
+                expect_query("d_o", d_o, shapes.o)?;
+                lse.expect("lse", shapes.row).map_err(invalid)?;
+                d.expect("d", shapes.row).map_err(invalid)?;
             }
         }
-        let holds = |tensor, buffer: &Vec<f32>, shape: [usize; 3]| {
-            let (actual, needed) = (buffer.len(), shape.iter().product());
+        let holds = |tensor, actual: usize, needed: usize| {
             if actual == needed {
                 Ok(())
             } else {
                 Err(KernelError::BadResult { index, tensor, actual, needed })
             }
         };
-        match &self.results {
-            Results::Forward { o, lse } => {
-                holds("o", o, shapes.o)?;
-                holds("lse", lse, shapes.row)
+        let elements = |shape: [usize; 3]| shape.iter().product::<usize>();
+        match (&self.operands, &self.results) {
+            (Operands::Forward { .. }, Results::Forward { o, lse }) => {
+                holds("o", o.len(), elements(shapes.o))?;
+                holds("lse", lse.len(), elements(shapes.row))
             }
-            Results::Backward { dq, dk, dv } => {
-                holds("dq", dq, shapes.q)?;
-                holds("dk", dk, shapes.k)?;
-                holds("dv", dv, shapes.v)
+            (Operands::Stage { keys, .. }, Results::Stage(state)) => {
+                holds("o", state.o.len(), elements(shapes.o))?;
+                holds("lse", state.lse.len(), elements(shapes.row))?;
+                holds("carry", state.carry.len(), carry_len(isa, geometry, task))?;
+                state.check_keys(task, *keys).map_err(|expected| {
+                    let task = task.kv();
+                    KernelError::BadStage { index, keys: *keys, expected, task }
+                })
             }
+            (Operands::Backward { .. }, Results::Backward { dq, dk, dv }) => {
+                holds("dq", dq.len(), elements(shapes.q))?;
+                holds("dk", dk.len(), elements(shapes.k))?;
+                holds("dv", dv.len(), elements(shapes.v))
+            }
+            _ => Err(KernelError::MixedStages { index }),
         }
     }
 }

@@ -5,44 +5,53 @@
 //! neighbours are: blocks of keys at fixed positions, in order; the rescaling decision its own; cells it does not see
 //! an exact zero. A block that it does not see at all leaves it as it is, bit for bit.
 
-use super::dispatch::Program;
+use super::keys::{BlockKeys, KeySource, own_block_len};
 use super::memory::{Buffer, Carver};
-use super::pack::{Form, block_len, copy_padded, pack_block};
-use super::product::{Add, Product, Rescale, Store, prefetch, product};
-use super::vector::{Vector, exp2};
-use super::visibility::{BLOCK, Sight, hide, lane_bounds, sight};
-use super::work::{Blocks, HeadWork, Output, gather};
+use super::pack::{strip_len, words};
+use super::product::{Add, Guard, GuardLeft, Open, Product, Rescale, Store, prefetch, product};
+use super::simd::{Program, Vector, Words, copy_padded};
+use super::softmax::{Running, Scoring, soften};
+use super::visibility::{BLOCK, Sight, hide, lane_bounds, sight, slices_near};
+use super::work::{HeadWork, Output, QueryRows, gather};
 use crate::math::ln;
-use crate::{Span, TensorView};
+use crate::{BandSlice, Span};
 
-/// Rows of a tile at most.
+/// Rows of a tile at most,
 pub(super) const TILE_ROWS: usize = 512;
+/// and where whole tiles would leave threads without work.
+pub(super) const SMALL_TILE_ROWS: usize = 128;
 
-/// A row's running maximum is replaced only when it grows by more than this many powers of two; until then weights
-/// are merely larger than one.
-const SLACK: f32 = 8.0;
+/// Rows of a tile are a multiple of this where there are enough.
+const ROW_STEP: usize = 64;
 
-/// One tile to compute.
+/// Ranges of rows for the forward pass: where they are cut shows in no bit.
+pub(super) fn tiles(rows: usize, tile_rows: usize) -> impl Iterator<Item = Span> {
+    let count = rows.div_ceil(tile_rows).max(1);
+    let len = rows.div_ceil(count).next_multiple_of(ROW_STEP);
+    (0..rows).step_by(len).map(move |at| Span::at(at, len.min(rows - at)))
+}
+
+/// One tile to compute, or a stage of it.
 pub(super) struct ForwardTile<'a> {
     pub(super) work: &'a HeadWork,
     pub(super) rows: Span,
-    pub(super) q: TensorView<'a>,
-    /// What [`ForwardPack`] made.
-    pub(super) packed: &'a [f32],
-    /// The blocks packed.
-    pub(super) blocks: Blocks,
+    pub(super) q: QueryRows<'a>,
+    pub(super) keys: KeySource<'a>,
+    /// `None` when all keys are there.
+    pub(super) carry: Option<Carry<'a>>,
     pub(super) o: &'a Output,
     pub(super) lse: &'a Output,
     pub(super) scratch: &'a mut Scratch,
 }
 
-/// Packs K as rows and V as strips, block by block.
-pub(super) struct ForwardPack<'a> {
-    pub(super) work: &'a HeadWork,
-    pub(super) k: TensorView<'a>,
-    pub(super) v: TensorView<'a>,
-    pub(super) blocks: Blocks,
-    pub(super) to: &'a mut [f32],
+/// The running state of a tile between stages.
+pub(super) struct Carry<'a> {
+    /// [`CarryLen`] elements.
+    pub(super) state: &'a mut [f32],
+    /// Whether an earlier stage left something there.
+    pub(super) resume: bool,
+    /// Whether this is the last stage.
+    pub(super) finish: bool,
 }
 
 /// A thread's working memory, kept between tiles.
@@ -51,24 +60,80 @@ pub(super) struct Scratch {
     pub(super) floats: Buffer,
     pub(super) positions: Vec<usize>,
     pub(super) bounds: Vec<f32>,
+    /// Slices that meet the rows, and of these the ones that meet a block.
+    pub(super) near: Vec<BandSlice>,
+    pub(super) here: Vec<BandSlice>,
 }
 
-/// Elements of one packed block: K rows, then V strips.
-pub(super) fn packed_block_len(work: &HeadWork) -> usize {
-    block_len(Form::Rows, work.geometry.head_dim()) + block_len(Form::Strips, work.geometry.v_head_dim())
+/// Elements of a tile's running state.
+pub(super) struct CarryLen<'a> {
+    pub(super) work: &'a HeadWork,
+    pub(super) rows: Span,
 }
 
-impl Program for ForwardPack<'_> {
-    type Output = ();
+/// Elements of scratch that a tile takes.
+pub(super) struct TileLen<'a> {
+    pub(super) work: &'a HeadWork,
+    pub(super) rows: Span,
+}
+
+/// How a tile lies in its scratch.
+struct Layout {
+    dim: usize,
+    v_dim: usize,
+    /// Lanes of a panel.
+    lanes: usize,
+    panels: usize,
+    /// Words of a row of Q, and elements of a row of O, padded to vectors.
+    width: usize,
+    v_width: usize,
+    /// Words of a block of keys that the tile packs itself.
+    own_block: usize,
+}
+
+impl Layout {
+    #[inline(always)]
+    fn of<W: Words, const MR: usize, const NV: usize>(work: &HeadWork, rows: Span) -> Self {
+        let (dim, v_dim) = (work.geometry.head_dim(), work.geometry.v_head_dim());
+        let lanes = NV * W::V::LANES;
+        Layout {
+            dim,
+            v_dim,
+            lanes,
+            panels: rows.len().div_ceil(lanes),
+            width: words::<W>(dim).next_multiple_of(W::V::LANES),
+            v_width: v_dim.next_multiple_of(W::V::LANES),
+            own_block: own_block_len::<W>(work),
+        }
+    }
+
+    /// Elements of Q, O, maxima, sums, scores, a panel's rows, and a block of keys.
+    fn pieces(&self) -> [usize; 7] {
+        let rows = self.panels * self.lanes;
+        let stage = self.lanes * self.width.max(self.v_width);
+        [rows * self.width, rows * self.v_width, rows, rows, BLOCK * self.lanes, stage, self.own_block]
+    }
+
+    fn carry_len(&self) -> usize {
+        self.panels * self.lanes * (self.v_width + 2)
+    }
+}
+
+impl Program for CarryLen<'_> {
+    type Output = usize;
 
     #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NV: usize>(self) {
-        let v_at = block_len(Form::Rows, self.work.geometry.head_dim());
-        for (block, to) in self.blocks.starts().zip(self.to.chunks_exact_mut(packed_block_len(self.work))) {
-            let (k, v) = to.split_at_mut(v_at);
-            pack_block::<V, MR>(self.work, self.k, self.blocks, block, Form::Rows, k);
-            pack_block::<V, MR>(self.work, self.v, self.blocks, block, Form::Strips, v);
-        }
+    fn run<W: Words, const MR: usize, const NV: usize>(self) -> usize {
+        Layout::of::<W, MR, NV>(self.work, self.rows).carry_len()
+    }
+}
+
+impl Program for TileLen<'_> {
+    type Output = usize;
+
+    #[inline(always)]
+    fn run<W: Words, const MR: usize, const NV: usize>(self) -> usize {
+        Layout::of::<W, MR, NV>(self.work, self.rows).pieces().iter().map(|len| Carver::room(*len)).sum()
     }
 }
 
@@ -76,16 +141,12 @@ impl Program for ForwardPack<'_> {
 struct Panel {
     dim: usize,
     v_dim: usize,
-    /// Turns a score into a power of two.
-    factor: f32,
-    /// `[dim][lane]`.
+    scoring: Scoring,
+    /// `[dim in words][lane]`.
     q: *const f32,
     /// `[v_dim][lane]`, not yet divided by the sum.
     o: *mut f32,
-    /// `[lane]`, in powers of two.
-    max: *mut f32,
-    /// `[lane]`.
-    sum: *mut f32,
+    running: Running,
     /// `[key][lane]` of one block.
     scores: *mut f32,
 }
@@ -94,100 +155,142 @@ impl Program for ForwardTile<'_> {
     type Output = ();
 
     #[inline(always)]
-    fn run<V: Vector, const MR: usize, const NV: usize>(self) {
-        let ForwardTile { work, rows, q, packed, blocks, o, lse, scratch } = self;
-        let (dim, v_dim) = (work.geometry.head_dim(), work.geometry.v_head_dim());
-        let (width, v_width) = (dim.next_multiple_of(V::LANES), v_dim.next_multiple_of(V::LANES));
-        let lanes = NV * V::LANES;
-        let panels = rows.len().div_ceil(lanes);
-        let pieces = [
-            panels * lanes * width,
-            panels * lanes * v_width,
-            panels * lanes,
-            panels * lanes,
-            BLOCK * lanes,
-            lanes * width.max(v_width),
-        ];
+    fn run<W: Words, const MR: usize, const NV: usize>(self) {
+        let ForwardTile { work, rows, q, keys, carry, o, lse, scratch } = self;
+        let layout = Layout::of::<W, MR, NV>(work, rows);
+        let Layout { lanes, panels, width, v_width, .. } = layout;
+        let pieces = layout.pieces();
         let mut carver = Carver::new(&mut scratch.floats, pieces.iter().map(|len| Carver::room(*len)).sum());
-        let [q_t, o_t, max, sum, scores, stage] = pieces.map(|len| carver.take(len));
-        o_t.fill(0.0);
-        max.fill(f32::NEG_INFINITY);
-        sum.fill(0.0);
+        let [q_t, o_t, max, sum, scores, stage, own_block] = pieces.map(|len| carver.take(len));
         scratch.positions.clear();
         scratch.positions.extend(rows.iter().map(|row| work.position(row)));
 
         let panel_rows = |p: usize| Span::at(p * lanes, lanes.min(rows.len() - p * lanes));
         // The last panel may do with fewer vectors.
-        let vectors = |p: usize| panel_rows(p).len().div_ceil(V::LANES);
+        let vectors = |p: usize| panel_rows(p).len().div_ceil(W::V::LANES);
         for p in 0..panels {
-            let used = vectors(p) * V::LANES;
+            let used = vectors(p) * W::V::LANES;
             let own = Span::at(rows.start() + p * lanes, panel_rows(p).len());
-            gather::<V>(work, q, own, used, width, stage);
-            // SAFETY: the stage holds `used` rows of `width`, the panel `width` rows of `used`, both multiples of a
-            // vector.
-            unsafe { transpose::<V>(stage.as_ptr(), used, width, q_t.as_mut_ptr().add(p * lanes * width)) }
-        }
-
-        let block_len = packed_block_len(work);
-        let first_block = blocks.base();
-        for block in work.blocks(rows).starts() {
-            let k = &packed[(block - first_block) / BLOCK * block_len..][..block_len];
-            let v = &k[BLOCK * dim..];
-            for p in 0..panels {
-                let own = panel_rows(p);
-                let positions = &scratch.positions[own.range()];
-                let (Some(first), Some(last)) = (positions.first(), positions.last()) else { continue };
-                let Some(sight) = sight(&work.slices, Span::at(*first, last + 1 - first), block) else {
-                    continue;
-                };
-                scratch.bounds.clear();
-                if sight.masked {
-                    lane_bounds(&work.slices, vectors(p) * V::LANES, positions, block, &mut scratch.bounds);
-                }
-                // SAFETY: each pointer is the start of the panel's own piece of a buffer carved above, all distinct;
-                // K and V hold the keys of `sight`, which the blocks of these rows cover.
-                unsafe {
-                    let panel = Panel {
-                        dim,
-                        v_dim,
-                        factor: work.geometry.scale() * std::f32::consts::LOG2_E,
-                        q: q_t.as_ptr().add(p * lanes * width),
-                        o: o_t.as_mut_ptr().add(p * lanes * v_width),
-                        max: max.as_mut_ptr().add(p * lanes),
-                        sum: sum.as_mut_ptr().add(p * lanes),
-                        scores: scores.as_mut_ptr(),
-                    };
-                    match vectors(p) {
-                        1 => attend::<V, MR, 1>(&panel, k, v, sight, &scratch.bounds),
-                        _ => attend::<V, MR, NV>(&panel, k, v, sight, &scratch.bounds),
-                    }
-                }
+            // SAFETY: rows of a head are split among tiles, so no one writes these now. The stage holds `used` rows of
+            // `width`, the panel `width` rows of `used`, both multiples of a vector.
+            unsafe {
+                gather::<W>(work, &q, own, used, width, stage);
+                transpose::<W::V>(stage.as_ptr(), used, width, q_t.as_mut_ptr().add(p * lanes * width));
             }
         }
 
+        // A cell that does not count has a weight of zero, but zero times a non-finite value is not zero. Where O shows
+        // such a value, the keys are gone through again with a guard against it.
+        for guarded in [false, true] {
+            match &carry {
+                Some(Carry { state, resume: true, .. }) => {
+                    let (from_max, rest) = state.split_at(max.len());
+                    let (from_sum, from_o) = rest.split_at(sum.len());
+                    max.copy_from_slice(from_max);
+                    sum.copy_from_slice(from_sum);
+                    o_t.copy_from_slice(from_o);
+                }
+                _ => {
+                    o_t.fill(0.0);
+                    max.fill(f32::NEG_INFINITY);
+                    sum.fill(0.0);
+                }
+            }
+            slices_near(&work.slices, work.positions(rows), work.kv, &mut scratch.near);
+            for block in work.blocks(rows).starts() {
+                let all = work.positions(rows);
+                slices_near(&scratch.near, all, Span::at(block, BLOCK), &mut scratch.here);
+                if scratch.here.is_empty() {
+                    continue;
+                }
+                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                for p in 0..panels {
+                    let own = panel_rows(p);
+                    let positions = &scratch.positions[own.range()];
+                    let (Some(first), Some(last)) = (positions.first(), positions.last()) else { continue };
+                    let Some(sight) = sight(&scratch.here, Span::at(*first, last + 1 - first), block) else {
+                        continue;
+                    };
+                    scratch.bounds.clear();
+                    if sight.masked {
+                        let lanes = vectors(p) * W::V::LANES;
+                        lane_bounds(&scratch.here, lanes, positions, block, &mut scratch.bounds);
+                    }
+                    // SAFETY: each pointer is the start of the panel's own piece of a buffer carved above, all
+                    // distinct; the block holds the keys of `sight`, which the blocks of these rows cover.
+                    unsafe {
+                        let panel = Panel {
+                            dim: layout.dim,
+                            v_dim: layout.v_dim,
+                            scoring: Scoring::of(&work.geometry),
+                            q: q_t.as_ptr().add(p * lanes * width),
+                            o: o_t.as_mut_ptr().add(p * lanes * v_width),
+                            running: Running {
+                                max: max.as_mut_ptr().add(p * lanes),
+                                sum: sum.as_mut_ptr().add(p * lanes),
+                            },
+                            scores: scores.as_mut_ptr(),
+                        };
+                        let bounds = &scratch.bounds;
+                        match (guarded, vectors(p)) {
+                            (false, 1) => attend::<W, Open, MR, 1>(&panel, &block_keys, sight, bounds),
+                            (false, _) => attend::<W, Open, MR, NV>(&panel, &block_keys, sight, bounds),
+                            (true, 1) => attend::<W, GuardLeft, MR, 1>(&panel, &block_keys, sight, bounds),
+                            (true, _) => attend::<W, GuardLeft, MR, NV>(&panel, &block_keys, sight, bounds),
+                        }
+                    }
+                }
+            }
+            if all_finite::<W::V>(o_t) {
+                break;
+            }
+        }
+
+        if let Some(Carry { state, finish: false, .. }) = carry {
+            let (to_max, rest) = state.split_at_mut(max.len());
+            let (to_sum, to_o) = rest.split_at_mut(sum.len());
+            to_max.copy_from_slice(max);
+            to_sum.copy_from_slice(sum);
+            to_o.copy_from_slice(o_t);
+            return;
+        }
         for p in 0..panels {
-            let (own, used) = (panel_rows(p), vectors(p) * V::LANES);
+            let (own, used) = (panel_rows(p), vectors(p) * W::V::LANES);
             // SAFETY: the panel holds `v_width` rows of `used`, the stage `used` rows of `v_width`, both multiples of
             // a vector; maxima and sums are there for every lane.
             unsafe {
                 let weighted = o_t.as_mut_ptr().add(p * lanes * v_width);
-                for lane in (0..used).step_by(V::LANES) {
-                    let (max, sum) = (max.as_ptr().add(p * lanes + lane), sum.as_ptr().add(p * lanes + lane));
-                    normalise(weighted.add(lane), used, v_dim, V::load(max), V::load(sum));
+                for lane in (0..used).step_by(W::V::LANES) {
+                    let at = p * lanes + lane;
+                    let (max, sum) = (W::V::load(max.as_ptr().add(at)), W::V::load(sum.as_ptr().add(at)));
+                    normalise(weighted.add(lane), used, layout.v_dim, max, sum);
                 }
-                transpose::<V>(weighted, v_width, used, stage.as_mut_ptr());
+                transpose::<W::V>(weighted, v_width, used, stage.as_mut_ptr());
             }
             for (lane, row) in own.iter().enumerate() {
                 let (token, head) = work.place(rows.start() + row);
-                // SAFETY: rows of a head are split among tiles, so no one else writes this one; the task's results
-                // stay in place until all its tiles are done.
+                // SAFETY: rows of a head are split among tiles, so no one else writes this one, and Q in the same place
+                // was gathered; the task's results stay in place until all its tiles are done.
                 let (o, lse) = unsafe { (o.row(token, head), lse.row(token, head)) };
-                copy_padded::<V>(&stage[lane * v_width..][..v_dim], o);
+                copy_padded::<W::V>(&stage[lane * v_width..][..layout.v_dim], o);
                 // A row without keys has a sum of zero.
                 lse[0] = (f64::from(max[row]) * std::f64::consts::LN_2 + ln(f64::from(sum[row]))) as f32;
             }
         }
     }
+}
+
+/// False when some element is infinite or NaN. The length must be a multiple of a vector.
+#[inline(always)]
+fn all_finite<V: Vector>(values: &[f32]) -> bool {
+    let mut sum = V::splat(0.0);
+    let zero = V::splat(0.0);
+    for values in values.chunks_exact(V::LANES) {
+        // SAFETY: a chunk is a vector.
+        sum = unsafe { V::load(values.as_ptr()) }.fma(zero, sum);
+    }
+    // Zero times a finite number is zero, and nothing else is less than one here: NaN is not.
+    V::all(sum.lt(V::splat(1.0)))
 }
 
 /// Divides a vector of rows, `[v_dim][lane]`, by their sums; a row that saw no key becomes zero.
@@ -210,7 +313,7 @@ unsafe fn normalise<V: Vector>(weighted: *mut f32, stride: usize, dim: usize, ma
 /// Transposes `[rows][columns]` to `[columns][rows]`, both multiples of a vector.
 ///
 /// # Safety
-/// Both buffers must hold `rows * columns` elements and not overlap.
+/// Both buffers must hold `rows * columns` words and not overlap.
 #[inline(always)]
 pub(super) unsafe fn transpose<V: Vector>(from: *const f32, rows: usize, columns: usize, to: *mut f32) {
     for row in (0..rows).step_by(V::LANES) {
@@ -226,49 +329,57 @@ pub(super) unsafe fn transpose<V: Vector>(from: *const f32, rows: usize, columns
 /// Takes the keys of `sight` in one block into a panel of `NV` vectors.
 ///
 /// # Safety
-/// The panel's pointers must be good for what they are documented to hold and distinct; `k` and `v` must hold the
-/// keys of `sight`.
+/// The panel's pointers must be good for what they are documented to hold and distinct; `keys` must hold the keys of
+/// `sight`.
 #[inline(always)]
-unsafe fn attend<V: Vector, const MR: usize, const NV: usize>(
+unsafe fn attend<W: Words, G: Guard, const MR: usize, const NV: usize>(
     panel: &Panel,
-    k: &[f32],
-    v: &[f32],
+    keys: &BlockKeys,
     sight: Sight,
     bounds: &[f32],
 ) {
-    let lanes = NV * V::LANES;
+    let lanes = NV * W::V::LANES;
     let Sight { from, to, masked } = sight;
+    let depth = words::<W>(panel.dim);
     for key in (from..to).step_by(MR) {
-        prefetch::<V>(k.as_ptr().wrapping_add((key + MR) * panel.dim), MR * panel.dim);
+        let k = keys.k.first.wrapping_add(key * keys.k.stride);
+        if keys.k.stride == depth {
+            prefetch::<W::V>(k.wrapping_add(MR * depth), MR * depth);
+        }
+        keys.ahead.prefetch::<W::V>(key, MR);
         // SAFETY: the caller vouches for the panel and the keys; steps of keys are whole tiles.
         unsafe {
             let p = Product {
-                a: k.as_ptr().add(key * panel.dim),
-                a_row: panel.dim,
+                a: k,
+                a_row: keys.k.stride,
                 a_depth: 1,
                 a_segment: 0,
                 b: panel.q,
                 b_depth: lanes,
                 c: panel.scores.add(key * lanes),
                 c_row: lanes,
-                depth: panel.dim,
+                depth,
                 segments: 1,
             };
-            product::<V, MR, NV>(p, Store);
+            product::<W, Open, MR, NV>(p, Store);
         }
     }
-    if masked {
-        // SAFETY: the panel's scores hold every key of the block.
-        unsafe { hide::<V, NV>(panel.scores, sight, bounds) }
-    }
     // SAFETY: the panel's scores hold every key of the block.
-    let factors = unsafe { soften::<V, NV>(panel, from, to) };
+    let factors = unsafe {
+        panel.scoring.cap::<W::V, NV>(panel.scores, from, to);
+        if masked {
+            hide::<W::V, NV>(panel.scores, sight, bounds);
+        }
+        soften::<W, NV>(&panel.running, panel.scores, panel.scoring.factor, from, to)
+    };
+    let (first, depth) = (from / W::PER_WORD, (to - from) / W::PER_WORD);
     for (strip, d) in (0..panel.v_dim).step_by(MR).enumerate() {
-        prefetch::<V>(v.as_ptr().wrapping_add(((strip + 1) * BLOCK + from) * MR), (to - from) * MR);
+        let v = keys.strips.wrapping_add(strip * strip_len::<W, MR>() + first * MR);
+        prefetch::<W::V>(v.wrapping_add(strip_len::<W, MR>()), depth * MR);
         // SAFETY: the caller vouches for the panel and the keys; strips are whole tiles, and O is padded to vectors.
         unsafe {
             let p = Product {
-                a: v.as_ptr().add(strip * BLOCK * MR + from * MR),
+                a: v,
                 a_row: 1,
                 a_depth: MR,
                 a_segment: 0,
@@ -276,71 +387,13 @@ unsafe fn attend<V: Vector, const MR: usize, const NV: usize>(
                 b_depth: lanes,
                 c: panel.o.add(d * lanes),
                 c_row: lanes,
-                depth: to - from,
+                depth,
                 segments: 1,
             };
             match factors {
-                None => product::<V, MR, NV>(p, Add),
-                Some(factors) => product::<V, MR, NV>(p, Rescale(factors)),
+                None => product::<W, G, MR, NV>(p, Add),
+                Some(factors) => product::<W, G, MR, NV>(p, Rescale(factors)),
             }
         }
     }
-}
-
-/// Turns the scores of keys `from..to` into weights, and brings each lane's maximum and sum up to date. Returns the
-/// factors to rescale O by when some lane needs it; a lane that does not has a factor of exactly one.
-///
-/// # Safety
-/// As [`attend`].
-#[inline(always)]
-unsafe fn soften<V: Vector, const NV: usize>(panel: &Panel, from: usize, to: usize) -> Option<[V; NV]> {
-    let lanes = NV * V::LANES;
-    let factor = V::splat(panel.factor);
-    let lowest = V::splat(f32::NEG_INFINITY);
-    let mut maxima = [lowest; NV];
-    for key in from..to {
-        for (v, max) in maxima.iter_mut().enumerate() {
-            // SAFETY: the caller vouches for the scores.
-            *max = unsafe { V::load(panel.scores.add(key * lanes + v * V::LANES)) }.max(*max);
-        }
-    }
-    let mut factors = [V::splat(1.0); NV];
-    let mut rescale = false;
-    for v in 0..NV {
-        // SAFETY: the caller vouches for the maxima and sums of the panel's lanes.
-        unsafe {
-            let old = V::load(panel.max.add(v * V::LANES));
-            let new = maxima[v].mul(factor);
-            let grows = old.add(V::splat(SLACK)).lt(new);
-            rescale |= V::any(grows);
-            let max = V::select(grows, new, old);
-            factors[v] = V::select(grows, exp2(old.sub(max)), V::splat(1.0));
-            max.store(panel.max.add(v * V::LANES));
-            let sum = V::load(panel.sum.add(v * V::LANES));
-            sum.mul(factors[v]).store(panel.sum.add(v * V::LANES));
-            // Where nothing was seen yet, any finite maximum turns a score of -inf into a weight of zero.
-            let unseen = max.lt(V::splat(f32::MIN));
-            maxima[v] = V::splat(0.0).sub(V::select(unseen, V::splat(0.0), max));
-        }
-    }
-    let mut sums = [V::splat(0.0); NV];
-    for key in from..to {
-        for v in 0..NV {
-            // SAFETY: the caller vouches for the scores.
-            unsafe {
-                let score = panel.scores.add(key * lanes + v * V::LANES);
-                let weight = exp2(V::load(score).fma(factor, maxima[v]));
-                sums[v] = sums[v].add(weight);
-                weight.store(score);
-            }
-        }
-    }
-    for (v, block_sum) in sums.iter().enumerate() {
-        // SAFETY: the caller vouches for the sums of the panel's lanes.
-        unsafe {
-            let sum = V::load(panel.sum.add(v * V::LANES));
-            sum.add(*block_sum).store(panel.sum.add(v * V::LANES));
-        }
-    }
-    rescale.then_some(factors)
 }

@@ -1,35 +1,101 @@
-//! Cache-line aligned buffers that are kept for reuse.
+//! Aligned working memory, kept for reuse.
 
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
 use std::sync::{Mutex, PoisonError};
 
+/// Bytes of a cache line, which every buffer and piece is aligned to.
+const LINE: usize = 64;
 /// Elements of a cache line.
-const LINE: usize = 16;
-
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([f32; LINE]);
+const LINE_ELEMENTS: usize = LINE / size_of::<f32>();
+/// Bytes of a huge page of x86-64 and of most other systems; large buffers are aligned to it and ask for them.
+const HUGE_PAGE: usize = 2 << 20;
 
 /// A buffer of f32 on cache-line boundaries. It only ever grows; its content is whatever was last written.
-#[derive(Debug, Default)]
-pub(super) struct Buffer(Vec<Line>);
+#[derive(Debug)]
+pub(super) struct Buffer {
+    data: NonNull<f32>,
+    /// Elements, a multiple of a cache line.
+    len: usize,
+}
 
-impl Buffer {
-    /// At least `len` elements, any content.
-    pub(super) fn of(&mut self, len: usize) -> &mut [f32] {
-        let lines = len.div_ceil(LINE);
-        if self.0.len() < lines {
-            self.0 = vec![Line([0.0; LINE]); lines];
-        }
-        // SAFETY: `Line` is exactly 16 f32 in memory, without padding, and the length counts initialised lines.
-        unsafe { std::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast(), self.0.len() * LINE) }
-    }
+// SAFETY: it owns its memory, which any thread may use and free.
+unsafe impl Send for Buffer {}
+// SAFETY: shared access only reads.
+unsafe impl Sync for Buffer {}
 
-    /// All elements.
-    pub(super) fn as_slice(&self) -> &[f32] {
-        // SAFETY: as in `of`.
-        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast(), self.0.len() * LINE) }
+impl Default for Buffer {
+    fn default() -> Self {
+        Buffer { data: NonNull::dangling(), len: 0 }
     }
 }
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if let Some(layout) = Self::layout(self.len) {
+            // SAFETY: the memory was allocated with this layout, which depends on the length alone.
+            unsafe { dealloc(self.data.as_ptr().cast(), layout) }
+        }
+    }
+}
+
+impl Buffer {
+    /// The layout of `len` elements, `None` for no elements.
+    fn layout(len: usize) -> Option<Layout> {
+        let bytes = len.checked_mul(size_of::<f32>())?;
+        let align = if bytes >= 2 * HUGE_PAGE { HUGE_PAGE } else { LINE };
+        (bytes > 0).then(|| Layout::from_size_align(bytes, align).ok())?
+    }
+
+    /// Makes room for `len` elements.
+    ///
+    /// # Panics
+    /// When memory runs out, or the length does not fit an address.
+    pub(super) fn grow(&mut self, len: usize) {
+        if len <= self.len {
+            return;
+        }
+        *self = Buffer::default();
+        let len = len.next_multiple_of(LINE_ELEMENTS);
+        let Some(layout) = Self::layout(len) else {
+            handle_alloc_error(Layout::new::<[f32; LINE_ELEMENTS]>());
+        };
+        // SAFETY: the layout has a size above zero.
+        let Some(data) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        advise_huge_pages(data, layout);
+        *self = Buffer { data: data.cast(), len };
+    }
+
+    /// At least `len` elements, any content.
+    pub(super) fn of(&mut self, len: usize) -> &mut [f32] {
+        self.grow(len);
+        // SAFETY: the memory holds `len` elements, initialised when allocated, and is borrowed with the buffer.
+        unsafe { std::slice::from_raw_parts_mut(self.data.as_ptr(), self.len) }
+    }
+
+    pub(super) fn address(&self) -> *mut f32 {
+        self.data.as_ptr()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.len * size_of::<f32>()
+    }
+}
+
+/// Fewer misses of the address cache: packed keys and tiles are read over and over.
+#[cfg(all(target_os = "linux", not(miri)))]
+fn advise_huge_pages(data: NonNull<u8>, layout: Layout) {
+    if layout.align() == HUGE_PAGE {
+        // SAFETY: advice about memory that was just allocated; it changes no content. Where the system does not take
+        // it, pages stay small, which is only slower.
+        let _ = unsafe {
+            rustix::mm::madvise(data.as_ptr().cast(), layout.size(), rustix::mm::Advice::LinuxHugepage)
+        };
+    }
+}
+
+#[cfg(not(all(target_os = "linux", not(miri))))]
+fn advise_huge_pages(_data: NonNull<u8>, _layout: Layout) {}
 
 /// Hands out consecutive pieces of a buffer, each on a cache-line boundary.
 pub(super) struct Carver<'a>(&'a mut [f32]);
@@ -41,7 +107,7 @@ impl<'a> Carver<'a> {
 
     /// Elements that a piece of `len` elements takes.
     pub(super) fn room(len: usize) -> usize {
-        len.next_multiple_of(LINE)
+        len.next_multiple_of(LINE_ELEMENTS)
     }
 
     /// The next `len` elements.
@@ -57,22 +123,29 @@ impl<'a> Carver<'a> {
 pub(super) struct Pool(Mutex<Vec<Buffer>>);
 
 impl Pool {
-    /// A buffer of at least `len` elements, any content: the smallest that fits, else the largest, grown.
+    /// Makes sure that `count` buffers of at least `len` elements are there.
+    pub(super) fn reserve(&self, count: usize, len: usize) {
+        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = count.max(free.len());
+        free.resize_with(count, Buffer::default);
+        for buffer in &mut *free {
+            buffer.grow(len);
+        }
+    }
+
+    /// A buffer that was reserved.
     pub(super) fn take(&self, len: usize) -> Buffer {
-        let mut buffer = {
-            let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            let capacity = |n: usize| free[n].0.len() * LINE;
-            let fit = (0..free.len()).filter(|n| capacity(*n) >= len).min_by_key(|n| capacity(*n));
-            match fit.or_else(|| (0..free.len()).max_by_key(|n| capacity(*n))) {
-                Some(n) => free.swap_remove(n),
-                None => Buffer::default(),
-            }
-        };
-        buffer.of(len);
+        let mut buffer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        buffer.grow(len);
         buffer
     }
 
     pub(super) fn give_back(&self, buffer: Buffer) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+    }
+
+    /// Bytes of the buffers there.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().map(Buffer::bytes).sum()
     }
 }

@@ -1,9 +1,9 @@
 //! The micro-kernel: one register tile of a matrix product.
 
-use super::vector::Vector;
+use super::simd::{Vector, Words};
 
-/// `c[i][lane] (+)= sum over k of a(i, k) * b(k, lane)` for the rows and lanes of one register tile. Strides are in
-/// elements.
+/// `c[i][lane] (+)= sum over k of a(i, k) * b(k, lane)` for the rows and lanes of one register tile. Operands are words,
+/// and strides and depths count them.
 pub(super) struct Product {
     /// Left operand: `a(i, k)` is at `i * a_row + k * a_depth` within a segment.
     pub(super) a: *const f32,
@@ -64,31 +64,67 @@ impl<V: Vector, const NV: usize> Finish<V> for Rescale<V, NV> {
     }
 }
 
+/// Whether the non-finite elements of one operand are kept out where the other has a weight of zero. Guards give the
+/// bits of [`Open`] where everything is finite.
+pub(super) trait Guard {
+    fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V;
+}
+
+/// Nothing is kept out: all elements are finite, or every cell counts.
+pub(super) struct Open;
+
+/// Those of the left operand; the right one holds weights.
+pub(super) struct GuardLeft;
+
+/// Those of the right operand; the left one holds weights.
+pub(super) struct GuardRight;
+
+impl Guard for Open {
+    #[inline(always)]
+    fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V {
+        W::dot(left, right, sum)
+    }
+}
+
+impl Guard for GuardLeft {
+    #[inline(always)]
+    fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V {
+        W::dot(W::sanitise(left, right), right, sum)
+    }
+}
+
+impl Guard for GuardRight {
+    #[inline(always)]
+    fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V {
+        W::dot(left, W::sanitise(right, left), sum)
+    }
+}
+
 /// Computes a tile of `MR` rows by `NV` vectors. Each element is one chain of multiply-adds from zero in the order of
 /// the depth, whatever the other rows and lanes hold.
 ///
 /// # Safety
 /// All elements addressed by `p` must lie within their buffers, and `c` must overlap neither operand.
 #[inline(always)]
-pub(super) unsafe fn product<V: Vector, const MR: usize, const NV: usize>(
+pub(super) unsafe fn product<W: Words, G: Guard, const MR: usize, const NV: usize>(
     p: Product,
-    finish: impl Finish<V>,
+    finish: impl Finish<W::V>,
 ) {
-    let mut sums = [[V::splat(0.0); NV]; MR];
+    let mut sums = [[W::V::splat(0.0); NV]; MR];
     let mut b = p.b;
     for segment in 0..p.segments {
         // SAFETY: the caller vouches for every element addressed.
         unsafe {
             let mut a = p.a.add(segment * p.a_segment);
             for _ in 0..p.depth {
-                let mut right = [V::splat(0.0); NV];
+                let mut right = [W::V::splat(0.0); NV];
                 for (v, right) in right.iter_mut().enumerate() {
-                    *right = V::load(b.add(v * V::LANES));
+                    *right = W::V::load(b.add(v * W::V::LANES));
                 }
                 for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = V::splat(*a.add(i * p.a_row));
+                    let left = W::V::splat(*a.add(i * p.a_row));
                     for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = left.fma(right, *sum);
+                        *sum = G::dot::<W>(left, right, *sum);
                     }
                 }
                 a = a.wrapping_add(p.a_depth);
@@ -99,7 +135,7 @@ pub(super) unsafe fn product<V: Vector, const MR: usize, const NV: usize>(
     for (i, sums) in sums.iter().enumerate() {
         for (v, sum) in sums.iter().enumerate() {
             // SAFETY: the caller vouches for every element addressed.
-            unsafe { finish.put(v, p.c.add(i * p.c_row + v * V::LANES), *sum) }
+            unsafe { finish.put(v, p.c.add(i * p.c_row + v * W::V::LANES), *sum) }
         }
     }
 }

@@ -1,11 +1,11 @@
 //! Which keys of a block the rows of a panel see.
 
-use super::vector::Vector;
+use super::simd::Vector;
 use crate::{BandSlice, Span};
 
 /// Keys come in blocks of this many, at multiples of it from position zero whatever the task, so that a row meets the
 /// same blocks in the same order in every task that holds them.
-pub(super) const BLOCK: usize = 128;
+pub(super) const BLOCK: usize = super::KEY_BLOCK;
 
 /// Keys are computed in steps of this many, also counted from position zero.
 pub(super) const KEY_STEP: usize = 8;
@@ -39,6 +39,15 @@ fn keys_between(slice: &BandSlice, positions: Span) -> Option<(i64, i64)> {
     let (start, _) = keys_at(slice, rows.start());
     let (_, end) = keys_at(slice, rows.end() - 1);
     (start < end).then_some((start, end))
+}
+
+/// The slices that count cells of `positions` and `keys`, as far as bounds tell.
+pub(super) fn slices_near(slices: &[BandSlice], positions: Span, keys: Span, near: &mut Vec<BandSlice>) {
+    near.clear();
+    near.extend(slices.iter().filter(|slice| {
+        keys_between(slice, positions)
+            .is_some_and(|(start, end)| start < keys.end() as i64 && end > keys.start() as i64)
+    }));
 }
 
 /// Bounds on the keys that queries in `positions` see in any slice; empty when they see none.

@@ -1,30 +1,38 @@
 //! One kv head of one task, as the tiles see it.
 
-use super::pack::copy_padded;
-use super::vector::Vector;
+use super::row::Row;
+use super::simd::Words;
 use super::visibility::{BLOCK, KEY_STEP, key_hull};
-use crate::{BandSlice, HeadGeometry, Span, Task, TensorView};
+use crate::{AnyTensor, BandSlice, Direction, HeadGeometry, Span, Task};
 
 /// What a tile needs to know of its kv head. Rows are (position, query head in the group), flattened in this order.
 #[derive(Debug)]
 pub(super) struct HeadWork {
     pub(super) geometry: HeadGeometry,
+    pub(super) direction: Direction,
     /// Index of the kv head within the task.
     pub(super) kv_head: usize,
     pub(super) slices: Vec<BandSlice>,
     /// Query positions of the task.
     pub(super) q: Span,
-    /// Key positions of the task.
+    /// Positions of the keys that the tensors hold.
     pub(super) kv: Span,
     /// Rows of the head.
     pub(super) rows: usize,
 }
 
 impl HeadWork {
-    pub(super) fn new(geometry: HeadGeometry, task: &Task, kv_head: usize) -> Self {
+    /// `kv` are the positions of the keys that the tensors hold: those of the task, or of a stage of it.
+    pub(super) fn new(
+        geometry: HeadGeometry,
+        direction: Direction,
+        task: &Task,
+        kv: Span,
+        kv_head: usize,
+    ) -> Self {
         let slices = task.mask().slices_of(task.kv_heads().start() + kv_head).copied().collect();
         let rows = task.q().len() * geometry.group();
-        HeadWork { geometry, kv_head, slices, q: task.q(), kv: task.kv(), rows }
+        HeadWork { geometry, direction, kv_head, slices, q: task.q(), kv, rows }
     }
 
     /// Index of a row's token among the task's, and of its query head.
@@ -117,6 +125,36 @@ impl Output {
         Output { data: data.as_mut_ptr(), shape }
     }
 
+    /// Where one head of one token starts, for use with [`Output::token_stride`].
+    ///
+    /// # Panics
+    /// When either index is out of range.
+    pub(super) fn address(&self, token: usize, head: usize) -> *mut f32 {
+        let [tokens, heads, dim] = self.shape;
+        assert!(token < tokens && head < heads);
+        self.data.wrapping_add((token * heads + head) * dim)
+    }
+
+    /// Elements from one token to the next.
+    pub(super) fn token_stride(&self) -> usize {
+        self.shape[1] * self.shape[2]
+    }
+
+    /// `len` elements from `element` on.
+    ///
+    /// # Safety
+    /// The buffer must still be where it was, and no one else may hold the same elements.
+    ///
+    /// # Panics
+    /// When there are fewer elements.
+    #[allow(clippy::mut_from_ref)]
+    pub(super) unsafe fn part(&self, element: usize, len: usize) -> &mut [f32] {
+        let all = self.shape.iter().product::<usize>();
+        assert!(element <= all && len <= all - element);
+        // SAFETY: the elements lie within the buffer by the assertion; the caller vouches for the rest.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(element), len) }
+    }
+
     /// One head of one token.
     ///
     /// # Safety
@@ -133,11 +171,41 @@ impl Output {
     }
 }
 
-/// Copies the rows of a panel, row by row, padding with zeros to `lanes` rows of `width` elements.
+/// Where the rows of Q or dO lie.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum QueryRows<'a> {
+    /// In a tensor of the caller's.
+    View(AnyTensor<'a>),
+    /// In the result that will be written over them.
+    InPlace(&'a Output),
+}
+
+impl QueryRows<'_> {
+    /// One head of one token.
+    ///
+    /// # Safety
+    /// As [`Output::row`] where the rows are in place, and no one may write the row while it is borrowed.
+    ///
+    /// # Panics
+    /// When either index is out of range.
+    #[inline(always)]
+    pub(super) unsafe fn row(&self, token: usize, head: usize) -> Row<'_> {
+        match self {
+            QueryRows::View(tensor) => Row::of(tensor, token, head),
+            // SAFETY: the caller vouches for it.
+            QueryRows::InPlace(output) => Row::F32(unsafe { output.row(token, head) }),
+        }
+    }
+}
+
+/// Copies the rows of a panel in words along the rows, padding with zeros to `lanes` rows of `width` words.
+///
+/// # Safety
+/// As [`QueryRows::row`].
 #[inline(always)]
-pub(super) fn gather<V: Vector>(
+pub(super) unsafe fn gather<W: Words>(
     work: &HeadWork,
-    from: TensorView<'_>,
+    from: &QueryRows<'_>,
     rows: Span,
     lanes: usize,
     width: usize,
@@ -145,7 +213,8 @@ pub(super) fn gather<V: Vector>(
 ) {
     for (row, to) in rows.iter().zip(to.chunks_exact_mut(width)) {
         let (token, head) = work.place(row);
-        copy_padded::<V>(from.row(token, head), to);
+        // SAFETY: the caller vouches for it, and the borrow ends here.
+        W::of_row(unsafe { from.row(token, head) }, to);
     }
     to[rows.len() * width..lanes * width].fill(0.0);
 }

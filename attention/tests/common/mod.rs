@@ -4,11 +4,13 @@
 use std::ops::RangeInclusive;
 use std::sync::Mutex;
 
+use half::{bf16, f16};
 use outboard_attention::kernel::{CpuKernel, Isa, KernelConfig, KernelTask, Operands, Results};
 use outboard_attention::merge::row_dots;
 use outboard_attention::reference::{self, Inputs, OutputGradient};
 use outboard_attention::{
-    BandSlice, DType, Direction, DocumentId, HeadGeometry, HeadShape, Mask, MaskPart, Span, Task, TensorView,
+    AnyTensor, BandSlice, DType, Direction, DocumentId, Element, HeadGeometry, HeadShape, Mask, MaskPart,
+    Span, Task, TensorView,
 };
 
 pub const DOCUMENT: DocumentId = DocumentId { rank: 0, index: 0 };
@@ -49,12 +51,21 @@ impl Random {
     }
 }
 
-/// An owned tensor with gaps between tokens.
+/// An owned tensor with gaps between tokens, of values that its element type holds exactly.
 #[derive(Clone, Debug)]
 pub struct Tensor {
     pub data: Vec<f32>,
     pub shape: [usize; 3],
     pub stride: usize,
+    elements: Elements,
+}
+
+/// The same values, as the kernel gets them.
+#[derive(Clone, Debug)]
+enum Elements {
+    F32,
+    Bf16(Vec<bf16>),
+    F16(Vec<f16>),
 }
 
 impl Tensor {
@@ -65,11 +76,42 @@ impl Tensor {
         for token in data.chunks_mut(stride) {
             token[shape[1] * shape[2]..].fill(f32::NAN);
         }
-        Tensor { data, shape, stride }
+        Tensor { data, shape, stride, elements: Elements::F32 }
     }
 
     pub fn of(data: Vec<f32>, shape: [usize; 3]) -> Self {
-        Tensor { data, shape, stride: shape[1] * shape[2] }
+        Tensor { data, shape, stride: shape[1] * shape[2], elements: Elements::F32 }
+    }
+
+    /// Rounded to an element type.
+    pub fn rounded(mut self, dtype: DType) -> Self {
+        fn round<E: Element>(data: &mut [f32]) -> Vec<E> {
+            let elements: Vec<E> = data.iter().map(|x| E::from_f32(*x)).collect();
+            data.iter_mut().zip(&elements).for_each(|(x, e)| *x = e.to_f32());
+            elements
+        }
+        self.elements = match dtype {
+            DType::Bf16 => Elements::Bf16(round(&mut self.data)),
+            DType::F16 => Elements::F16(round(&mut self.data)),
+            _ => Elements::F32,
+        };
+        self
+    }
+
+    pub fn any(&self) -> AnyTensor<'_> {
+        let (shape, stride) = (self.shape, self.stride);
+        match &self.elements {
+            Elements::F32 => self.view().into(),
+            Elements::Bf16(data) => TensorView::new("tensor", data, shape, stride).unwrap().into(),
+            Elements::F16(data) => TensorView::new("tensor", data, shape, stride).unwrap().into(),
+        }
+    }
+
+    pub fn part(&self, tokens: Span, heads: Span) -> Tensor {
+        let dtype = self.any().dtype();
+        let part = self.view().part(tokens, heads).unwrap();
+        let (shape, stride) = (part.shape(), part.stride());
+        Tensor { data: part.data().to_vec(), shape, stride, elements: Elements::F32 }.rounded(dtype)
     }
 
     pub fn view(&self) -> TensorView<'_> {
@@ -94,10 +136,11 @@ impl Case {
     pub fn new(random: &mut Random, geometry: HeadGeometry, task: Task, size: f32) -> Self {
         let shapes = task.shapes(&geometry);
         let gap = random.pick(&[0, 0, 3, 16]);
-        let q = Tensor::random(random, shapes.q, gap, size);
-        let k = Tensor::random(random, shapes.k, gap, size);
-        let v = Tensor::random(random, shapes.v, gap / 2, 1.0);
-        let d_o = Tensor::random(random, shapes.o, gap, 1.0);
+        let dtype = geometry.dtype();
+        let q = Tensor::random(random, shapes.q, gap, size).rounded(dtype);
+        let k = Tensor::random(random, shapes.k, gap, size).rounded(dtype);
+        let v = Tensor::random(random, shapes.v, gap / 2, 1.0).rounded(dtype);
+        let d_o = Tensor::random(random, shapes.o, gap, 1.0).rounded(dtype);
         let inputs = Inputs { q: q.view(), k: k.view(), v: v.view() };
         let out = reference::forward(&geometry, &task, inputs).unwrap();
         let others = random.pick(&[0.0, 0.7]);
@@ -111,12 +154,12 @@ impl Case {
     }
 
     pub fn operands(&self, direction: Direction) -> Operands<'_> {
-        let (q, k, v) = (self.q.view(), self.k.view(), self.v.view());
+        let (q, k, v) = (self.q.any(), self.k.any(), self.v.any());
         match direction {
-            Direction::Forward => Operands::Forward { q, k, v },
+            Direction::Forward => Operands::Forward { q: q.into(), k, v },
             Direction::Backward => {
-                let (d_o, lse, d) = (self.d_o.view(), self.lse.view(), self.d.view());
-                Operands::Backward { q, k, v, d_o, lse, d }
+                let (d_o, lse, d) = (self.d_o.any(), self.lse.view(), self.d.view());
+                Operands::Backward { q, k, v, d_o: d_o.into(), lse, d }
             }
         }
     }
@@ -148,6 +191,7 @@ impl Case {
 fn poisoned(mut results: Results) -> Results {
     match &mut results {
         Results::Forward { o, lse } => [o, lse].map(|x| x.fill(f32::NAN)).len(),
+        Results::Stage(_) => 0,
         Results::Backward { dq, dk, dv } => [dq, dk, dv].map(|x| x.fill(f32::NAN)).len(),
     };
     results
@@ -156,6 +200,7 @@ fn poisoned(mut results: Results) -> Results {
 pub fn tensors(results: Results) -> Vec<Vec<f32>> {
     match results {
         Results::Forward { o, lse } => vec![o, lse],
+        Results::Stage(_) => panic!("a stage is not the end"),
         Results::Backward { dq, dk, dv } => vec![dq, dk, dv],
     }
 }
@@ -165,7 +210,7 @@ pub fn bits(tensors: &[Vec<f32>]) -> Vec<Vec<u32>> {
 }
 
 pub fn kernel(isa: Isa, threads: usize) -> CpuKernel {
-    CpuKernel::new(KernelConfig { isa, threads }).unwrap()
+    CpuKernel::new(KernelConfig::new(isa, threads)).unwrap()
 }
 
 /// Computes a batch; the results come in the order of its tasks.
@@ -184,7 +229,8 @@ pub fn run_one(isa: Isa, case: &Case, direction: Direction) -> Vec<Vec<f32>> {
 }
 
 /// Checks both directions of a task against the reference.
-pub fn check(isa: Isa, case: &Case, tolerance: f64) {
+pub fn check(isa: Isa, case: &Case) {
+    let tolerance = tolerance(isa, case.geometry.dtype());
     for direction in [Direction::Forward, Direction::Backward] {
         let actual = run_one(isa, case, direction);
         let names: &[_] = if direction == Direction::Forward { &["o", "lse"] } else { &["dq", "dk", "dv"] };
@@ -220,13 +266,23 @@ pub fn check_close(what: &str, actual: &[f32], expected: &[f64], tolerance: f64)
 }
 
 pub fn random_geometry(random: &mut Random) -> HeadGeometry {
-    const DIMS: [usize; 9] = [1, 8, 16, 24, 40, 64, 80, 128, 256];
+    const DIMS: [usize; 9] = [8, 12, 16, 24, 40, 64, 80, 128, 256];
     let kv_heads = random.pick(&[1, 1, 2, 3]);
     let q_heads = kv_heads * random.pick(&[1, 1, 2, 3, 4, 8]);
     let head_dim = random.pick(&DIMS);
     let v_head_dim = if random.below(2) == 0 { head_dim } else { random.pick(&DIMS) };
     let scale = 1.0 / (head_dim as f32).sqrt();
-    HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale, dtype: DType::F32 }.try_into().unwrap()
+    let softcap = if random.below(4) == 0 { Some(random.pick(&[0.7, 3.0, 50.0])) } else { None };
+    let dtype = random.pick(&[DType::F32, DType::F32, DType::Bf16, DType::F16]);
+    HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale, dtype, softcap }.try_into().unwrap()
+}
+
+/// What an element type and instruction set may be off by, relative to the norm of an exact result.
+pub fn tolerance(isa: Isa, dtype: DType) -> f64 {
+    match dtype {
+        DType::Bf16 if matches!(isa, Isa::Portable | Isa::Avx512Bf16) => 8e-3,
+        _ => 3e-6,
+    }
 }
 
 /// Causal, window, full, or several disjoint slices, possibly others for some kv heads.

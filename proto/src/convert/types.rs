@@ -88,6 +88,7 @@ impl TryFrom<v1::HeadGeometry> for HeadGeometry {
             v_head_dim: geometry.v_head_dim as usize,
             scale: geometry.scale,
             dtype: dtype("dtype", geometry.dtype)?,
+            softcap: geometry.softcap,
         };
         Ok(HeadGeometry::try_from(shape)?)
     }
@@ -102,6 +103,7 @@ impl From<&HeadGeometry> for v1::HeadGeometry {
             v_head_dim: geometry.v_head_dim() as u32,
             scale: geometry.scale(),
             dtype: v1::DType::from(&geometry.dtype()) as i32,
+            softcap: geometry.softcap(),
         }
     }
 }

@@ -65,7 +65,8 @@ impl Shape {
 pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
     let Shape { tasks, tokens, kv_heads, group, head_dim, v_head_dim, direction } = shape;
     let q_heads = kv_heads * group;
-    let heads = HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale: 0.125, dtype: DType::F32 };
+    let heads =
+        HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale: 0.125, dtype: DType::F32, softcap: None };
     let geometry = HeadGeometry::try_from(heads).unwrap();
     let mut storage = |row: usize| Arc::new((0..tokens * row).map(|_| rng.element()).collect::<Vec<f32>>());
     let (q, k, v) =

@@ -1,16 +1,14 @@
-//! Vectors of x86-64: AVX2 with FMA, and AVX-512F.
+//! Vectors of AVX-512F, and words of bf16 pairs with AVX512_BF16.
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 
-use super::vector::Vector;
-
-/// Eight lanes.
-#[derive(Clone, Copy)]
-pub(super) struct Avx2(__m256);
+use super::super::{Vector, Words, exp2_for_bf16, pairs_of_row, pairs_of_rows};
+use crate::kernel::row::Row;
 
 /// Sixteen lanes.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512);
+pub(in crate::kernel) struct Avx512(__m512);
 
 impl Vector for Avx512 {
     const LANES: usize = 16;
@@ -107,6 +105,11 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
+    fn all(mask: __mmask16) -> bool {
+        mask == u16::MAX
+    }
+
+    #[inline(always)]
     fn select(mask: __mmask16, yes: Self, no: Self) -> Self {
         // SAFETY: as in splat.
         Avx512(unsafe { _mm512_mask_mov_ps(no.0, mask, yes.0) })
@@ -157,142 +160,65 @@ impl Vector for Avx512 {
     }
 }
 
-impl Vector for Avx2 {
-    const LANES: usize = 8;
-    type Mask = __m256;
+/// Words of two bf16 for the dot-product instruction.
+pub(in crate::kernel) struct Avx512Pairs;
+
+impl Words for Avx512Pairs {
+    type V = Avx512;
+    const PER_WORD: usize = 2;
 
     #[inline(always)]
-    fn splat(x: f32) -> Self {
-        // SAFETY: code over this type runs only where dispatch found AVX2 and FMA.
-        Avx2(unsafe { _mm256_set1_ps(x) })
-    }
-
-    #[inline(always)]
-    unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: as in splat; the caller vouches for 8 readable elements.
-        Avx2(unsafe { _mm256_loadu_ps(from) })
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, to: *mut f32) {
-        // SAFETY: as in splat; the caller vouches for 8 writable elements.
-        unsafe { _mm256_storeu_ps(to, self.0) }
-    }
-
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_add_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_sub_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn mul(self, other: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_mul_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn div(self, other: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_div_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn fma(self, b: Self, c: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_fmadd_ps(self.0, b.0, c.0) })
-    }
-
-    #[inline(always)]
-    fn max(self, other: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_max_ps(self.0, other.0) })
-    }
-
-    #[inline(always)]
-    fn round(self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(self.0) })
-    }
-
-    #[inline(always)]
-    fn scale_pow2(self, n: Self, x: Self) -> Self {
-        // SAFETY: as in splat.
+    fn dot(left: Avx512, right: Avx512, sum: Avx512) -> Avx512 {
+        // SAFETY: code over this type runs only where dispatch found AVX-512F, BW, VL and BF16; 512 bits are 512 bits.
         unsafe {
-            let n = _mm256_cvtps_epi32(_mm256_min_ps(n.0, _mm256_set1_ps(128.0)));
-            let power = _mm256_slli_epi32::<23>(_mm256_add_epi32(n, _mm256_set1_epi32(127)));
-            let scaled = _mm256_mul_ps(self.0, _mm256_castsi256_ps(power));
-            let tiny = _mm256_cmp_ps::<_CMP_LT_OQ>(x.0, _mm256_set1_ps(-126.0));
-            Avx2(_mm256_andnot_ps(tiny, scaled))
+            let (left, right) = (_mm512_castps_si512(left.0), _mm512_castps_si512(right.0));
+            Avx512(_mm512_dpbf16_ps(sum.0, transmute(left), transmute(right)))
         }
     }
 
     #[inline(always)]
-    fn lt(self, other: Self) -> __m256 {
-        // SAFETY: as in splat.
-        unsafe { _mm256_cmp_ps::<_CMP_LT_OQ>(self.0, other.0) }
-    }
-
-    #[inline(always)]
-    fn and(a: __m256, b: __m256) -> __m256 {
-        // SAFETY: as in splat.
-        unsafe { _mm256_and_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn or(a: __m256, b: __m256) -> __m256 {
-        // SAFETY: as in splat.
-        unsafe { _mm256_or_ps(a, b) }
-    }
-
-    #[inline(always)]
-    fn any(mask: __m256) -> bool {
-        // SAFETY: as in splat.
-        unsafe { _mm256_movemask_ps(mask) != 0 }
-    }
-
-    #[inline(always)]
-    fn select(mask: __m256, yes: Self, no: Self) -> Self {
-        // SAFETY: as in splat.
-        Avx2(unsafe { _mm256_blendv_ps(no.0, yes.0, mask) })
-    }
-
-    #[inline(always)]
-    unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-        // SAFETY: as in splat; the caller vouches for both 8 x 8 squares.
+    fn sanitise(words: Avx512, by: Avx512) -> Avx512 {
+        // SAFETY: as in dot.
         unsafe {
-            let mut r = [_mm256_setzero_ps(); 8];
-            for (row, r) in r.iter_mut().enumerate() {
-                *r = _mm256_loadu_ps(from.add(row * from_row));
-            }
-            let mut t = r;
-            for i in 0..4 {
-                t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-                t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-            }
-            let mut u = t;
-            for b in [0, 4] {
-                u[b] = _mm256_shuffle_ps::<0x44>(t[b], t[b + 2]);
-                u[b + 1] = _mm256_shuffle_ps::<0xee>(t[b], t[b + 2]);
-                u[b + 2] = _mm256_shuffle_ps::<0x44>(t[b + 1], t[b + 3]);
-                u[b + 3] = _mm256_shuffle_ps::<0xee>(t[b + 1], t[b + 3]);
-            }
-            for i in 0..4 {
-                _mm256_storeu_ps(to.add(i * to_row), _mm256_permute2f128_ps::<0x20>(u[i], u[i + 4]));
-                _mm256_storeu_ps(to.add((i + 4) * to_row), _mm256_permute2f128_ps::<0x31>(u[i], u[i + 4]));
-            }
+            let (words, by) = (_mm512_castps_si512(words.0), _mm512_castps_si512(by.0));
+            let exponent = _mm512_set1_epi16(0x7f80);
+            let finite = _mm512_cmpneq_epi16_mask(_mm512_and_si512(words, exponent), exponent);
+            let weighed = _mm512_test_epi16_mask(by, _mm512_set1_epi16(0x7fff));
+            Avx512(_mm512_castsi512_ps(_mm512_maskz_mov_epi16(finite | weighed, words)))
         }
     }
 
     #[inline(always)]
-    fn prefetch(at: *const f32) {
-        // SAFETY: a prefetch never faults.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    fn exp2(x: Avx512) -> Avx512 {
+        exp2_for_bf16(x)
+    }
+
+    #[inline(always)]
+    fn join(first: Avx512, second: Avx512) -> Avx512 {
+        // SAFETY: as in dot.
+        unsafe {
+            let first = _mm512_cvtepu16_epi32(transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(first.0)));
+            let second = _mm512_cvtepu16_epi32(transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(second.0)));
+            Avx512(_mm512_castsi512_ps(_mm512_or_si512(first, _mm512_slli_epi32::<16>(second))))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_run(lanes: Avx512, to: *mut f32, at: usize) {
+        // SAFETY: as in dot; the caller vouches for 16 writable elements of 2 bytes.
+        unsafe {
+            let words = transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(lanes.0));
+            _mm256_storeu_si256(to.cast::<u16>().add(at).cast(), words);
+        }
+    }
+
+    #[inline(always)]
+    fn of_row(row: Row<'_>, to: &mut [f32]) {
+        pairs_of_row(row, to);
+    }
+
+    #[inline(always)]
+    fn of_rows(first: Row<'_>, second: Row<'_>, to: &mut [f32]) {
+        pairs_of_rows(first, second, to);
     }
 }

@@ -1,62 +1,13 @@
-//! The few vector operations that the kernel's algorithms are written over, and their portable form.
+//! The portable form: plain arrays, which any compiler can vectorise, and the model that other forms are tested by.
 
-/// A register of f32 lanes. Values of a type that needs an instruction set exist only in code that
-/// [`dispatch`](super::dispatch) has entered after finding it.
-pub(super) trait Vector: Copy {
-    /// Number of lanes.
-    const LANES: usize;
-    /// One boolean a lane.
-    type Mask: Copy;
+use half::bf16;
 
-    fn splat(x: f32) -> Self;
-    /// # Safety
-    /// `from` must be readable for `LANES` elements. No alignment is needed.
-    unsafe fn load(from: *const f32) -> Self;
-    /// # Safety
-    /// `to` must be writable for `LANES` elements. No alignment is needed.
-    unsafe fn store(self, to: *mut f32);
-    fn add(self, other: Self) -> Self;
-    fn sub(self, other: Self) -> Self;
-    fn mul(self, other: Self) -> Self;
-    fn div(self, other: Self) -> Self;
-    /// `self * b + c`, rounded once where the instruction set can.
-    fn fma(self, b: Self, c: Self) -> Self;
-    /// The larger; `other` where either is NaN.
-    fn max(self, other: Self) -> Self;
-    /// Nearest integer, ties to even, for magnitudes below 2^22; anything beyond.
-    fn round(self) -> Self;
-    /// `self * 2^n` for integral `n = round(x)`; +0 where `x < -126`, so that no subnormal arises.
-    fn scale_pow2(self, n: Self, x: Self) -> Self;
-    fn lt(self, other: Self) -> Self::Mask;
-    fn and(a: Self::Mask, b: Self::Mask) -> Self::Mask;
-    fn or(a: Self::Mask, b: Self::Mask) -> Self::Mask;
-    fn any(mask: Self::Mask) -> bool;
-    fn select(mask: Self::Mask, yes: Self, no: Self) -> Self;
-    /// Transposes a square of `LANES` x `LANES`: `to[c * to_row + r] = from[r * from_row + c]`.
-    ///
-    /// # Safety
-    /// Both squares must lie within their buffers and not overlap.
-    unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize);
-    /// Hints that the cache line at `at` will be read soon. Any address will do.
-    fn prefetch(at: *const f32);
-}
-
-/// `2^x`, to about 2e-7 relative; +0 below 2^-126.
-#[inline(always)]
-pub(super) fn exp2<V: Vector>(x: V) -> V {
-    const COEFFICIENTS: [f32; 5] = [9.675_542e-3, 5.550_713_3e-2, 2.402_212e-1, 6.931_469_7e-1, 1.0];
-    let n = x.round();
-    let f = x.sub(n);
-    let mut p = V::splat(1.327_647_2e-3);
-    for c in COEFFICIENTS {
-        p = p.fma(f, V::splat(c));
-    }
-    p.scale_pow2(n, x)
-}
+use super::{Vector, Words, exp2_for_bf16, pair, pairs_of_row, pairs_of_rows};
+use crate::kernel::row::Row;
 
 /// Lanes in a plain array.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([f32; 8]);
+pub(in crate::kernel) struct Portable([f32; 8]);
 
 impl Portable {
     #[inline(always)]
@@ -169,6 +120,11 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
+    fn all(mask: [bool; 8]) -> bool {
+        !mask.contains(&false)
+    }
+
+    #[inline(always)]
     fn select(mask: [bool; 8], yes: Self, no: Self) -> Self {
         let mut out = no.0;
         for (out, (mask, yes)) in out.iter_mut().zip(mask.iter().zip(yes.0)) {
@@ -189,4 +145,70 @@ impl Vector for Portable {
 
     #[inline(always)]
     fn prefetch(_at: *const f32) {}
+}
+
+/// Words of two bf16, with the arithmetic of a dot-product instruction: both products enter the lane's sum, the second
+/// first, each rounded.
+pub(in crate::kernel) struct PortablePairs;
+
+/// The first and the second elements of words.
+#[inline(always)]
+fn split(words: Portable) -> (Portable, Portable) {
+    let first = words.0.map(|word| f32::from_bits(word.to_bits() << 16));
+    let second = words.0.map(|word| f32::from_bits(word.to_bits() & 0xffff_0000));
+    (Portable(first), Portable(second))
+}
+
+impl Words for PortablePairs {
+    type V = Portable;
+    const PER_WORD: usize = 2;
+
+    #[inline(always)]
+    fn dot(left: Portable, right: Portable, sum: Portable) -> Portable {
+        let ((left, left_second), (right, right_second)) = (split(left), split(right));
+        left.fma(right, left_second.fma(right_second, sum))
+    }
+
+    #[inline(always)]
+    fn sanitise(words: Portable, by: Portable) -> Portable {
+        words.zip(by, |word, by| {
+            let mut kept = word.to_bits();
+            for half in [0xffff, 0xffff_0000] {
+                let exponent = 0x7f80_7f80 & half;
+                let weightless = by.to_bits() & 0x7fff_7fff & half == 0;
+                if weightless && kept & exponent == exponent {
+                    kept &= !half;
+                }
+            }
+            f32::from_bits(kept)
+        })
+    }
+
+    #[inline(always)]
+    fn exp2(x: Portable) -> Portable {
+        exp2_for_bf16(x)
+    }
+
+    #[inline(always)]
+    fn join(first: Portable, second: Portable) -> Portable {
+        first.zip(second, |first, second| pair(bf16::from_f32(first), bf16::from_f32(second)))
+    }
+
+    #[inline(always)]
+    unsafe fn store_run(lanes: Portable, to: *mut f32, at: usize) {
+        for (lane, x) in lanes.0.iter().enumerate() {
+            // SAFETY: the caller vouches for the elements, two of which fill a word.
+            unsafe { *to.cast::<bf16>().add(at + lane) = bf16::from_f32(*x) }
+        }
+    }
+
+    #[inline(always)]
+    fn of_row(row: Row<'_>, to: &mut [f32]) {
+        pairs_of_row(row, to);
+    }
+
+    #[inline(always)]
+    fn of_rows(first: Row<'_>, second: Row<'_>, to: &mut [f32]) {
+        pairs_of_rows(first, second, to);
+    }
 }
