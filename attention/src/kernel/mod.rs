@@ -75,8 +75,7 @@ pub struct KernelConfig {
     pub isa: Isa,
     /// Threads that compute, at least one. One computes on the caller's thread.
     pub threads: usize,
-    /// Bytes of working memory that the kernel may take, besides operands and results. A batch takes, for each thread,
-    /// what its most demanding head does: [`task_workspace`].
+    /// Bytes of working memory that the kernel may take, besides operands and results; see [`task_workspace`].
     pub workspace_bytes: usize,
 }
 
@@ -105,8 +104,8 @@ impl fmt::Debug for CpuKernel {
     }
 }
 
-/// Bytes of working memory that a kernel of `threads` threads needs for a batch with this task in it, if it is the most
-/// demanding one. Saturates.
+/// Bytes of working memory that a kernel of `threads` threads needs for this task. A batch needs at most twice as much as
+/// the most demanding of its tasks. Saturates.
 pub fn task_workspace(
     isa: Isa,
     threads: usize,

@@ -48,7 +48,6 @@ pub(in crate::kernel) trait Vector: Copy {
     fn lt(self, other: Self) -> Self::Mask;
     fn and(a: Self::Mask, b: Self::Mask) -> Self::Mask;
     fn or(a: Self::Mask, b: Self::Mask) -> Self::Mask;
-    fn any(mask: Self::Mask) -> bool;
     fn all(mask: Self::Mask) -> bool;
     fn select(mask: Self::Mask, yes: Self, no: Self) -> Self;
     /// Transposes a square of `LANES` x `LANES`: `to[c * to_row + r] = from[r * from_row + c]`.

@@ -100,11 +100,6 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn any(mask: __mmask16) -> bool {
-        mask != 0
-    }
-
-    #[inline(always)]
     fn all(mask: __mmask16) -> bool {
         mask == u16::MAX
     }
