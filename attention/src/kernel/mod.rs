@@ -12,7 +12,7 @@
 //!
 //! NaN and infinities show in the results of the rows and keys that they meet in a cell that counts, and nowhere else.
 //!
-//! `attention/KERNEL.md` explains the algorithm and its layouts with pictures, and how to add an instruction set.
+//! `README.md` beside this file explains the algorithm and its layouts with a picture, and how to add an instruction set.
 
 // Vectors, raw tiles and rows shared among threads are where this crate needs `unsafe`.
 #[allow(unsafe_code)]
