@@ -1,11 +1,19 @@
-//! Masks as lists of disjoint band slices.
+//! Masks as lists of disjoint band slices, and ready-made masks of the usual shapes.
 
 mod disjoint;
+mod prefix;
+mod shapes;
 mod slice;
+mod sparse;
 
-use crate::{InvalidAttention, Span};
+use crate::{InvalidAttention, MAX_HEADS, MAX_TOKENS, Span};
 
+pub use prefix::PrefixSegment;
+pub use shapes::query_chunks;
 pub use slice::BandSlice;
+
+/// Largest number of slices of a ready-made mask.
+pub const MAX_MASK_SLICES: usize = 1 << 20;
 
 /// A band slice and the kv heads it holds for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -17,6 +25,19 @@ pub struct MaskPart {
 }
 
 /// Which cells count: a list of pairwise disjoint band slices, each for a range of kv heads.
+///
+/// The ready-made shapes are for one range of kv heads, and count positions from the document's first token. Where
+/// heads differ, the mask is [`Mask::new`] of the parts of several of them:
+///
+/// ```
+/// use outboard_attention::{Mask, Span};
+///
+/// let near = Mask::sliding_window(4096, 511, Span::to(6))?;
+/// let far = Mask::full(4096, Span::at(6, 2))?;
+/// let mask = Mask::new([near.parts(), far.parts()].concat())?;
+/// assert_eq!(mask.slices_of(7).count(), 1);
+/// # Ok::<(), outboard_attention::InvalidAttention>(())
+/// ```
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Default)]
 pub struct Mask(Vec<MaskPart>);
 
@@ -39,16 +60,6 @@ impl Mask {
             }
             None => Ok(Mask(parts)),
         }
-    }
-
-    /// The causal mask of a document of `tokens` tokens, for `kv_heads` heads. Empty for zero of either. One slice.
-    pub fn causal(tokens: usize, kv_heads: usize) -> Mask {
-        let all = Span::to(tokens);
-        if tokens == 0 || kv_heads == 0 {
-            return Mask::default();
-        }
-        let slice = BandSlice { q: all, kv: all, lo: None, hi: Some(0) };
-        Mask(vec![MaskPart { kv_heads: Span::to(kv_heads), slice }])
     }
 
     /// The parts, in order.
@@ -82,4 +93,41 @@ impl Mask {
         let cells = |p: &MaskPart| (p.slice.keys_of(i).len() as u64).saturating_mul(p.kv_heads.len() as u64);
         self.0.iter().map(cells).fold(0, u64::saturating_add)
     }
+
+    /// A mask of slices that are disjoint by construction, for checked heads.
+    fn of(slices: impl IntoIterator<Item = BandSlice>, kv_heads: Span) -> Mask {
+        Mask(slices.into_iter().map(|slice| MaskPart { kv_heads, slice }).collect())
+    }
+}
+
+fn check_range(field: &'static str, value: usize, min: usize, max: usize) -> Result<(), InvalidAttention> {
+    if (min..=max).contains(&value) {
+        return Ok(());
+    }
+    let (value, min, max) = (value as u64, min as u64, max as u64);
+    Err(InvalidAttention::OutOfRange { field, value, min, max })
+}
+
+fn check_tokens(tokens: usize) -> Result<(), InvalidAttention> {
+    check_range("mask.tokens", tokens, 1, MAX_TOKENS)
+}
+
+fn check_heads(kv_heads: Span) -> Result<(), InvalidAttention> {
+    if kv_heads.is_empty() {
+        return Err(InvalidAttention::EmptySpan { field: "mask.kv_heads", span: kv_heads });
+    }
+    let bound = Span::to(MAX_HEADS);
+    if bound.covers(kv_heads) {
+        return Ok(());
+    }
+    Err(InvalidAttention::OutsideSpan {
+        field: "mask.kv_heads",
+        span: kv_heads,
+        bound_name: "all heads",
+        bound,
+    })
+}
+
+fn check_slices(slices: usize) -> Result<(), InvalidAttention> {
+    check_range("number of mask slices", slices, 0, MAX_MASK_SLICES)
 }
