@@ -7,7 +7,7 @@
 use super::forward::{Scratch, transpose};
 use super::gradient::{KeySide, Panel, Steps, add_dq, add_keys, score};
 use super::key_gradients::KeyGradients;
-use super::keys::{KeySource, own_block_len};
+use super::keys::{Ahead, KeySource, own_block_len};
 use super::memory::Carver;
 use super::pack::words;
 use super::product::{GuardLeft, GuardRight, Open};
@@ -235,7 +235,8 @@ impl Program for BackwardChunk<'_> {
                     lse[lane] = row_lse * std::f32::consts::LOG2_E;
                 }
                 d[lane] = inputs.d.row(token, head)[0];
-                finite_rows[lane / lanes] &= !lse[lane].is_nan() && d[lane].is_finite();
+                // Anything that could make more than an ordinary number of a cell that does not count.
+                finite_rows[lane / lanes] &= lse[lane] > f32::NEG_INFINITY && d[lane].abs() < f32::MAX / 2.0;
             }
             dq_t.fill(0.0);
 
@@ -254,11 +255,11 @@ impl Program for BackwardChunk<'_> {
                         steps.see(p, sight);
                     }
                 }
-                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
                 let mut finite = true;
-                for p in 0..panels {
+                for (p, own_finite) in finite_rows.iter().copied().enumerate().take(panels) {
                     steps.clear_unseen::<W>(p, lanes, weights, d_scores);
-                    finite &= finite_rows[p];
+                    finite &= own_finite;
                     let Some(sight) = steps.sights[p] else { continue };
                     scratch.bounds.clear();
                     if sight.masked {
@@ -288,13 +289,14 @@ impl Program for BackwardChunk<'_> {
                             d_scores,
                             dq: dq_t.as_mut_ptr().add(p * lanes * padded),
                         };
-                        let own = finite_rows[p];
-                        if score::<W, MR, NV>(&panel, &block_keys, sight, &scratch.bounds, own) && own {
+                        if score::<W, MR, NV>(&panel, &block_keys, sight, &scratch.bounds, own_finite) {
                             add_dq::<W, Open, MR, NV>(&panel, &block_keys, sight);
                         } else {
                             finite = false;
                             add_dq::<W, GuardLeft, MR, NV>(&panel, &block_keys, sight);
                         }
+                        // Once is enough.
+                        block_keys.ahead = Ahead::default();
                     }
                 }
                 // SAFETY: weights and score gradients of all steps' panels were written or cleared above; the gradients

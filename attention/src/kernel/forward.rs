@@ -5,7 +5,7 @@
 //! neighbours are: blocks of keys at fixed positions, in order; the rescaling decision its own; cells it does not see
 //! an exact zero. A block that it does not see at all leaves it as it is, bit for bit.
 
-use super::keys::{BlockKeys, KeySource, own_block_len};
+use super::keys::{Ahead, BlockKeys, KeySource, own_block_len};
 use super::memory::{Buffer, Carver};
 use super::pack::{strip_len, words};
 use super::product::{GuardLeft, Open, Product, Rescale, Rows, Store, Strips, prefetch, product};
@@ -203,7 +203,7 @@ impl Program for ForwardTile<'_> {
                 if scratch.here.is_empty() {
                     continue;
                 }
-                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
                 for p in 0..panels {
                     let own = panel_rows(p);
                     let positions = &scratch.positions[own.range()];
@@ -237,6 +237,8 @@ impl Program for ForwardTile<'_> {
                         } else {
                             attend::<W, MR, NV>(&panel, &block_keys, sight, bounds, guarded);
                         }
+                        // Once is enough.
+                        block_keys.ahead = Ahead::default();
                     }
                 }
             }
@@ -304,7 +306,8 @@ unsafe fn normalise<V: Vector>(weighted: *mut f32, stride: usize, dim: usize, ma
         // SAFETY: the caller vouches for it.
         unsafe {
             let at = weighted.add(d * stride);
-            V::select(unseen, V::splat(0.0), V::load(at).mul(factor)).store(at);
+            // Adding zero turns -0 into +0: which it was may depend on blocks that only a neighbour saw.
+            V::select(unseen, V::splat(0.0), V::load(at).fma(factor, V::splat(0.0))).store(at);
         }
     }
 }

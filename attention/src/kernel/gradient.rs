@@ -80,8 +80,8 @@ pub(super) struct Panel {
 }
 
 /// Computes weights and score gradients of the keys of `sight`. Returns false when a product is infinite or NaN, which
-/// every non-finite element of a row or a key leads to; then, or when `finite` says so of the rows, cells that do not
-/// count get zeros whatever else their row and key hold.
+/// every non-finite element of a row or a key leads to, or when `finite` is false, which says so of the rows; then cells
+/// that do not count get zeros whatever else their row and key hold.
 ///
 /// # Safety
 /// The panel's pointers must be good for what they are documented to hold, and distinct where nothing else is said;
@@ -139,11 +139,11 @@ pub(super) unsafe fn score<W: Words, const MR: usize, const NV: usize>(
             (false, false) => weigh::<W, NV, true, false>(panel, from, to),
             (false, true) => weigh::<W, NV, true, true>(panel, from, to),
         }
-        finite_products
+        finite && finite_products
     }
 }
 
-/// False when one of `len` elements, whole vectors, is infinite or NaN.
+/// False when one of `len` elements, whole vectors, is NaN, infinite, or so large that twice as much is.
 ///
 /// # Safety
 /// `values` must be readable for `len` elements.
@@ -155,7 +155,8 @@ unsafe fn all_finite<V: Vector>(values: *const f32, len: usize) -> bool {
     for at in (0..len).step_by(4 * V::LANES) {
         for (n, sum) in sums.iter_mut().enumerate() {
             // SAFETY: the caller vouches for the elements; steps of keys are a multiple of four vectors.
-            *sum = unsafe { V::load(values.add(at + n * V::LANES)) }.fma(zero, *sum);
+            let value = unsafe { V::load(values.add(at + n * V::LANES)) };
+            *sum = value.add(value).fma(zero, *sum);
         }
     }
     V::all(sums[0].add(sums[1]).add(sums[2].add(sums[3])).lt(V::splat(1.0)))

@@ -1,6 +1,6 @@
 //! The micro-kernel: one register tile of a matrix product.
 
-use super::simd::{Vector, Words};
+use super::simd::{MAX_TILE_ROWS, Vector, Words};
 
 /// `c[i][lane] (+)= sum over k of a(i, k) * b(k, lane)` for the rows and lanes of one register tile. Operands are words,
 /// and strides and depths count them.
@@ -147,6 +147,7 @@ pub(super) unsafe fn product<W: Words, L: Lie, G: Guard, const MR: usize, const 
     p: Product,
     finish: impl Finish<W::V>,
 ) {
+    const { assert!(MAX_TILE_ROWS.is_multiple_of(MR) && (NV == 1 || NV == 2)) }
     let mut sums = [[W::V::splat(0.0); NV]; MR];
     let mut b = p.b;
     let (_, step) = L::strides::<MR>(p.a_row);

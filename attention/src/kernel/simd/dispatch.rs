@@ -12,7 +12,7 @@ use crate::kernel::Isa;
 pub(in crate::kernel) trait Program {
     type Output;
 
-    /// Runs with register tiles of `MR` rows by `NV` vectors, `NV` one or two.
+    /// Runs with register tiles of `MR` rows by `NV` vectors: `MR` divides [`MAX_TILE_ROWS`], and `NV` is one or two.
     fn run<W: Words, const MR: usize, const NV: usize>(self) -> Self::Output;
 }
 

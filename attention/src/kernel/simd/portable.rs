@@ -191,9 +191,11 @@ impl Words for PortablePairs {
 
     #[inline(always)]
     unsafe fn store_run(lanes: Portable, to: *mut f32, at: usize) {
-        for (lane, x) in lanes.0.iter().enumerate() {
+        let (pairs, _) = lanes.0.as_chunks::<2>();
+        for (n, [first, second]) in pairs.iter().enumerate() {
+            let word = pair(bf16::from_f32(*first), bf16::from_f32(*second));
             // SAFETY: the caller vouches for the elements, two of which fill a word.
-            unsafe { *to.cast::<bf16>().add(at + lane) = bf16::from_f32(*x) }
+            unsafe { *to.add(at / 2 + n) = word }
         }
     }
 
