@@ -13,6 +13,7 @@ mod coordinator;
 mod cores;
 mod lifetime;
 mod plan;
+mod profile;
 mod train;
 
 #[global_allocator]
@@ -38,6 +39,8 @@ enum Role {
     Plan(plan::Args),
     /// Measure speed on this machine.
     Bench(bench::Args),
+    /// Measure what this machine reaches on tasks of each size, for the cost model: print or write PROFILE.json.
+    Profile(profile::Args),
     /// One rank of `outboard train`, which starts it.
     #[command(hide = true)]
     TrainRank,
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Role::Coordinator(args) => coordinator::run(args),
         Role::Plan(args) => plan::run(args),
         Role::Bench(args) => bench::run(args),
+        Role::Profile(args) => profile::run(args),
         Role::TrainRank => return train::rank::run(),
     };
     match outcome {

@@ -9,6 +9,7 @@ use command_support::{
     Running, corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder,
 };
 use rustix::process::{Signal, test_kill_process};
+use serde_json::{Value, json};
 
 /// Small enough for a test, large enough that every server gets tasks.
 const SMALL: [&str; 6] = ["--tokens", "2048", "--layers", "2", "--dim", "64"];
@@ -110,6 +111,57 @@ fn no_process_outlives_the_run() {
 }
 
 #[test]
+fn the_kernel_benchmark_says_what_it_measured() {
+    let shape = ["--tokens", "96", "--queries", "32", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"];
+    let how =
+        ["--dtype", "f32,bf16,f16", "--mask", "sink-window:4:9", "--simd", "portable", "--threads", "1"];
+    let args = ["bench", "kernel", "--repeats", "1", "--json", "-"];
+    let words = outboard(&[&args[..], &shape, &how].concat());
+    let lines: Vec<Value> = words.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let mut measured = Vec::new();
+    for line in lines.iter().filter(|line| line["kind"] == "kernel") {
+        let expected = json!({ "mask": "sink-window:4:9", "n_q": 32, "n_kv": 96, "q_heads": 4, "kv_heads": 2,
+            "head_dim": 16, "threads": 1, "isa": "portable" });
+        for (key, value) in expected.as_object().unwrap() {
+            assert_eq!(&line[key], value, "{key}");
+        }
+        for key in ["gflops", "fraction_of_peak"] {
+            assert!(line[key].as_f64().is_some(), "{key}");
+        }
+        measured.push((line["dtype"].as_str().unwrap(), line["direction"].as_str().unwrap()));
+    }
+    let both = |dtype| [(dtype, "forward"), (dtype, "backward")];
+    assert_eq!(measured, [both("f32"), both("bf16"), both("f16")].concat());
+    let peaks = lines.iter().filter(|line| line["kind"] == "peak" && line["clock_ghz"].as_f64().is_some());
+    assert_eq!(peaks.count(), 3);
+}
+
+#[test]
+fn a_profile_has_an_efficiency_for_each_size() {
+    let folder = temporary_folder();
+    let file = folder.path().join("PROFILE.json");
+    let axes = ["--head-dim", "8", "--rows", "4,16", "--keys", "8,16,32", "--dtype", "f32"];
+    let how = ["--simd", "portable", "--threads", "1", "--repeats", "1"];
+    outboard(&[&["profile", "--out", file.to_str().unwrap()], &axes[..], &how].concat());
+    let profile = read_json(&file).remove(0);
+    assert_eq!(profile["device"], "cpu portable 1 threads");
+    assert!(profile["kernel_revision"].as_str().unwrap().parse::<u32>().is_ok());
+    for key in ["peak_flops_per_second", "task_overhead_seconds"] {
+        assert!(profile[key].as_f64().unwrap() > 0.0, "{key}");
+    }
+    let grids = profile["grids"].as_array().unwrap();
+    assert_eq!(grids.len(), 2);
+    for (grid, direction) in grids.iter().zip(["forward", "backward"]) {
+        let axes = json!({ "direction": direction, "dtype": "f32", "head_dim": 8, "rows": [4, 16], "keys": [8, 16, 32],
+            "efficiency": grid["efficiency"] });
+        assert_eq!(grid, &axes);
+        let efficiency: Vec<Vec<f64>> = serde_json::from_value(grid["efficiency"].clone()).unwrap();
+        assert_eq!(efficiency.iter().map(Vec::len).collect::<Vec<_>>(), [3, 3]);
+        assert!(efficiency.iter().flatten().all(|value| (0.0..=1.0).contains(value)), "{efficiency:?}");
+    }
+}
+
+#[test]
 fn nonsense_is_refused_by_name_with_exit_code_2() {
     let folder = temporary_folder();
     let empty = folder.path().join("empty");
@@ -119,7 +171,7 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
     let taken = taken.local_addr().unwrap().to_string();
     let data = corpus(folder.path());
     let data = data.to_str().unwrap();
-    let cases: [(&[&str], &[&str]); 11] = [
+    let cases: [(&[&str], &[&str]); 20] = [
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
@@ -134,6 +186,15 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
             &["attention-server", "--coordinator", "http://127.0.0.1:1"],
             &["127.0.0.1:1", "outboard coordinator"],
         ),
+        (&["bench", "kernel", "--mask", "windw:4"], &["--mask", "windw:4", "window:W"]),
+        (&["bench", "kernel", "--dtype", "f64"], &["--dtype", "f64", "bf16"]),
+        (&["bench", "kernel", "--tokens", "16", "--queries", "17"], &["--queries 17", "16"]),
+        (&["bench", "kernel", "--tokens", "0"], &["--tokens 0"]),
+        (&["bench", "kernel", "--tokens", "1000000000", "--heads", "4096"], &["GiB", "memory"]),
+        (&["bench", "kernel", "--threads", "100000"], &["--threads 100000", "core"]),
+        (&["bench", "kernel", "--softcap", "-1"], &["softcap", "-1"]),
+        (&["bench", "kernel", "--suite", "--only", "no such row"], &["--only", "no such row"]),
+        (&["profile", "--rows", "0"], &["--rows 0"]),
     ];
     for (args, parts) in cases {
         let message = outboard_fails(args);

@@ -1,6 +1,6 @@
 //! `outboard bench`: what this machine reaches.
 
-mod kernel;
+pub(crate) mod kernel;
 
 /// Arguments of `outboard bench`.
 #[derive(Debug, clap::Args)]
