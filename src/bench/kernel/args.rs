@@ -46,7 +46,9 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "f32")]
     pub(crate) dtype: Vec<DType>,
     /// Which cells count: causal, full, window:W for the last W keys before each query and its own, sink-window:S:W for
-    /// the first S keys besides, or prefix:P for causal with the first P keys open to all.
+    /// the first S keys besides, prefix:P for causal with the first P keys open to all, shared-prefix:P:N for N equal
+    /// branches after P tokens, block-sparse:B:N for a query block's own block of B and every N-th before it, or
+    /// shifted:G for groups of G tokens, shifted for half of the heads.
     #[arg(long, default_value = "causal")]
     pub(crate) mask: MaskKind,
     /// Directions to measure: forward or backward.
@@ -74,6 +76,9 @@ pub(crate) enum MaskKind {
     Window(usize),
     SinkWindow { sink: usize, window: usize },
     Prefix(usize),
+    SharedPrefix { prefix: usize, branches: usize },
+    BlockSparse { block: usize, stride: usize },
+    Shifted(usize),
 }
 
 pub(crate) fn dtype(name: &str) -> Result<DType, String> {
@@ -115,7 +120,18 @@ impl FromStr for MaskKind {
                 window: above_zero("window", window)?,
             }),
             ["prefix", keys] => Ok(MaskKind::Prefix(above_zero("prefix", keys)?)),
-            _ => Err("it must be causal, full, window:W, sink-window:S:W or prefix:P".into()),
+            ["shared-prefix", prefix, branches] => Ok(MaskKind::SharedPrefix {
+                prefix: above_zero("prefix", prefix)?,
+                branches: above_zero("branches", branches)?,
+            }),
+            ["block-sparse", block, stride] => Ok(MaskKind::BlockSparse {
+                block: above_zero("block", block)?,
+                stride: above_zero("stride", stride)?,
+            }),
+            ["shifted", group] => Ok(MaskKind::Shifted(above_zero("group", group)?)),
+            _ => Err("it must be causal, full, window:W, sink-window:S:W, prefix:P, shared-prefix:P:N, block-sparse:B:N or \
+                      shifted:G"
+                .into()),
         }
     }
 }
@@ -128,6 +144,9 @@ impl fmt::Display for MaskKind {
             MaskKind::Window(width) => write!(f, "window:{width}"),
             MaskKind::SinkWindow { sink, window } => write!(f, "sink-window:{sink}:{window}"),
             MaskKind::Prefix(keys) => write!(f, "prefix:{keys}"),
+            MaskKind::SharedPrefix { prefix, branches } => write!(f, "shared-prefix:{prefix}:{branches}"),
+            MaskKind::BlockSparse { block, stride } => write!(f, "block-sparse:{block}:{stride}"),
+            MaskKind::Shifted(group) => write!(f, "shifted:{group}"),
         }
     }
 }
@@ -136,25 +155,37 @@ impl MaskKind {
     /// The mask of a document of `tokens` tokens: the one place that knows how each kind is put together.
     fn mask(self, tokens: usize, kv_heads: Span) -> anyhow::Result<Mask> {
         let all = Span::to(tokens);
-        let part = |q, kv, lo: Option<usize>, hi: Option<usize>| -> anyhow::Result<MaskPart> {
-            let below = |offset: Option<usize>| offset.map(|offset| -(offset as i64));
-            Ok(MaskPart { kv_heads, slice: BandSlice::new(q, kv, below(lo), below(hi))? })
-        };
-        let parts = match self {
-            MaskKind::Causal => vec![part(all, all, None, Some(0))?],
-            MaskKind::Full => vec![part(all, all, None, None)?],
-            MaskKind::Window(width) => vec![part(all, all, Some(width), Some(0))?],
-            MaskKind::SinkWindow { sink, window } => {
-                let sink = part(all, Span::to(sink.min(tokens)), None, Some(window + 1))?;
-                vec![sink, part(all, all, Some(window), Some(0))?]
-            }
-            MaskKind::Prefix(keys) if keys >= tokens => vec![part(all, all, None, None)?],
+        Ok(match self {
+            MaskKind::Causal => Mask::causal(tokens, kv_heads.end()),
+            MaskKind::Full => Mask::full(tokens, kv_heads)?,
+            MaskKind::Window(width) => Mask::sliding_window(tokens, width, kv_heads)?,
+            MaskKind::SinkWindow { sink, window } => Mask::sink_window(tokens, sink, window, kv_heads)?,
+            MaskKind::Prefix(keys) if keys >= tokens => Mask::full(tokens, kv_heads)?,
             MaskKind::Prefix(keys) => {
                 let rest = Span::at(keys, tokens - keys);
-                vec![part(all, Span::to(keys), None, None)?, part(rest, rest, None, Some(0))?]
+                let open = BandSlice::new(all, Span::to(keys), None, None)?;
+                let causal = BandSlice::new(rest, rest, None, Some(0))?;
+                Mask::new([open, causal].map(|slice| MaskPart { kv_heads, slice }).to_vec())?
             }
-        };
-        Ok(Mask::new(parts)?)
+            MaskKind::SharedPrefix { prefix, branches } => {
+                let rest = tokens.saturating_sub(prefix);
+                ensure!(
+                    rest >= branches,
+                    "--mask {self} leaves {rest} of {tokens} tokens for {branches} branches; each needs one"
+                );
+                let branch = |n: usize| rest * (n + 1) / branches - rest * n / branches;
+                let branches: Vec<_> = (0..branches).map(branch).collect();
+                Mask::shared_prefix(tokens - rest, &branches, kv_heads)?
+            }
+            MaskKind::BlockSparse { block, stride } => {
+                let blocks = tokens.div_ceil(block);
+                let seen =
+                    |q: usize| (0..=q).filter(move |k| (q - k).is_multiple_of(stride)).map(move |k| (q, k));
+                let pairs: Vec<_> = (0..blocks).flat_map(seen).collect();
+                Mask::block_sparse(tokens, block, &pairs, true, kv_heads)?
+            }
+            MaskKind::Shifted(group) => Mask::shifted_sparse(tokens, group, kv_heads)?,
+        })
     }
 
     /// The last `queries` queries of a document, against all of its keys.
@@ -209,7 +240,16 @@ mod tests {
 
     #[test]
     fn masks_are_named_as_they_are_printed() {
-        for text in ["causal", "full", "window:7", "sink-window:4:7", "prefix:3"] {
+        for text in [
+            "causal",
+            "full",
+            "window:7",
+            "sink-window:4:7",
+            "prefix:3",
+            "shared-prefix:3:2",
+            "block-sparse:4:2",
+            "shifted:6",
+        ] {
             assert_eq!(text.parse::<MaskKind>().unwrap().to_string(), text);
         }
         for text in ["", "causal:1", "window", "window:0", "window:-1", "sink-window:4", "prefix:99999999999"]
@@ -220,12 +260,13 @@ mod tests {
 
     #[test]
     fn each_kind_of_mask_counts_its_cells() {
-        let counts: [(&str, fn(usize, usize) -> bool); 5] = [
+        let counts: [(&str, fn(usize, usize) -> bool); 6] = [
             ("causal", |i, j| j <= i),
             ("full", |_, _| true),
             ("window:3", |i, j| j <= i && i - j <= 3),
             ("sink-window:2:3", |i, j| j <= i && (i - j <= 3 || j < 2)),
             ("prefix:4", |i, j| j <= i || j < 4),
+            ("block-sparse:2:3", |i, j| j <= i && (i / 2 - j / 2) % 3 == 0),
         ];
         for (text, counts) in counts {
             for (tokens, queries) in [(1, 1), (3, 2), (12, 12), (12, 5)] {
