@@ -7,7 +7,7 @@
 use super::forward::{Scratch, transpose};
 use super::gradient::{KeySide, Panel, Steps, add_dq, add_keys, score};
 use super::key_gradients::KeyGradients;
-use super::keys::{Ahead, KeySource, own_block_len};
+use super::keys::{KeySource, own_block_len};
 use super::memory::Carver;
 use super::pack::words;
 use super::product::{GuardLeft, GuardRight, Open};
@@ -255,7 +255,7 @@ impl Program for BackwardChunk<'_> {
                         steps.see(p, sight);
                     }
                 }
-                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
+                let block_keys = keys.block::<W, MR>(work, block, own_block);
                 let mut finite = true;
                 for (p, own_finite) in finite_rows.iter().copied().enumerate().take(panels) {
                     steps.clear_unseen::<W>(p, lanes, weights, d_scores);
@@ -295,8 +295,6 @@ impl Program for BackwardChunk<'_> {
                             finite = false;
                             add_dq::<W, GuardLeft, MR, NV>(&panel, &block_keys, sight);
                         }
-                        // Once is enough.
-                        block_keys.ahead = Ahead::default();
                     }
                 }
                 // SAFETY: weights and score gradients of all steps' panels were written or cleared above; the gradients

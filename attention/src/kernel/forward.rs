@@ -5,7 +5,7 @@
 //! neighbours are: blocks of keys at fixed positions, in order; the rescaling decision its own; cells it does not see
 //! an exact zero. A block that it does not see at all leaves it as it is, bit for bit.
 
-use super::keys::{Ahead, BlockKeys, KeySource, own_block_len};
+use super::keys::{BlockKeys, KeySource, own_block_len};
 use super::memory::{Buffer, Carver};
 use super::pack::{strip_len, words};
 use super::product::{GuardLeft, Open, Product, Rescale, Rows, Store, Strips, prefetch, product};
@@ -203,7 +203,7 @@ impl Program for ForwardTile<'_> {
                 if scratch.here.is_empty() {
                     continue;
                 }
-                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
+                let block_keys = keys.block::<W, MR>(work, block, own_block);
                 for p in 0..panels {
                     let own = panel_rows(p);
                     let positions = &scratch.positions[own.range()];
@@ -237,8 +237,6 @@ impl Program for ForwardTile<'_> {
                         } else {
                             attend::<W, MR, NV>(&panel, &block_keys, sight, bounds, guarded);
                         }
-                        // Once is enough.
-                        block_keys.ahead = Ahead::default();
                     }
                 }
             }
@@ -350,7 +348,6 @@ unsafe fn attend<W: Words, const MR: usize, const NV: usize>(
         if keys.k.stride == depth {
             prefetch::<W::V>(k.wrapping_add(MR * depth), MR * depth);
         }
-        keys.ahead.prefetch::<W::V>(key, MR);
         // SAFETY: the caller vouches for the panel and the keys; steps of keys are whole tiles.
         unsafe {
             let p = Product {

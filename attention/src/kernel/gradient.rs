@@ -121,9 +121,6 @@ pub(super) unsafe fn score<W: Words, const MR: usize, const NV: usize>(
             }
         }
     }
-    for key in (from..to).step_by(MR) {
-        keys.ahead.prefetch::<W::V>(key, MR);
-    }
     // SAFETY: the panel holds products for every key of the block, and LSE and D for every lane.
     unsafe {
         let finite_products = all_finite::<W::V>(panel.scores.add(from * lanes), (to - from) * lanes)

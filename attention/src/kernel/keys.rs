@@ -3,7 +3,7 @@
 //! Products need K as rows, for the scores; the forward pass V as strips; the backward pass V as rows and K as strips.
 
 use super::pack::{Form, block_len, pack_block, words};
-use super::simd::{Program, Vector, Words};
+use super::simd::{Program, Words};
 use super::visibility::BLOCK;
 use super::work::{Blocks, HeadWork};
 use crate::{AnyTensor, Direction, Span, TensorView};
@@ -52,7 +52,6 @@ pub(super) struct BlockKeys {
     pub(super) v: KeyRows,
     /// Of V forward, of K backward.
     pub(super) strips: *const f32,
-    pub(super) ahead: Ahead,
 }
 
 /// Key `n` of a block has its words at `n * stride`.
@@ -60,18 +59,6 @@ pub(super) struct BlockKeys {
 pub(super) struct KeyRows {
     pub(super) first: *const f32,
     pub(super) stride: usize,
-}
-
-/// Rows of tensors that will be read next, to be asked for while the present block is computed.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Ahead([Option<AheadRows>; 2]);
-
-#[derive(Clone, Copy)]
-struct AheadRows {
-    first: *const f32,
-    stride: usize,
-    width: usize,
-    rows: usize,
 }
 
 /// Where the parts of a packed block start, and where it ends.
@@ -95,10 +82,10 @@ impl BlockLayout {
 
     /// The parts of a block packed at `at`.
     #[inline(always)]
-    fn keys<W: Words>(&self, work: &HeadWork, at: &[f32], ahead: Ahead) -> BlockKeys {
+    fn keys<W: Words>(&self, work: &HeadWork, at: &[f32]) -> BlockKeys {
         let rows = |from: usize, dim| KeyRows { first: at[from..].as_ptr(), stride: words::<W>(dim) };
         let (dim, v_dim) = (work.geometry.head_dim(), work.geometry.v_head_dim());
-        BlockKeys { k: rows(0, dim), v: rows(self.v, v_dim), strips: at[self.strips..].as_ptr(), ahead }
+        BlockKeys { k: rows(0, dim), v: rows(self.v, v_dim), strips: at[self.strips..].as_ptr() }
     }
 }
 
@@ -175,20 +162,20 @@ impl KeySource<'_> {
         match self {
             KeySource::Packed { blocks, words } => {
                 let packed = &words[(block - blocks.base()) / BLOCK * layout.end..][..layout.end];
-                layout.keys::<W>(work, packed, Ahead::default())
+                layout.keys::<W>(work, packed)
             }
             KeySource::Tensors(tensors) => {
                 let held = Span::at(block, BLOCK);
-                let next = block + BLOCK;
-                let ahead = Ahead([ahead(work, &tensors.k, next), ahead(work, &tensors.v, next)]);
                 let blocks = Blocks::of(work.kv.intersect(held));
                 pack_strips::<W, MR>(work, tensors, blocks, block, own);
-                // Rows of f32 need no packing, unless padding must stand in for keys that are not there.
+                // Rows of f32 one after another need no packing, unless padding must stand in for keys that are not there.
+                // Rows far apart do: at a distance of a power of two they would drive each other from the caches.
                 if let (AnyTensor::F32(k), AnyTensor::F32(v)) = (&tensors.k, &tensors.v)
                     && W::PER_WORD == 1
                     && work.kv.covers(held)
+                    && [k, v].iter().all(|tensor| tensor.stride() == tensor.shape()[2])
                 {
-                    let mut keys = layout.keys::<W>(work, own, ahead);
+                    let mut keys = layout.keys::<W>(work, own);
                     for (rows, tensor) in [(&mut keys.k, k), (&mut keys.v, v)] {
                         let first = from_row(tensor, block - work.kv.start(), work.kv_head).as_ptr();
                         *rows = KeyRows { first, stride: tensor.stride() };
@@ -196,7 +183,7 @@ impl KeySource<'_> {
                     return keys;
                 }
                 pack_rows::<W, MR>(work, tensors, blocks, block, own);
-                layout.keys::<W>(work, own, ahead)
+                layout.keys::<W>(work, own)
             }
         }
     }
@@ -205,38 +192,4 @@ impl KeySource<'_> {
 /// The elements from one head of one token on, to the end of the storage.
 fn from_row<'a, T>(view: &TensorView<'a, T>, token: usize, head: usize) -> &'a [T] {
     &view.data()[token * view.stride() + head * view.shape()[2]..]
-}
-
-/// The rows of the block at key `block`, as far as `tensor` holds them.
-fn ahead(work: &HeadWork, tensor: &AnyTensor<'_>, block: usize) -> Option<AheadRows> {
-    fn rows<T>(view: &TensorView<'_, T>, token: usize, head: usize, rows: usize) -> AheadRows {
-        let words = |elements: usize| elements * size_of::<T>() / size_of::<f32>();
-        let first = from_row(view, token, head).as_ptr().cast();
-        AheadRows { first, stride: words(view.stride()), width: words(view.shape()[2]), rows }
-    }
-    let held = work.kv.intersect(Span::at(block, BLOCK));
-    if held.start() != block || held.is_empty() {
-        return None;
-    }
-    let (token, head) = (block - work.kv.start(), work.kv_head);
-    Some(match tensor {
-        AnyTensor::F32(view) => rows(view, token, head, held.len()),
-        AnyTensor::Bf16(view) => rows(view, token, head, held.len()),
-        AnyTensor::F16(view) => rows(view, token, head, held.len()),
-    })
-}
-
-impl Ahead {
-    /// Asks for `count` rows from `row` on.
-    #[inline(always)]
-    pub(super) fn prefetch<V: Vector>(&self, row: usize, count: usize) {
-        for tensor in self.0.iter().flatten() {
-            for row in row..(row + count).min(tensor.rows) {
-                let first = tensor.first.wrapping_add(row * tensor.stride);
-                for at in (0..tensor.width).step_by(16) {
-                    V::prefetch(first.wrapping_add(at));
-                }
-            }
-        }
-    }
 }

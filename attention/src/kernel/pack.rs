@@ -6,6 +6,9 @@ use super::visibility::{BLOCK, KEY_STEP};
 use super::work::{Blocks, HeadWork};
 use crate::{AnyTensor, Span};
 
+/// Rows are asked for so many before they are packed: far enough to arrive, few enough to stay.
+const AHEAD: usize = 16;
+
 /// One layout of a block of keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Form {
@@ -46,16 +49,18 @@ pub(super) fn pack_block<W: Words, const MR: usize>(
     form: Form,
     to: &mut [f32],
 ) {
-    let held = blocks.keys.intersect(Span::at(block, BLOCK));
-    let row = |key: usize| {
+    let row_within = |key: usize, keys: Span| {
         let key = block + key;
-        if held.contains(key) { Row::of(from, key - work.kv.start(), work.kv_head) } else { Row::default() }
+        if keys.contains(key) { Row::of(from, key - work.kv.start(), work.kv_head) } else { Row::default() }
     };
+    let row = |key: usize| row_within(key, blocks.keys);
+    let ahead = |key: usize| row_within(key + AHEAD, work.kv);
     let dim = from.shape()[2];
     match form {
         Form::Rows => {
             let width = words::<W>(dim);
             for key in blocks.steps(block).iter() {
+                ahead(key).prefetch::<W::V>();
                 W::of_row(row(key), &mut to[key * width..][..width]);
             }
         }
@@ -67,6 +72,9 @@ pub(super) fn pack_block<W: Words, const MR: usize>(
             for step in blocks.steps(block).iter().step_by(KEY_STEP) {
                 for (n, across) in across.iter_mut().enumerate() {
                     let key = step + n * W::PER_WORD;
+                    for key in key..key + W::PER_WORD {
+                        ahead(key).prefetch::<W::V>();
+                    }
                     W::of_rows(row(key), row(key + W::PER_WORD - 1), &mut across[..strips * MR]);
                 }
                 let at = step / W::PER_WORD * MR;

@@ -2,6 +2,7 @@
 
 use half::{bf16, f16};
 
+use super::simd::Vector;
 use crate::AnyTensor;
 
 /// One head of one token.
@@ -41,4 +42,20 @@ impl<'a> Row<'a> {
             Row::F16(row) => row.iter().fold(true, |all, x| all & (x.to_bits() & 0x7c00 != 0x7c00)),
         }
     }
+
+    /// Asks for its elements.
+    #[inline(always)]
+    pub(super) fn prefetch<V: Vector>(&self) {
+        let (first, bytes) = match self {
+            Row::F32(row) => (row.as_ptr(), size_of_val(*row)),
+            Row::Bf16(row) => (row.as_ptr().cast(), size_of_val(*row)),
+            Row::F16(row) => (row.as_ptr().cast(), size_of_val(*row)),
+        };
+        for at in (0..bytes).step_by(CACHE_LINE) {
+            V::prefetch(first.wrapping_byte_add(at));
+        }
+    }
 }
+
+/// Bytes of a cache line, on about every machine.
+const CACHE_LINE: usize = 64;
