@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{DocumentId, HeadGeometry, InvalidAttention, Mask, Span};
+use crate::{DocumentId, HeadGeometry, InvalidAttention, MAX_TOKENS, Mask, Span};
 
 /// Which half of training a task belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -63,8 +63,15 @@ impl Task {
     /// Checks the task against the heads it is computed with.
     ///
     /// # Errors
-    /// [`InvalidAttention::OutsideSpan`] when its kv heads reach beyond the geometry.
+    /// [`InvalidAttention::OutsideSpan`] when its kv heads reach beyond the geometry, [`InvalidAttention::OutOfRange`] when
+    /// its positions reach beyond [`MAX_TOKENS`].
     pub fn check(&self, geometry: &HeadGeometry) -> Result<(), InvalidAttention> {
+        for (field, span) in [("task.q.end", self.q), ("task.kv.end", self.kv)] {
+            let (value, max) = (span.end() as u64, MAX_TOKENS as u64);
+            if value > max {
+                return Err(InvalidAttention::OutOfRange { field, value, min: 1, max });
+            }
+        }
         let bound = Span::to(geometry.kv_heads());
         if bound.covers(self.kv_heads) {
             Ok(())

@@ -30,7 +30,7 @@ fn mixed_cases(random: &mut Random) -> Vec<Case> {
 fn batches_and_threads_leave_no_trace() {
     let mut random = Random(21);
     let cases = mixed_cases(&mut random);
-    for isa in Isa::available() {
+    for isa in isas() {
         let both = || DIRECTIONS.into_iter().flat_map(|d| cases.iter().map(move |c| c.kernel_task(d)));
         let alone: Vec<_> = both().map(|task| bits(&run(&mut kernel(isa, 1), vec![task])[0])).collect();
         for threads in [1, 2, 5] {
@@ -113,7 +113,7 @@ fn view_bits(view: TensorView<'_>) -> Vec<u32> {
 #[test]
 fn query_and_head_cuts_leave_no_trace() {
     let mut random = Random(22);
-    for _ in 0..40 {
+    for _ in 0..cases(40) {
         let geometry = random_geometry(&mut random);
         let tokens = random.within(1..=300);
         let task = random_task(&mut random, &geometry, tokens);
@@ -121,7 +121,7 @@ fn query_and_head_cuts_leave_no_trace() {
         let size = random.pick(&[1.0, 8.0]);
         let case = Case::new(&mut random, geometry, task, size);
         let [rows, keys, heads] = [case.task.q(), case.task.kv(), case.task.kv_heads()].map(Span::len);
-        for isa in Isa::available() {
+        for isa in isas() {
             for direction in DIRECTIONS {
                 let whole = run_one(isa, &case, direction);
                 let shapes = case.task.shapes(&geometry);
@@ -156,7 +156,7 @@ fn head_cuts_leave_no_trace_in_dk_and_dv() {
     let geometry = HeadGeometry::standard(24, 3, 8).unwrap();
     let case = Case::new(&mut random, geometry, causal_task(530, 3), 1.0);
     let shapes = case.task.shapes(&geometry);
-    for isa in Isa::available() {
+    for isa in isas() {
         let whole = run_one(isa, &case, Direction::Backward);
         for head in 0..3 {
             let one = Span::at(head, 1);
@@ -177,7 +177,7 @@ fn head_cuts_leave_no_trace_in_dk_and_dv() {
 #[test]
 fn any_cut_merges_to_the_reference() {
     let mut random = Random(24);
-    for _ in 0..40 {
+    for _ in 0..cases(40) {
         let geometry = random_geometry(&mut random);
         let tokens = random.within(1..=260);
         let task = random_task(&mut random, &geometry, tokens);
@@ -190,7 +190,7 @@ fn any_cut_merges_to_the_reference() {
                 pieces.extend(kv_heads.into_iter().filter_map(|heads| Piece::of(&case, q, kv, heads)));
             }
         }
-        for isa in Isa::available() {
+        for isa in isas() {
             check_merged(isa, &case, &pieces);
         }
     }

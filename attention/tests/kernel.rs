@@ -4,23 +4,26 @@
 mod common;
 
 use common::*;
-use outboard_attention::kernel::{CpuKernel, Isa, KernelConfig, KernelError, KernelTask, Results, peak_loop};
+use outboard_attention::kernel::{
+    CpuKernel, Isa, KernelConfig, KernelError, KernelTask, Operands, QueryInput, Results, peak_loop,
+};
 use outboard_attention::{
-    BandSlice, DType, Direction, HeadGeometry, HeadShape, InvalidAttention, Mask, MaskPart, Span, Task,
+    BandSlice, DType, Direction, HeadGeometry, HeadShape, InvalidAttention, MAX_TOKENS, Mask, MaskPart, Span,
+    Task,
 };
 
 #[test]
 fn random_tasks_agree_with_the_reference() {
     let mut random = Random(1);
-    for _ in 0..90 {
+    for _ in 0..cases(90) {
         let geometry = random_geometry(&mut random);
         // Keep the reference affordable: long documents for small heads.
         let work = geometry.q_heads() * (geometry.head_dim() + geometry.v_head_dim());
-        let longest = ((4e7 / work as f64).sqrt() as usize).clamp(20, 700);
+        let longest = ((cases(40_000_000) as f64 / work as f64).sqrt() as usize).clamp(20, 700);
         let tokens = random.within(1..=longest);
         let task = random_task(&mut random, &geometry, tokens);
         let case = Case::new(&mut random, geometry, task, 1.0);
-        for isa in Isa::available() {
+        for isa in isas() {
             check(isa, &case);
         }
     }
@@ -29,22 +32,132 @@ fn random_tasks_agree_with_the_reference() {
 #[test]
 fn every_head_dim_works() {
     let mut random = Random(2);
-    for dim in 1..=256 {
-        let v_head_dim = 1 + (dim * 37) % 256;
-        let shape = HeadShape {
-            q_heads: 2,
-            kv_heads: 1,
-            head_dim: dim,
-            v_head_dim,
-            scale: 0.1,
-            dtype: DType::F32,
-            softcap: None,
-        };
-        let case = Case::new(&mut random, shape.try_into().unwrap(), causal_task(19, 1), 1.0);
-        for isa in Isa::available() {
-            check(isa, &case);
+    for dim in (1..=256).step_by(256 / cases(256)) {
+        for dtype in [DType::F32, DType::Bf16, DType::F16] {
+            let (scale, softcap) = (0.1, None);
+            let v_head_dim = 1 + (dim * 37) % 256;
+            let shape =
+                HeadShape { q_heads: 2, kv_heads: 1, head_dim: dim, v_head_dim, scale, dtype, softcap };
+            // Now and then long enough for a whole block of keys.
+            let tokens = if dim % 16 == 3 { 150 } else { 19 };
+            let case = Case::new(&mut random, shape.try_into().unwrap(), causal_task(tokens, 1), 1.0);
+            for isa in isas() {
+                check(isa, &case);
+            }
         }
     }
+}
+
+/// A head of so many rows that it would be cut into chunks, without a cell, beside one with cells.
+#[test]
+fn a_long_head_without_keys_gives_zero_gradients() {
+    let mut random = Random(10);
+    let geometry = HeadGeometry::standard(16, 2, 8).unwrap();
+    let all = Span::to(512);
+    let slice = BandSlice::new(all, all, None, Some(0)).unwrap();
+    let mask = Mask::new(vec![MaskPart { kv_heads: Span::at(1, 1), slice }]).unwrap();
+    let task = Task::new(DOCUMENT, all, all, Span::to(2), &mask).unwrap();
+    let case = Case::new(&mut random, geometry, task, 1.0);
+    for isa in isas() {
+        check(isa, &case);
+    }
+}
+
+#[test]
+fn bf16_heads_are_cut_into_chunks_too() {
+    let mut random = Random(11);
+    let shape = HeadGeometry::standard(8, 1, 16).unwrap().shape();
+    let geometry = HeadShape { dtype: DType::Bf16, ..shape }.try_into().unwrap();
+    let case = Case::new(&mut random, geometry, causal_task(560, 1), 1.0);
+    for isa in isas() {
+        check(isa, &case);
+    }
+}
+
+/// Finite values so large that cells which do not count would overflow.
+#[test]
+fn extreme_values_stay_where_they_are_seen() {
+    let mut random = Random(12);
+    let geometry = HeadGeometry::standard(1, 1, 8).unwrap();
+    let clean = Case::new(&mut random, geometry, causal_task(40, 1), 1.0);
+    let mut low = clean.clone();
+    low.lse.data[0] = -3e38;
+    let mut large = clean.clone();
+    large.d_o.data[..8].fill(1e19);
+    large.v.data[20 * large.v.stride..][..8].fill(-2e18);
+    large.d.data[0] = 2e38;
+    for isa in isas() {
+        let before = run_one(isa, &clean, Direction::Backward);
+        for case in [&low, &large] {
+            let [dq, dk, dv] = run_one(isa, case, Direction::Backward).try_into().unwrap();
+            // The first row sees the first key alone.
+            let finite = |x: &[f32]| x.iter().all(|x| x.is_finite());
+            assert!(finite(&dq[8..20 * 8]) && finite(&dk[8..20 * 8]) && finite(&dv[8..20 * 8]), "{isa}");
+            assert_eq!(dv[30 * 8..], before[2][30 * 8..], "{isa}");
+        }
+    }
+}
+
+#[test]
+fn a_softcap_holds_whatever_comes() {
+    let mut random = Random(13);
+    let shape = HeadGeometry::standard(2, 1, 16).unwrap().shape();
+    for (softcap, size) in [(1e-37, 1.0), (2.0, 1e18), (1e30, 1.0)] {
+        let geometry = HeadShape { softcap: Some(softcap), ..shape }.try_into().unwrap();
+        let case = Case::new(&mut random, geometry, causal_task(150, 1), size);
+        for isa in isas() {
+            let actual = run_one(isa, &case, Direction::Forward);
+            for (name, (actual, expected)) in
+                ["o", "lse"].iter().zip(actual.iter().zip(case.reference(Direction::Forward)))
+            {
+                check_close(&format!("{name} with softcap {softcap} on {isa}"), actual, &expected, 1e-5);
+            }
+        }
+    }
+}
+
+/// The sign of a zero must not tell what a neighbour sees.
+#[test]
+fn zeros_of_o_are_positive() {
+    let mut random = Random(14);
+    let geometry = HeadGeometry::standard(1, 1, 8).unwrap();
+    let mut case = Case::new(&mut random, geometry, causal_task(300, 1), 1.0);
+    case.q.data.fill(1.0);
+    for (key, row) in case.k.data.chunks_mut(case.k.stride).enumerate() {
+        row[..8].fill(if key < 128 { 0.0 } else { 20.0 });
+    }
+    case.v.data.fill(-0.0);
+    case.v.data[0] = -1e-30;
+    for isa in isas() {
+        let o = run_one(isa, &case, Direction::Forward).remove(0);
+        assert!(o[130 * 8..].iter().all(|x| x.to_bits() == 0), "{isa}");
+    }
+}
+
+#[test]
+fn documents_end_at_the_largest_position() {
+    let mut random = Random(15);
+    let geometry = HeadGeometry::standard(4, 2, 16).unwrap();
+    let span = Span::at(MAX_TOKENS - 200, 200);
+    let slice = BandSlice::new(span, span, Some(-70), Some(0)).unwrap();
+    let mask = Mask::new(vec![MaskPart { kv_heads: Span::to(2), slice }]).unwrap();
+    let case =
+        Case::new(&mut random, geometry, Task::new(DOCUMENT, span, span, Span::to(2), &mask).unwrap(), 1.0);
+    for isa in isas() {
+        check(isa, &case);
+    }
+
+    // So many rows that their elements would not fit an address.
+    let rows = Span::to(6_148_914_691_236_517_206);
+    let slice = BandSlice::new(rows, Span::to(1), None, None).unwrap();
+    let mask = Mask::new(vec![MaskPart { kv_heads: Span::to(2), slice }]).unwrap();
+    let task = Task::new(DOCUMENT, rows, Span::to(1), Span::to(2), &mask).unwrap();
+    let geometry = HeadGeometry::standard(6, 2, 16).unwrap();
+    let tensor = Tensor::of(vec![0.0; 2 * 16], [1, 2, 16]);
+    let operands = Operands::Forward { q: QueryInput::InPlace, k: tensor.any(), v: tensor.any() };
+    let results = Results::Forward { o: vec![0.0; 64], lse: vec![0.0; 4] };
+    let error = refusal(KernelTask { geometry, task: &task, operands, results });
+    assert!(error.to_string().contains("task.q.end"), "{error}");
 }
 
 #[test]
@@ -56,7 +169,7 @@ fn short_shards_of_every_row_count_work() {
         let task =
             Task::new(DOCUMENT, Span::at(400 - rows, rows), Span::to(400), Span::to(1), &mask).unwrap();
         let case = Case::new(&mut random, geometry, task, 1.0);
-        for isa in Isa::available() {
+        for isa in isas() {
             check(isa, &case);
         }
     }
@@ -74,7 +187,7 @@ fn a_head_cut_into_backward_chunks_agrees() {
     let parts = slices.map(|slice| MaskPart { kv_heads: Span::to(1), slice });
     let task = Task::new(DOCUMENT, all, all, Span::to(1), &Mask::new(parts.to_vec()).unwrap()).unwrap();
     let case = Case::new(&mut random, geometry, task, 1.0);
-    for isa in Isa::available() {
+    for isa in isas() {
         check(isa, &case);
     }
 }
@@ -87,7 +200,7 @@ fn rows_without_keys_give_zero_and_minus_infinity() {
     let mask = Mask::new(vec![MaskPart { kv_heads: Span::at(1, 1), slice }]).unwrap();
     let task = Task::new(DOCUMENT, Span::to(100), Span::to(100), Span::to(2), &mask).unwrap();
     let case = Case::new(&mut random, geometry, task, 1.0);
-    for isa in Isa::available() {
+    for isa in isas() {
         check(isa, &case);
         let forward = run_one(isa, &case, Direction::Forward);
         let backward = run_one(isa, &case, Direction::Backward);
@@ -104,7 +217,7 @@ fn large_scores_do_not_overflow() {
     for (size, tolerance) in [(30.0, 2e-4), (1e3, 0.2)] {
         let geometry = HeadGeometry::standard(2, 1, 64).unwrap();
         let case = Case::new(&mut random, geometry, causal_task(300, 1), size);
-        for isa in Isa::available() {
+        for isa in isas() {
             // Weights depend on differences of scores in the thousands or millions, so f32 leaves little accuracy;
             // the reference's LSE tells where a row's weight lies all the same.
             let actual = run_one(isa, &case, Direction::Forward);
@@ -122,7 +235,7 @@ fn large_scores_do_not_overflow() {
 #[test]
 fn nan_and_infinity_show_where_they_are_seen_and_nowhere_else() {
     let mut random = Random(7);
-    for round in 0..40 {
+    for round in 0..cases(40) {
         let shape = random_geometry(&mut random).shape();
         let geometry = HeadShape { head_dim: 16, v_head_dim: 24, ..shape }.try_into().unwrap();
         let tokens = random.within(100..=400);
@@ -160,7 +273,7 @@ fn nan_and_infinity_show_where_they_are_seen_and_nowhere_else() {
                 h == head && (0..case.task.q().len()).any(|row| mask(row, h, token) && mask(row, h, key))
             }
         };
-        for isa in Isa::available() {
+        for isa in isas() {
             for direction in [Direction::Forward, Direction::Backward] {
                 if direction == Direction::Forward && tensor > 2 {
                     continue;
@@ -250,7 +363,7 @@ fn one_bad_task_stops_the_batch() {
 
 #[test]
 fn isas_have_names_and_do_their_flops() {
-    for isa in Isa::available() {
+    for isa in isas() {
         assert_eq!(isa.to_string().parse::<Isa>().unwrap(), isa);
         assert!(peak_loop(isa, DType::F32, 10) >= 10.0 * 2.0 * 4.0 * 8.0);
         let id = |dtype| kernel(isa, 1).numerics_id(dtype);

@@ -129,10 +129,12 @@ impl TaskHandler for Engine {
         }
         let KernelConfig { isa, threads, workspace_bytes: limit } = self.shared.kernel;
         let needed = task_workspace(isa, threads, &header.geometry, header.direction, &header.task);
-        if needed > limit {
+        // A batch of any tasks then fits: it takes at most twice as much as one of them.
+        if needed > limit / 2 {
             let message = format!(
-                "the task needs {needed} bytes of the kernel's working memory, this server has {limit} (a quarter of its \
-                 memory); cut the task into fewer keys, or give the server more memory"
+                "the task needs {needed} bytes of working memory, this server has {} for one (an eighth of its memory); cut the \
+                 task into fewer keys, or give the server more memory",
+                limit / 2
             );
             return Err(TaskError::new(ErrorKind::TooLarge, message));
         }

@@ -295,7 +295,7 @@ fn every_fault_of_a_header_is_named() {
     let span = |start, end| Some(v1::Span { start, end });
     refused(Unsupported, "protocol_version is 7, and 1 is spoken here", |h| h.protocol_version = 7);
     refused(Invalid, "softcap is -1", |h| h.geometry.as_mut().unwrap().softcap = Some(-1.0));
-    refused(Unsupported, "sink is not supported yet", |h| h.sink = true);
+    refused(Unsupported, "sink logits enter at home", |h| h.sink = true);
     refused(Invalid, "job has 257 bytes", |h| h.job = "x".repeat(MAX_NAME_BYTES + 1));
     refused(Invalid, "numerics_id has 257 bytes", |h| h.numerics_id = "x".repeat(MAX_NAME_BYTES + 1));
     refused(Invalid, "direction is not given", |h| h.direction = 0);

@@ -5,9 +5,9 @@
 //! sum starting from zero.
 
 use super::forward::{Scratch, transpose};
-use super::gradient::{Panel, Steps, add_dq, add_keys, score};
+use super::gradient::{KeySide, Panel, Steps, add_dq, add_keys, score};
 use super::key_gradients::KeyGradients;
-use super::keys::{KeySource, own_block_len};
+use super::keys::{Ahead, KeySource, own_block_len};
 use super::memory::Carver;
 use super::pack::words;
 use super::product::{GuardLeft, GuardRight, Open};
@@ -20,6 +20,9 @@ use crate::{MAX_HEAD_DIM, Span, TensorView};
 
 /// Rows whose scores against a block of keys are held at a time, at most.
 pub(super) const BLOCK_ROWS: usize = 256;
+
+/// Panels of a block of rows, with the narrowest vectors.
+pub(super) const MAX_PANELS: usize = BLOCK_ROWS / 4;
 
 /// What a backward task has for each row.
 #[derive(Clone, Copy)]
@@ -57,7 +60,7 @@ struct Layout {
     /// Words of a row, padded to vectors.
     width: usize,
     v_width: usize,
-    /// Elements of a row, padded to vectors.
+    /// Elements of a row, padded to vectors and tiles.
     padded: usize,
     v_padded: usize,
     per_word: usize,
@@ -66,7 +69,7 @@ struct Layout {
 
 impl Layout {
     #[inline(always)]
-    fn of<W: Words, const NV: usize>(work: &HeadWork) -> Self {
+    fn of<W: Words, const MR: usize, const NV: usize>(work: &HeadWork) -> Self {
         let (dim, v_dim) = (work.geometry.head_dim(), work.geometry.v_head_dim());
         let lanes = NV * W::V::LANES;
         Layout {
@@ -76,8 +79,8 @@ impl Layout {
             block_rows: BLOCK_ROWS / lanes * lanes,
             width: words::<W>(dim).next_multiple_of(W::V::LANES),
             v_width: words::<W>(v_dim).next_multiple_of(W::V::LANES),
-            padded: dim.next_multiple_of(W::V::LANES),
-            v_padded: v_dim.next_multiple_of(W::V::LANES),
+            padded: dim.next_multiple_of(W::V::LANES.max(MR)),
+            v_padded: v_dim.next_multiple_of(W::V::LANES.max(MR)),
             per_word: W::PER_WORD,
             own_block: own_block_len::<W>(work),
         }
@@ -112,7 +115,7 @@ impl Program for ChunkLen<'_> {
 
     #[inline(always)]
     fn run<W: Words, const MR: usize, const NV: usize>(self) -> usize {
-        Layout::of::<W, NV>(self.work).pieces().iter().map(|len| Carver::room(*len)).sum()
+        Layout::of::<W, MR, NV>(self.work).pieces().iter().map(|len| Carver::room(*len)).sum()
     }
 }
 
@@ -182,7 +185,7 @@ impl Program for BackwardChunk<'_> {
     #[inline(always)]
     fn run<W: Words, const MR: usize, const NV: usize>(self) {
         let BackwardChunk { work, rows, inputs, keys, dq, mut key_gradients, scratch } = self;
-        let layout = Layout::of::<W, NV>(work);
+        let layout = Layout::of::<W, MR, NV>(work);
         let Layout { dim, v_dim, lanes, block_rows, width, v_width, padded, v_padded, .. } = layout;
         let pieces = layout.pieces();
         let mut carver = Carver::new(&mut scratch.floats, pieces.iter().map(|len| Carver::room(*len)).sum());
@@ -213,7 +216,7 @@ impl Program for BackwardChunk<'_> {
             let panel_rows = |p: usize| Span::at(p * lanes, lanes.min(own.len() - p * lanes));
             scratch.positions.clear();
             scratch.positions.extend(own.iter().map(|row| work.position(row)));
-            let mut finite_rows = [true; BLOCK_ROWS / 8];
+            let mut finite_rows = [true; MAX_PANELS];
             for (p, finite) in finite_rows[..panels].iter_mut().enumerate() {
                 let rows = Span::at(own.start() + p * lanes, panel_rows(p).len());
                 // SAFETY: rows of a head are split among chunks, so no one writes these now.
@@ -232,7 +235,8 @@ impl Program for BackwardChunk<'_> {
                     lse[lane] = row_lse * std::f32::consts::LOG2_E;
                 }
                 d[lane] = inputs.d.row(token, head)[0];
-                finite_rows[lane / lanes] &= !lse[lane].is_nan() && d[lane].is_finite();
+                // Anything that could make more than an ordinary number of a cell that does not count.
+                finite_rows[lane / lanes] &= lse[lane] > f32::NEG_INFINITY && d[lane].abs() < f32::MAX / 2.0;
             }
             dq_t.fill(0.0);
 
@@ -251,11 +255,11 @@ impl Program for BackwardChunk<'_> {
                         steps.see(p, sight);
                     }
                 }
-                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
                 let mut finite = true;
-                for p in 0..panels {
+                for (p, own_finite) in finite_rows.iter().copied().enumerate().take(panels) {
                     steps.clear_unseen::<W>(p, lanes, weights, d_scores);
-                    finite &= finite_rows[p];
+                    finite &= own_finite;
                     let Some(sight) = steps.sights[p] else { continue };
                     scratch.bounds.clear();
                     if sight.masked {
@@ -285,25 +289,28 @@ impl Program for BackwardChunk<'_> {
                             d_scores,
                             dq: dq_t.as_mut_ptr().add(p * lanes * padded),
                         };
-                        let own = finite_rows[p];
-                        if score::<W, MR, NV>(&panel, &block_keys, sight, &scratch.bounds, own) && own {
+                        if score::<W, MR, NV>(&panel, &block_keys, sight, &scratch.bounds, own_finite) {
                             add_dq::<W, Open, MR, NV>(&panel, &block_keys, sight);
                         } else {
                             finite = false;
                             add_dq::<W, GuardLeft, MR, NV>(&panel, &block_keys, sight);
                         }
+                        // Once is enough.
+                        block_keys.ahead = Ahead::default();
                     }
                 }
                 // SAFETY: weights and score gradients of all steps' panels were written or cleared above; the gradients
                 // hold every key of the block that is there, and no one else holds them.
                 unsafe {
                     let [dk, dv] = key_gradients.open(work, block, [padded, v_padded], edge);
+                    let sides = [
+                        KeySide { cells: weights, rows: &d_o, to: dv.0, to_row: dv.1 },
+                        KeySide { cells: d_scores, rows: &q, to: dk.0, to_row: dk.1 },
+                    ];
                     if finite {
-                        add_keys::<W, Open, MR, NV>(&steps, weights, &d_o, block_rows, dv);
-                        add_keys::<W, Open, MR, NV>(&steps, d_scores, &q, block_rows, dk);
+                        add_keys::<W, Open, MR, NV>(&steps, block_rows, sides);
                     } else {
-                        add_keys::<W, GuardRight, MR, NV>(&steps, weights, &d_o, block_rows, dv);
-                        add_keys::<W, GuardRight, MR, NV>(&steps, d_scores, &q, block_rows, dk);
+                        add_keys::<W, GuardRight, MR, NV>(&steps, block_rows, sides);
                     }
                     key_gradients.close(work, block, [padded, v_padded], edge);
                 }

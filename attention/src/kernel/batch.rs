@@ -1,6 +1,6 @@
 //! What a kernel computes: tasks with their operands and result buffers, and the checks on them.
 
-use super::stream::{ForwardState, carry_len};
+use super::stream::ForwardState;
 use super::{Isa, KernelError};
 use crate::{AnyTensor, DType, Direction, Element, HeadGeometry, Span, Task, TensorView};
 
@@ -210,10 +210,10 @@ impl KernelTask<'_> {
                 holds("lse", lse.len(), elements(shapes.row))
             }
             (Operands::Stage { keys, .. }, Results::Stage(state)) => {
-                holds("o", state.o.len(), elements(shapes.o))?;
-                holds("lse", state.lse.len(), elements(shapes.row))?;
-                holds("carry", state.carry.len(), carry_len(isa, geometry, task))?;
-                state.check_keys(task, *keys).map_err(|expected| {
+                if !state.is_of(isa, geometry, task) {
+                    return Err(KernelError::OtherStage { index });
+                }
+                state.check_keys(*keys).map_err(|expected| {
                     let task = task.kv();
                     KernelError::BadStage { index, keys: *keys, expected, task }
                 })

@@ -69,6 +69,12 @@ pub enum KernelError {
         /// Positions of the task's keys.
         task: Span,
     },
+    /// A stage with the state of another task, or of another kernel's instruction set.
+    #[error("task {index} of the batch: the stage's state was started for another task or instruction set")]
+    OtherStage {
+        /// Index of the task in the batch.
+        index: usize,
+    },
     /// A stage with the results of a whole task, or the other way round.
     #[error(
         "task {index} of the batch: a stage needs the state of its task as its result, and nothing else does"

@@ -5,10 +5,10 @@
 //! neighbours are: blocks of keys at fixed positions, in order; the rescaling decision its own; cells it does not see
 //! an exact zero. A block that it does not see at all leaves it as it is, bit for bit.
 
-use super::keys::{BlockKeys, KeySource, own_block_len};
+use super::keys::{Ahead, BlockKeys, KeySource, own_block_len};
 use super::memory::{Buffer, Carver};
 use super::pack::{strip_len, words};
-use super::product::{Add, Guard, GuardLeft, Open, Product, Rescale, Store, prefetch, product};
+use super::product::{GuardLeft, Open, Product, Rescale, Rows, Store, Strips, prefetch, product};
 use super::simd::{Program, Vector, Words, copy_padded};
 use super::softmax::{Running, Scoring, soften};
 use super::visibility::{BLOCK, Sight, hide, lane_bounds, sight, slices_near};
@@ -84,7 +84,7 @@ struct Layout {
     /// Lanes of a panel.
     lanes: usize,
     panels: usize,
-    /// Words of a row of Q, and elements of a row of O, padded to vectors.
+    /// Words of a row of Q, padded to vectors, and elements of a row of O, padded to vectors and tiles.
     width: usize,
     v_width: usize,
     /// Words of a block of keys that the tile packs itself.
@@ -102,7 +102,7 @@ impl Layout {
             lanes,
             panels: rows.len().div_ceil(lanes),
             width: words::<W>(dim).next_multiple_of(W::V::LANES),
-            v_width: v_dim.next_multiple_of(W::V::LANES),
+            v_width: v_dim.next_multiple_of(W::V::LANES.max(MR)),
             own_block: own_block_len::<W>(work),
         }
     }
@@ -203,7 +203,7 @@ impl Program for ForwardTile<'_> {
                 if scratch.here.is_empty() {
                     continue;
                 }
-                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
                 for p in 0..panels {
                     let own = panel_rows(p);
                     let positions = &scratch.positions[own.range()];
@@ -232,12 +232,13 @@ impl Program for ForwardTile<'_> {
                             scores: scores.as_mut_ptr(),
                         };
                         let bounds = &scratch.bounds;
-                        match (guarded, vectors(p)) {
-                            (false, 1) => attend::<W, Open, MR, 1>(&panel, &block_keys, sight, bounds),
-                            (false, _) => attend::<W, Open, MR, NV>(&panel, &block_keys, sight, bounds),
-                            (true, 1) => attend::<W, GuardLeft, MR, 1>(&panel, &block_keys, sight, bounds),
-                            (true, _) => attend::<W, GuardLeft, MR, NV>(&panel, &block_keys, sight, bounds),
+                        if NV > 1 && vectors(p) == 1 {
+                            attend::<W, MR, 1>(&panel, &block_keys, sight, bounds, guarded);
+                        } else {
+                            attend::<W, MR, NV>(&panel, &block_keys, sight, bounds, guarded);
                         }
+                        // Once is enough.
+                        block_keys.ahead = Ahead::default();
                     }
                 }
             }
@@ -305,7 +306,8 @@ unsafe fn normalise<V: Vector>(weighted: *mut f32, stride: usize, dim: usize, ma
         // SAFETY: the caller vouches for it.
         unsafe {
             let at = weighted.add(d * stride);
-            V::select(unseen, V::splat(0.0), V::load(at).mul(factor)).store(at);
+            // Adding zero turns -0 into +0: which it was may depend on blocks that only a neighbour saw.
+            V::select(unseen, V::splat(0.0), V::load(at).fma(factor, V::splat(0.0))).store(at);
         }
     }
 }
@@ -326,17 +328,19 @@ pub(super) unsafe fn transpose<V: Vector>(from: *const f32, rows: usize, columns
     }
 }
 
-/// Takes the keys of `sight` in one block into a panel of `NV` vectors.
+/// Takes the keys of `sight` in one block into a panel of `NV` vectors; `guarded` when V may hold values that are not
+/// finite.
 ///
 /// # Safety
 /// The panel's pointers must be good for what they are documented to hold and distinct; `keys` must hold the keys of
 /// `sight`.
 #[inline(always)]
-unsafe fn attend<W: Words, G: Guard, const MR: usize, const NV: usize>(
+unsafe fn attend<W: Words, const MR: usize, const NV: usize>(
     panel: &Panel,
     keys: &BlockKeys,
     sight: Sight,
     bounds: &[f32],
+    guarded: bool,
 ) {
     let lanes = NV * W::V::LANES;
     let Sight { from, to, masked } = sight;
@@ -352,16 +356,14 @@ unsafe fn attend<W: Words, G: Guard, const MR: usize, const NV: usize>(
             let p = Product {
                 a: k,
                 a_row: keys.k.stride,
-                a_depth: 1,
                 a_segment: 0,
                 b: panel.q,
-                b_depth: lanes,
                 c: panel.scores.add(key * lanes),
                 c_row: lanes,
                 depth,
                 segments: 1,
             };
-            product::<W, Open, MR, NV>(p, Store);
+            product::<W, Rows, Open, MR, NV>(p, Store);
         }
     }
     // SAFETY: the panel's scores hold every key of the block.
@@ -381,18 +383,17 @@ unsafe fn attend<W: Words, G: Guard, const MR: usize, const NV: usize>(
             let p = Product {
                 a: v,
                 a_row: 1,
-                a_depth: MR,
                 a_segment: 0,
                 b: panel.scores.add(from * lanes),
-                b_depth: lanes,
                 c: panel.o.add(d * lanes),
                 c_row: lanes,
                 depth,
                 segments: 1,
             };
-            match factors {
-                None => product::<W, G, MR, NV>(p, Add),
-                Some(factors) => product::<W, G, MR, NV>(p, Rescale(factors)),
+            if guarded {
+                product::<W, Strips, GuardLeft, MR, NV>(p, Rescale(factors));
+            } else {
+                product::<W, Strips, Open, MR, NV>(p, Rescale(factors));
             }
         }
     }

@@ -1,9 +1,9 @@
 //! The backward pass of a block of rows against a block of keys.
 
-use super::backward::{BLOCK_ROWS, RowTensor};
+use super::backward::{MAX_PANELS, RowTensor};
 use super::keys::BlockKeys;
 use super::pack::{strip_len, words};
-use super::product::{Add, Guard, Open, Product, Store, prefetch, product};
+use super::product::{Add, Guard, Open, Product, Rows, Store, Strips, prefetch, product};
 use super::simd::{Single, Vector, Words};
 use super::softmax::Scoring;
 use super::visibility::{BLOCK, KEY_STEP, Sight, hide};
@@ -12,14 +12,14 @@ use crate::Span;
 /// Which panels of a block of rows see which steps of a block of keys.
 pub(super) struct Steps {
     /// What each panel sees.
-    pub(super) sights: [Option<Sight>; BLOCK_ROWS / 8],
+    pub(super) sights: [Option<Sight>; MAX_PANELS],
     /// For each step of keys, the range of panels to sum over: all that see it, and what lies between them.
     panels: [Span; BLOCK / KEY_STEP],
 }
 
 impl Default for Steps {
     fn default() -> Self {
-        Steps { sights: [None; BLOCK_ROWS / 8], panels: [Span::default(); BLOCK / KEY_STEP] }
+        Steps { sights: [None; MAX_PANELS], panels: [Span::default(); BLOCK / KEY_STEP] }
     }
 }
 
@@ -80,8 +80,8 @@ pub(super) struct Panel {
 }
 
 /// Computes weights and score gradients of the keys of `sight`. Returns false when a product is infinite or NaN, which
-/// every non-finite element of a row or a key leads to; then, or when `finite` says so of the rows, cells that do not
-/// count get zeros whatever else their row and key hold.
+/// every non-finite element of a row or a key leads to, or when `finite` is false, which says so of the rows; then cells
+/// that do not count get zeros whatever else their row and key hold.
 ///
 /// # Safety
 /// The panel's pointers must be good for what they are documented to hold, and distinct where nothing else is said;
@@ -110,16 +110,14 @@ pub(super) unsafe fn score<W: Words, const MR: usize, const NV: usize>(
                 let p = Product {
                     a: row,
                     a_row: rows.stride,
-                    a_depth: 1,
                     a_segment: 0,
                     b: columns,
-                    b_depth: lanes,
                     c: to_products.add(key * lanes),
                     c_row: lanes,
                     depth,
                     segments: 1,
                 };
-                product::<W, Open, MR, NV>(p, Store);
+                product::<W, Rows, Open, MR, NV>(p, Store);
             }
         }
     }
@@ -141,11 +139,11 @@ pub(super) unsafe fn score<W: Words, const MR: usize, const NV: usize>(
             (false, false) => weigh::<W, NV, true, false>(panel, from, to),
             (false, true) => weigh::<W, NV, true, true>(panel, from, to),
         }
-        finite_products
+        finite && finite_products
     }
 }
 
-/// False when one of `len` elements, whole vectors, is infinite or NaN.
+/// False when one of `len` elements, whole vectors, is NaN, infinite, or so large that twice as much is.
 ///
 /// # Safety
 /// `values` must be readable for `len` elements.
@@ -157,7 +155,8 @@ unsafe fn all_finite<V: Vector>(values: *const f32, len: usize) -> bool {
     for at in (0..len).step_by(4 * V::LANES) {
         for (n, sum) in sums.iter_mut().enumerate() {
             // SAFETY: the caller vouches for the elements; steps of keys are a multiple of four vectors.
-            *sum = unsafe { V::load(values.add(at + n * V::LANES)) }.fma(zero, *sum);
+            let value = unsafe { V::load(values.add(at + n * V::LANES)) };
+            *sum = value.add(value).fma(zero, *sum);
         }
     }
     V::all(sums[0].add(sums[1]).add(sums[2].add(sums[3])).lt(V::splat(1.0)))
@@ -232,61 +231,69 @@ pub(super) unsafe fn add_dq<W: Words, G: Guard, const MR: usize, const NV: usize
             let p = Product {
                 a: k,
                 a_row: 1,
-                a_depth: MR,
                 a_segment: 0,
                 b: d_scores.add(sight.from * lanes),
-                b_depth: lanes,
                 c: panel.dq.add(d * lanes),
                 c_row: lanes,
                 depth,
                 segments: 1,
             };
-            product::<W, G, MR, NV>(p, Add);
+            product::<W, Strips, G, MR, NV>(p, Add);
         }
     }
 }
 
-/// Adds to dV (from the weights and dO) or dK (from the score gradients and Q) of one block of keys. `to` is its
-/// first key's row, and the elements from one key to the next.
+/// What is summed into one block's keys.
+pub(super) struct KeySide<'a> {
+    /// Weights or score gradients.
+    pub(super) cells: &'a [f32],
+    /// dO or Q.
+    pub(super) rows: &'a RowTensor<'a>,
+    /// dV or dK: the first key's row,
+    pub(super) to: *mut f32,
+    /// and the elements from one key to the next.
+    pub(super) to_row: usize,
+}
+
+/// Adds to dV (from the weights and dO) and dK (from the score gradients and Q) of one block of keys.
 ///
 /// # Safety
-/// `cells` must hold `[panel][key][lane in words]` for all steps, and `to` all keys of the block that some panel sees.
+/// The cells must hold `[panel][key][lane in words]` for all steps, and what is added to all keys of the block that some
+/// panel sees.
 #[inline(always)]
 pub(super) unsafe fn add_keys<W: Words, G: Guard, const MR: usize, const NV: usize>(
     steps: &Steps,
-    cells: &[f32],
-    rows: &RowTensor<'_>,
     block_rows: usize,
-    (to, to_row): (*mut f32, usize),
+    sides: [KeySide<'_>; 2],
 ) {
     let lanes = NV * W::V::LANES;
     let per_panel = lanes / W::PER_WORD;
-    let padded = rows.dim.next_multiple_of(W::V::LANES);
-    for first in (0..padded).step_by(lanes) {
-        let group = lanes.min(padded - first);
-        let rows = rows.groups[first * block_rows / W::PER_WORD..].as_ptr();
-        for key in (0..BLOCK).step_by(MR) {
-            let panels = steps.panels[key / KEY_STEP];
-            if panels.is_empty() {
-                continue;
-            }
-            // SAFETY: the caller vouches for the cells and the keys; rows are grouped as `RowTensor` says.
-            unsafe {
-                let p = Product {
-                    a: cells.as_ptr().add((panels.start() * BLOCK + key) * per_panel),
-                    a_row: per_panel,
-                    a_depth: 1,
-                    a_segment: BLOCK * per_panel,
-                    b: rows.add(panels.start() * per_panel * group),
-                    b_depth: group,
-                    c: to.wrapping_add(key * to_row + first),
-                    c_row: to_row,
-                    depth: per_panel,
-                    segments: panels.len(),
-                };
-                match group / W::V::LANES {
-                    1 => product::<W, G, MR, 1>(p, Add),
-                    _ => product::<W, G, MR, NV>(p, Add),
+    for KeySide { cells, rows, to, to_row } in sides {
+        let padded = rows.dim.next_multiple_of(W::V::LANES);
+        for first in (0..padded).step_by(lanes) {
+            let group = lanes.min(padded - first);
+            let rows = rows.groups[first * block_rows / W::PER_WORD..].as_ptr();
+            for key in (0..BLOCK).step_by(MR) {
+                let panels = steps.panels[key / KEY_STEP];
+                if panels.is_empty() {
+                    continue;
+                }
+                // SAFETY: the caller vouches for the cells and the keys; rows are grouped as `RowTensor` says.
+                unsafe {
+                    let p = Product {
+                        a: cells.as_ptr().add((panels.start() * BLOCK + key) * per_panel),
+                        a_row: per_panel,
+                        a_segment: BLOCK * per_panel,
+                        b: rows.add(panels.start() * per_panel * group),
+                        c: to.wrapping_add(key * to_row + first),
+                        c_row: to_row,
+                        depth: per_panel,
+                        segments: panels.len(),
+                    };
+                    match group / W::V::LANES {
+                        1 if NV > 1 => product::<W, Rows, G, MR, 1>(p, Add),
+                        _ => product::<W, Rows, G, MR, NV>(p, Add),
+                    }
                 }
             }
         }

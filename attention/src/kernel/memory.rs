@@ -1,8 +1,8 @@
 //! Aligned working memory, kept for reuse.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
 /// Bytes of a cache line, which every buffer and piece is aligned to.
 const LINE: usize = 64;
@@ -47,10 +47,7 @@ impl Buffer {
         (bytes > 0).then(|| Layout::from_size_align(bytes, align).ok())?
     }
 
-    /// Makes room for `len` elements.
-    ///
-    /// # Panics
-    /// When memory runs out, or the length does not fit an address.
+    /// Makes room for `len` elements. Aborts when memory runs out.
     pub(super) fn grow(&mut self, len: usize) {
         if len <= self.len {
             return;
@@ -61,8 +58,10 @@ impl Buffer {
             handle_alloc_error(Layout::new::<[f32; LINE_ELEMENTS]>());
         };
         // SAFETY: the layout has a size above zero.
-        let Some(data) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        let Some(data) = NonNull::new(unsafe { alloc(layout) }) else { handle_alloc_error(layout) };
         advise_huge_pages(data, layout);
+        // SAFETY: the memory was just allocated with this size.
+        unsafe { data.write_bytes(0, layout.size()) }
         *self = Buffer { data: data.cast(), len };
     }
 
@@ -118,34 +117,67 @@ impl<'a> Carver<'a> {
     }
 }
 
-/// Buffers that no one uses at the moment.
+/// Buffers that threads share: as many as were reserved, and who finds none waits for one.
 #[derive(Debug, Default)]
-pub(super) struct Pool(Mutex<Vec<Buffer>>);
+pub(super) struct Pool {
+    state: Mutex<PoolState>,
+    returned: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct PoolState {
+    free: Vec<Buffer>,
+    /// No one will give a buffer back any more.
+    abandoned: bool,
+}
 
 impl Pool {
-    /// Makes sure that `count` buffers of at least `len` elements are there.
+    /// Holds exactly `count` buffers of at least `len` elements from now on.
     pub(super) fn reserve(&self, count: usize, len: usize) {
-        let mut free = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = count.max(free.len());
-        free.resize_with(count, Buffer::default);
-        for buffer in &mut *free {
+        let mut state = self.lock();
+        state.abandoned = false;
+        state.free.resize_with(count, Buffer::default);
+        for buffer in &mut state.free {
             buffer.grow(len);
         }
     }
 
-    /// A buffer that was reserved.
-    pub(super) fn take(&self, len: usize) -> Buffer {
-        let mut buffer = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
-        buffer.grow(len);
-        buffer
+    /// A buffer that was reserved, as soon as one is free; `None` once the pool is abandoned.
+    pub(super) fn take(&self) -> Option<Buffer> {
+        let mut state = self.lock();
+        loop {
+            if state.abandoned {
+                return None;
+            }
+            if let Some(buffer) = state.free.pop() {
+                return Some(buffer);
+            }
+            state = self.returned.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     pub(super) fn give_back(&self, buffer: Buffer) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(buffer);
+        self.lock().free.push(buffer);
+        self.returned.notify_one();
+    }
+
+    /// Lets no one wait for a buffer that a thread which panicked has.
+    pub(super) fn abandon(&self) {
+        self.lock().abandoned = true;
+        self.returned.notify_all();
+    }
+
+    /// Bytes of the largest buffer there.
+    pub(super) fn largest(&self) -> usize {
+        self.lock().free.iter().map(Buffer::bytes).max().unwrap_or(0)
     }
 
     /// Bytes of the buffers there.
     pub(super) fn bytes(&self) -> usize {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().map(Buffer::bytes).sum()
+        self.lock().free.iter().map(Buffer::bytes).sum()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -12,7 +12,7 @@
 //!
 //! NaN and infinities show in the results of the rows and keys that they meet in a cell that counts, and nowhere else.
 //!
-//! `attention/KERNEL.md` explains the algorithm and its layouts with pictures, and how to add an instruction set.
+//! `README.md` beside this file explains the algorithm and its layouts with a picture, and how to add an instruction set.
 
 // Vectors, raw tiles and rows shared among threads are where this crate needs `unsafe`.
 #[allow(unsafe_code)]
@@ -58,7 +58,7 @@ use std::sync::Arc;
 
 use forward::Scratch;
 use memory::Pool;
-use schedule::{Schedule, task_needs};
+use schedule::{Needs, Schedule, task_needs};
 
 use crate::{DType, Direction, HeadGeometry, Task};
 
@@ -75,8 +75,7 @@ pub struct KernelConfig {
     pub isa: Isa,
     /// Threads that compute, at least one. One computes on the caller's thread.
     pub threads: usize,
-    /// Bytes of working memory that the kernel may take, besides operands and results. A batch takes, for each thread,
-    /// what its most demanding head does: [`task_workspace`].
+    /// Bytes of working memory that the kernel may take, besides operands and results; see [`task_workspace`].
     pub workspace_bytes: usize,
 }
 
@@ -105,8 +104,11 @@ impl fmt::Debug for CpuKernel {
     }
 }
 
-/// Bytes of working memory that a kernel of `threads` threads needs for a batch with this task in it, if it is the most
-/// demanding one. Saturates.
+/// Bytes of working memory without which a kernel of `threads` threads cannot compute this task. A batch needs at most
+/// twice as much as the most demanding of its tasks; with more, more heads are computed at a time. Saturates.
+///
+/// # Panics
+/// When this machine lacks `isa`.
 pub fn task_workspace(
     isa: Isa,
     threads: usize,
@@ -114,7 +116,8 @@ pub fn task_workspace(
     direction: Direction,
     task: &Task,
 ) -> usize {
-    task_needs(isa, geometry, direction, task).bytes(threads)
+    let needs = task_needs(isa, geometry, direction, task);
+    needs.bytes(threads, needs.heads.min(1))
 }
 
 impl CpuKernel {
@@ -181,14 +184,13 @@ impl CpuKernel {
         let schedule = Schedule::new((isa, threads), batch, &self.pool, done);
         let needs = schedule.needs();
         let threads = threads.min(schedule.units());
-        let needed = needs.bytes(threads);
-        if needed > limit {
-            return Err(KernelError::WorkspaceTooSmall { needed, limit });
-        }
-        self.pool.reserve(threads, needs.head);
-        for scratch in &mut self.scratch[..threads] {
-            scratch.floats.grow(needs.scratch);
-        }
+        let Some(rooms) = needs.rooms(threads, limit) else {
+            return Err(KernelError::WorkspaceTooSmall {
+                needed: needs.bytes(threads, needs.heads.min(1)),
+                limit,
+            });
+        };
+        reserve(&mut self.scratch, &self.pool, Reservation { needs, threads, rooms, limit });
         let [own, others @ ..] = &mut self.scratch[..threads] else { return Ok(()) };
         if others.is_empty() {
             schedule.work(own);
@@ -208,4 +210,29 @@ impl CpuKernel {
         });
         Ok(())
     }
+}
+
+/// What a batch is given to work in.
+struct Reservation {
+    needs: Needs,
+    threads: usize,
+    rooms: usize,
+    limit: usize,
+}
+
+/// Makes the workspace fit a batch. What is there is kept, unless it would then be more than the limit.
+fn reserve(scratch: &mut [Scratch], pool: &Pool, to: Reservation) {
+    let Reservation { needs, threads, rooms, limit } = to;
+    let (used, idle) = scratch.split_at_mut(threads);
+    let grown = |held: usize, needed: usize| held.max(needed.next_multiple_of(16) * size_of::<f32>());
+    let scratches = used.iter().map(|s| grown(s.floats.bytes(), needs.scratch)).sum::<usize>();
+    if scratches.saturating_add(grown(pool.largest(), needs.room).saturating_mul(rooms)) > limit {
+        used.fill_with(Scratch::default);
+        pool.reserve(0, 0);
+    }
+    idle.fill_with(Scratch::default);
+    for scratch in used {
+        scratch.floats.grow(needs.scratch);
+    }
+    pool.reserve(rooms, needs.room);
 }

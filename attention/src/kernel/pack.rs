@@ -60,14 +60,23 @@ pub(super) fn pack_block<W: Words, const MR: usize>(
             }
         }
         Form::Strips => {
+            // A step of keys at a time, so that each strip gets whole cache lines.
             let strips = dim.div_ceil(MR);
-            let mut across = [0.0; MAX_DIM];
-            let across = &mut across[..strips * MR];
-            for key in blocks.steps(block).iter().step_by(W::PER_WORD) {
-                W::of_rows(row(key), row(key + W::PER_WORD - 1), across);
-                let strips = to.chunks_exact_mut(strip_len::<W, MR>());
-                for (strip, words) in strips.zip(across.as_chunks::<MR>().0) {
-                    strip[key / W::PER_WORD * MR..][..MR].copy_from_slice(words);
+            let mut across = [[0.0; MAX_DIM]; KEY_STEP];
+            let across = &mut across[..KEY_STEP / W::PER_WORD];
+            for step in blocks.steps(block).iter().step_by(KEY_STEP) {
+                for (n, across) in across.iter_mut().enumerate() {
+                    let key = step + n * W::PER_WORD;
+                    W::of_rows(row(key), row(key + W::PER_WORD - 1), &mut across[..strips * MR]);
+                }
+                let at = step / W::PER_WORD * MR;
+                for (strip, to) in to.chunks_exact_mut(strip_len::<W, MR>()).take(strips).enumerate() {
+                    let (to, _) = to[at..][..KEY_STEP / W::PER_WORD * MR].as_chunks_mut::<MR>();
+                    for (to, across) in to.iter_mut().zip(across.iter()) {
+                        if let Some(words) = across[strip * MR..].first_chunk::<MR>() {
+                            *to = *words;
+                        }
+                    }
                 }
             }
         }

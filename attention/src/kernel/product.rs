@@ -1,19 +1,18 @@
 //! The micro-kernel: one register tile of a matrix product.
 
-use super::simd::{Vector, Words};
+use super::simd::{MAX_TILE_ROWS, Vector, Words};
 
 /// `c[i][lane] (+)= sum over k of a(i, k) * b(k, lane)` for the rows and lanes of one register tile. Operands are words,
 /// and strides and depths count them.
 pub(super) struct Product {
-    /// Left operand: `a(i, k)` is at `i * a_row + k * a_depth` within a segment.
+    /// Left operand, as [`Lie`] says within a segment.
     pub(super) a: *const f32,
+    /// From one row to the next, where [`Rows`] lie.
     pub(super) a_row: usize,
-    pub(super) a_depth: usize,
     /// From one segment of the depth to the next.
     pub(super) a_segment: usize,
-    /// Right operand: `b(k, lane)` is at `k * b_depth + lane`, segments one after another.
+    /// Right operand: `NV` vectors for each step of the depth, segments one after another.
     pub(super) b: *const f32,
-    pub(super) b_depth: usize,
     /// Result: `c[i][lane]` is at `i * c_row + lane`.
     pub(super) c: *mut f32,
     pub(super) c_row: usize,
@@ -67,6 +66,9 @@ impl<V: Vector, const NV: usize> Finish<V> for Rescale<V, NV> {
 /// Whether the non-finite elements of one operand are kept out where the other has a weight of zero. Guards give the
 /// bits of [`Open`] where everything is finite.
 pub(super) trait Guard {
+    /// Whether it is so rarely needed that its code should be small.
+    const RARE: bool;
+
     fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V;
 }
 
@@ -80,6 +82,8 @@ pub(super) struct GuardLeft;
 pub(super) struct GuardRight;
 
 impl Guard for Open {
+    const RARE: bool = false;
+
     #[inline(always)]
     fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V {
         W::dot(left, right, sum)
@@ -87,6 +91,8 @@ impl Guard for Open {
 }
 
 impl Guard for GuardLeft {
+    const RARE: bool = true;
+
     #[inline(always)]
     fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V {
         W::dot(W::sanitise(left, right), right, sum)
@@ -94,11 +100,42 @@ impl Guard for GuardLeft {
 }
 
 impl Guard for GuardRight {
+    const RARE: bool = true;
+
     #[inline(always)]
     fn dot<W: Words>(left: W::V, right: W::V, sum: W::V) -> W::V {
         W::dot(left, W::sanitise(right, left), sum)
     }
 }
+
+/// How the left operand's rows and depth lie in memory.
+pub(super) trait Lie {
+    /// Words from one row to the next, and from one step of the depth to the next, of a tile of `MR` rows.
+    fn strides<const MR: usize>(row: usize) -> (usize, usize);
+}
+
+/// Rows lie `a_row` words apart, each contiguous along the depth.
+pub(super) struct Rows;
+
+/// A step of the depth has the rows side by side.
+pub(super) struct Strips;
+
+impl Lie for Rows {
+    #[inline(always)]
+    fn strides<const MR: usize>(row: usize) -> (usize, usize) {
+        (row, 1)
+    }
+}
+
+impl Lie for Strips {
+    #[inline(always)]
+    fn strides<const MR: usize>(_row: usize) -> (usize, usize) {
+        (1, MR)
+    }
+}
+
+/// Steps of the depth to a turn of the loop.
+const UNROLL: usize = 4;
 
 /// Computes a tile of `MR` rows by `NV` vectors. Each element is one chain of multiply-adds from zero in the order of
 /// the depth, whatever the other rows and lanes hold.
@@ -106,29 +143,31 @@ impl Guard for GuardRight {
 /// # Safety
 /// All elements addressed by `p` must lie within their buffers, and `c` must overlap neither operand.
 #[inline(always)]
-pub(super) unsafe fn product<W: Words, G: Guard, const MR: usize, const NV: usize>(
+pub(super) unsafe fn product<W: Words, L: Lie, G: Guard, const MR: usize, const NV: usize>(
     p: Product,
     finish: impl Finish<W::V>,
 ) {
+    const { assert!(MAX_TILE_ROWS.is_multiple_of(MR) && (NV == 1 || NV == 2)) }
     let mut sums = [[W::V::splat(0.0); NV]; MR];
     let mut b = p.b;
+    let (_, step) = L::strides::<MR>(p.a_row);
     for segment in 0..p.segments {
         // SAFETY: the caller vouches for every element addressed.
         unsafe {
             let mut a = p.a.add(segment * p.a_segment);
-            for _ in 0..p.depth {
-                let mut right = [W::V::splat(0.0); NV];
-                for (v, right) in right.iter_mut().enumerate() {
-                    *right = W::V::load(b.add(v * W::V::LANES));
+            let turns = if G::RARE { 0 } else { p.depth / UNROLL };
+            for _ in 0..turns {
+                for n in 0..UNROLL {
+                    let (a, b) = (a.add(n * step), b.add(n * NV * W::V::LANES));
+                    multiply::<W, L, G, MR, NV>(&mut sums, a, p.a_row, b);
                 }
-                for (i, sums) in sums.iter_mut().enumerate() {
-                    let left = W::V::splat(*a.add(i * p.a_row));
-                    for (sum, right) in sums.iter_mut().zip(right) {
-                        *sum = G::dot::<W>(left, right, *sum);
-                    }
-                }
-                a = a.wrapping_add(p.a_depth);
-                b = b.wrapping_add(p.b_depth);
+                a = a.wrapping_add(UNROLL * step);
+                b = b.wrapping_add(UNROLL * NV * W::V::LANES);
+            }
+            for _ in turns * UNROLL..p.depth {
+                multiply::<W, L, G, MR, NV>(&mut sums, a, p.a_row, b);
+                a = a.wrapping_add(step);
+                b = b.wrapping_add(NV * W::V::LANES);
             }
         }
     }
@@ -136,6 +175,33 @@ pub(super) unsafe fn product<W: Words, G: Guard, const MR: usize, const NV: usiz
         for (v, sum) in sums.iter().enumerate() {
             // SAFETY: the caller vouches for every element addressed.
             unsafe { finish.put(v, p.c.add(i * p.c_row + v * W::V::LANES), *sum) }
+        }
+    }
+}
+
+/// One step of the depth.
+///
+/// # Safety
+/// `a` and `b` must be readable for the step.
+#[inline(always)]
+unsafe fn multiply<W: Words, L: Lie, G: Guard, const MR: usize, const NV: usize>(
+    sums: &mut [[W::V; NV]; MR],
+    a: *const f32,
+    a_row: usize,
+    b: *const f32,
+) {
+    let (row, _) = L::strides::<MR>(a_row);
+    // SAFETY: the caller vouches for every element addressed.
+    unsafe {
+        let mut right = [W::V::splat(0.0); NV];
+        for (v, right) in right.iter_mut().enumerate() {
+            *right = W::V::load(b.add(v * W::V::LANES));
+        }
+        for (i, sums) in sums.iter_mut().enumerate() {
+            let left = W::V::splat(*a.add(i * row));
+            for (sum, right) in sums.iter_mut().zip(right) {
+                *sum = G::dot::<W>(left, right, *sum);
+            }
         }
     }
 }

@@ -4,9 +4,11 @@
 //! so neither the batch nor the threads show in the bits.
 //!
 //! Units of a head follow each other. So of all heads that have begun and not ended, only the last to begin can have
-//! units that no thread is at, and there are never more such heads than threads: each thread's share of the workspace is
-//! that of one head.
+//! units that no thread is at, and there are never more such heads than threads. Each takes a room of the workspace. There
+//! may be fewer rooms than threads: who begins a head waits for one, which the heads before it need no other thread to
+//! give back.
 
+use std::ptr::NonNull;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -44,10 +46,12 @@ pub(super) struct Schedule<'a> {
 /// Elements of workspace that a batch takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Needs {
-    /// For each thread.
+    /// Of each thread.
     pub(super) scratch: usize,
-    /// For each head in progress, of which there are at most as many as threads.
-    pub(super) head: usize,
+    /// Of the room of a head in progress.
+    pub(super) room: usize,
+    /// Heads that take a room.
+    pub(super) heads: usize,
 }
 
 struct TaskState<'a> {
@@ -81,7 +85,9 @@ struct HeadState {
     partials: Vec<(Partial, usize)>,
     /// Where the running state of each tile starts in the task's, for a stage.
     carries: Vec<usize>,
-    /// The head's share of the workspace, from its first unit to its last: packed keys, then partials.
+    /// Elements of the head's room: packed keys, then partials.
+    room_len: usize,
+    /// Its share of the workspace, from its first unit to its last.
     room: Mutex<Option<Buffer>>,
     units_left: AtomicUsize,
 }
@@ -99,14 +105,22 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Needs {
-    /// Bytes for `threads` threads. Saturates.
-    pub(super) fn bytes(self, threads: usize) -> usize {
-        self.scratch.saturating_add(self.head).saturating_mul(threads).saturating_mul(size_of::<f32>())
+    /// Bytes for `threads` threads and `rooms` heads in progress. Saturates.
+    pub(super) fn bytes(self, threads: usize, rooms: usize) -> usize {
+        let elements = self.scratch.saturating_mul(threads).saturating_add(self.room.saturating_mul(rooms));
+        elements.saturating_mul(size_of::<f32>())
     }
 
-    fn include(&mut self, scratch: usize, head: usize) {
+    /// How many of at most `threads` heads may be in progress in `limit` bytes, `None` when that is too little.
+    pub(super) fn rooms(self, threads: usize, limit: usize) -> Option<usize> {
+        let rooms = threads.min(self.heads);
+        (rooms.min(1)..=rooms).rev().find(|rooms| self.bytes(threads, *rooms) <= limit)
+    }
+
+    fn include(&mut self, scratch: usize, room: usize) {
         self.scratch = self.scratch.max(scratch);
-        self.head = self.head.max(head);
+        self.room = self.room.max(room);
+        self.heads += usize::from(room > 0);
     }
 }
 
@@ -134,15 +148,10 @@ impl HeadState {
         };
         let dtype = work.geometry.dtype();
         let packed = if shared { dispatch(isa, dtype, PackLen { work: &work, blocks }) } else { 0 };
-        let mut partials = Vec::new();
-        if work.direction == Direction::Backward && ranges.len() > 1 {
-            let mut at = Carver::room(packed);
-            for rows in &ranges {
-                let layout = Partial::of(&work, *rows);
-                partials.push((layout, at));
-                at += Carver::room(layout.len());
-            }
-        }
+        let (partials, room_len) = match work.direction {
+            Direction::Forward => (Vec::new(), packed),
+            Direction::Backward => partials(&work, &ranges, packed),
+        };
         let mut carries = Vec::new();
         if let Some(carry) = carry {
             let (len, starts) = head_carry(isa, &work);
@@ -151,27 +160,56 @@ impl HeadState {
         }
         let units_left = AtomicUsize::new(ranges.len());
         let room = Mutex::new(None);
-        let head = HeadState { task, work, blocks, packed, partials, carries, room, units_left };
+        let head = HeadState { task, work, blocks, packed, partials, carries, room_len, room, units_left };
         (head, ranges)
-    }
-
-    /// Elements of the head's room.
-    fn room_len(&self) -> usize {
-        self.partials.last().map_or(self.packed, |(layout, at)| at + layout.len())
     }
 }
 
 /// What a task without tensors takes at most, in any batch.
 pub(super) fn task_needs(isa: Isa, geometry: &HeadGeometry, direction: Direction, task: &Task) -> Needs {
     let mut needs = Needs::default();
+    let mut before: Option<HeadWork> = None;
     for kv_head in 0..task.kv_heads().len() {
-        for tile_rows in [TILE_ROWS, SMALL_TILE_ROWS] {
-            let work = HeadWork::new(*geometry, direction, task, task.kv(), kv_head);
-            let (head, ranges) = HeadState::new(isa, 0, work, tile_rows, None);
-            needs.include(scratch_len(isa, &head.work, &ranges), head.room_len());
+        let work = HeadWork::new(*geometry, direction, task, task.kv(), kv_head);
+        // Heads mostly have one mask, and then one need.
+        if before.as_ref().is_some_and(|before| before.slices == work.slices) {
+            continue;
         }
+        let dtype = geometry.dtype();
+        let blocks = work.blocks(Span::to(work.rows));
+        let packed = || dispatch(isa, dtype, PackLen { work: &work, blocks });
+        match direction {
+            Direction::Forward => {
+                let rows = Span::to(work.rows.min(TILE_ROWS));
+                let scratch = dispatch(isa, dtype, TileLen { work: &work, rows });
+                needs.include(scratch, if work.rows > SMALL_TILE_ROWS { packed() } else { 0 });
+            }
+            Direction::Backward => {
+                let scratch = dispatch(isa, dtype, ChunkLen { work: &work });
+                let packed = if work.rows > BLOCK_ROWS { packed() } else { 0 };
+                let (_, room) = partials(&work, &chunks(&work), packed);
+                needs.include(scratch, room);
+            }
+        }
+        before = Some(work);
     }
     needs
+}
+
+/// Where the chunks' shares of dK and dV lie in a head's room after its packed keys, and the elements of the room. A
+/// single chunk has none.
+fn partials(work: &HeadWork, chunks: &[Span], packed: usize) -> (Vec<(Partial, usize)>, usize) {
+    let mut partials = Vec::new();
+    let mut room = packed;
+    if chunks.len() > 1 {
+        for rows in chunks {
+            let layout = Partial::of(work, *rows);
+            let at = Carver::room(room);
+            partials.push((layout, at));
+            room = at + layout.len();
+        }
+    }
+    (partials, room)
 }
 
 /// Elements of scratch that the longest unit of a head takes.
@@ -222,11 +260,15 @@ impl<'a> Schedule<'a> {
                 let work = HeadWork::new(geometry, direction, task, keys, kv_head);
                 let carry = matches!(outputs, Outputs::Stage { .. }).then_some(&mut carried);
                 let (head, ranges) = HeadState::new(isa, index, work, tile_rows, carry);
-                needs.include(scratch_len(isa, &head.work, &ranges), head.room_len());
+                needs.include(scratch_len(isa, &head.work, &ranges), head.room_len);
                 units_left += ranges.len();
-                let flops = |rows| match direction {
-                    Direction::Forward => geometry.forward_flops(head.work.cells(rows)),
-                    Direction::Backward => geometry.backward_flops(head.work.cells(rows)),
+                let flops = |rows| {
+                    let (dim, v_dim) = (geometry.head_dim() as f64, geometry.v_head_dim() as f64);
+                    let cells = head.work.cells(rows) as f64;
+                    match direction {
+                        Direction::Forward => cells * (dim + v_dim),
+                        Direction::Backward => cells * (3.0 * dim + 2.0 * v_dim),
+                    }
                 };
                 let head_cost = flops(Span::to(head.work.rows));
                 for (place, rows) in ranges.into_iter().enumerate() {
@@ -258,10 +300,12 @@ impl<'a> Schedule<'a> {
 
     /// Computes units until none is left.
     pub(super) fn work(&self, scratch: &mut Scratch) {
+        let _guard = AbandonOnPanic(self.pool);
         while let Some(unit) = self.units.get(self.next.fetch_add(1, Ordering::Relaxed)) {
             let head = &self.heads[unit.head];
             let task = &self.tasks[head.task];
-            self.compute(unit, head, task, scratch);
+            let Some(room) = self.room(head, task.key_tensors()) else { return };
+            self.compute(unit, head, task, room, scratch);
             if head.units_left.fetch_sub(1, Ordering::AcqRel) == 1 {
                 self.finish_head(head, task);
             }
@@ -273,18 +317,25 @@ impl<'a> Schedule<'a> {
         }
     }
 
-    fn compute(&self, unit: &Unit, head: &HeadState, task: &TaskState<'_>, scratch: &mut Scratch) {
+    fn compute(
+        &self,
+        unit: &Unit,
+        head: &HeadState,
+        task: &TaskState<'_>,
+        room: *mut f32,
+        scratch: &mut Scratch,
+    ) {
         let (isa, dtype) = (self.isa, head.work.geometry.dtype());
         let (work, rows) = (&head.work, unit.rows);
         let tensors = task.key_tensors();
-        let room = self.room(head, tensors);
         let keys = match head.packed {
             0 => KeySource::Tensors(tensors),
-            // SAFETY: the room holds as many elements, packed and not written again until the head's last unit is done.
-            len => KeySource::Packed {
-                blocks: head.blocks,
-                words: unsafe { std::slice::from_raw_parts(room, len) },
-            },
+            len => {
+                // SAFETY: the room holds as many elements, packed and not written again until the head's last unit is
+                // done.
+                let words = unsafe { std::slice::from_raw_parts(room, len) };
+                KeySource::Packed { blocks: head.blocks, words }
+            }
         };
         match (&task.operands, &task.outputs) {
             (Operands::Forward { q, .. }, Outputs::Forward { o, lse }) => {
@@ -318,22 +369,23 @@ impl<'a> Schedule<'a> {
         }
     }
 
-    /// The head's room, with its keys packed. Threads that need them while another packs them wait for it.
-    fn room(&self, head: &HeadState, tensors: KeyTensors<'_>) -> *mut f32 {
-        if head.room_len() == 0 {
-            return std::ptr::null_mut();
+    /// The head's room, with its keys packed. Threads that need them while another packs them wait for it. `None` when
+    /// another thread has panicked.
+    fn room(&self, head: &HeadState, tensors: KeyTensors<'_>) -> Option<*mut f32> {
+        if head.room_len == 0 {
+            return Some(NonNull::dangling().as_ptr());
         }
         let mut room = lock(&head.room);
         if let Some(room) = &*room {
-            return room.address();
+            return Some(room.address());
         }
-        let mut buffer = self.pool.take(head.room_len());
+        let mut buffer = self.pool.take()?;
         if head.packed > 0 {
             let (work, blocks) = (&head.work, head.blocks);
-            let to = &mut buffer.of(head.packed)[..head.packed];
+            let to = &mut buffer.of(head.room_len)[..head.packed];
             dispatch(self.isa, work.geometry.dtype(), Pack { work, tensors, blocks, to });
         }
-        room.insert(buffer).address()
+        Some(room.insert(buffer).address())
     }
 
     /// What remains when all units of a head are done: sum its shares of dK and dV, free its room.
@@ -355,6 +407,17 @@ impl<'a> Schedule<'a> {
     }
 }
 
+/// Lets the other threads end when one panics, instead of waiting for what it has.
+struct AbandonOnPanic<'a>(&'a Pool);
+
+impl Drop for AbandonOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.abandon();
+        }
+    }
+}
+
 impl<'a> TaskState<'a> {
     fn key_tensors(&self) -> KeyTensors<'a> {
         match &self.operands {
@@ -373,7 +436,7 @@ impl Outputs {
             Results::Forward { o, lse } => {
                 Outputs::Forward { o: Output::new(o, shapes.o), lse: Output::new(lse, shapes.row) }
             }
-            Results::Stage(ForwardState { next, carry, o, lse }) => {
+            Results::Stage(ForwardState { next, carry, o, lse, .. }) => {
                 let finish = keys.end() == task.kv().end();
                 let stage = Stage { resume: *next > task.kv().start(), finish };
                 *next = keys.end();
@@ -416,8 +479,12 @@ fn query_rows<'a>(input: &QueryInput<'a>, result: &'a Output) -> QueryRows<'a> {
 /// Ranges of rows for the backward pass, about equally long to compute. They decide how dK and dV are summed, so they
 /// depend on the task alone.
 fn chunks(work: &HeadWork) -> Vec<Span> {
-    let count = (work.rows / CHUNK_ROWS).clamp(1, MAX_CHUNKS) as u64;
-    let total = work.cells(Span::to(work.rows));
+    let all = Span::to(work.rows);
+    let count = (work.rows / CHUNK_ROWS).clamp(1, MAX_CHUNKS) as u128;
+    if count == 1 {
+        return vec![all];
+    }
+    let total = work.cells(all);
     // Fine enough, and few even for rows without end.
     let step = (work.rows / 1024).next_multiple_of(2 * BLOCK).max(2 * BLOCK);
     let mut ranges = Vec::new();
@@ -425,8 +492,8 @@ fn chunks(work: &HeadWork) -> Vec<Span> {
     for at in (0..work.rows).step_by(step) {
         let end = (at + step).min(work.rows);
         cells += work.cells(Span::at(at, end - at));
-        let cut = cells * count >= total * (ranges.len() as u64 + 1) && ranges.len() as u64 + 1 < count;
-        if cut && end < work.rows {
+        let cuts = ranges.len() as u128 + 1;
+        if cells > 0 && cells * count >= total * cuts && cuts < count && end < work.rows {
             ranges.push(Span::at(start, end - start));
             start = end;
         }

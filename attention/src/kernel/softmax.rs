@@ -51,8 +51,7 @@ pub(super) struct Running {
 }
 
 /// Turns the scores `[key][lane]` of keys `from..to` into weights, in words along the keys from the first on, and brings
-/// each lane's maximum and sum up to date. Returns the factors to rescale O by when some lane needs it; a lane that
-/// does not has a factor of exactly one.
+/// each lane's maximum and sum up to date. Returns the factors to rescale O by: exactly one where a lane needs none.
 ///
 /// # Safety
 /// `scores` must be readable and writable for `NV` vectors at each key, the running state for `NV` vectors.
@@ -63,7 +62,7 @@ pub(super) unsafe fn soften<W: Words, const NV: usize>(
     factor: f32,
     from: usize,
     to: usize,
-) -> Option<[W::V; NV]> {
+) -> [W::V; NV] {
     let lanes = NV * W::V::LANES;
     let factor = W::V::splat(factor);
     let mut maxima = [W::V::splat(f32::NEG_INFINITY); NV];
@@ -74,7 +73,6 @@ pub(super) unsafe fn soften<W: Words, const NV: usize>(
         }
     }
     let mut factors = [W::V::splat(1.0); NV];
-    let mut rescale = false;
     for v in 0..NV {
         // SAFETY: the caller vouches for the maxima and sums of the panel's lanes.
         unsafe {
@@ -82,7 +80,6 @@ pub(super) unsafe fn soften<W: Words, const NV: usize>(
             let old = W::V::load(running.max.add(at));
             let new = maxima[v].mul(factor);
             let grows = old.add(W::V::splat(SLACK)).lt(new);
-            rescale |= W::V::any(grows);
             let max = W::V::select(grows, new, old);
             factors[v] = W::V::select(grows, exp2(old.sub(max)), W::V::splat(1.0));
             max.store(running.max.add(at));
@@ -118,5 +115,5 @@ pub(super) unsafe fn soften<W: Words, const NV: usize>(
             sum.add(*block_sum).store(running.sum.add(v * W::V::LANES));
         }
     }
-    rescale.then_some(factors)
+    factors
 }

@@ -14,6 +14,9 @@ use crate::{Direction, HeadGeometry, Span, Task};
 /// [`CpuKernel::start`](super::CpuKernel::start).
 #[derive(Clone, Debug, PartialEq)]
 pub struct ForwardState {
+    isa: Isa,
+    geometry: HeadGeometry,
+    task: Task,
     /// Position of the first key still to come.
     pub(super) next: usize,
     /// Running state of all tiles.
@@ -29,6 +32,9 @@ impl ForwardState {
         let shapes = task.shapes(geometry);
         let zeros = |shape: [usize; 3]| vec![0.0; shape.iter().product()];
         ForwardState {
+            isa,
+            geometry: *geometry,
+            task: task.clone(),
             next: task.kv().start(),
             carry: vec![0.0; carry_len(isa, geometry, task)],
             o: zeros(shapes.o),
@@ -41,8 +47,14 @@ impl ForwardState {
         self.next
     }
 
+    /// True when it was started for this task.
+    pub(super) fn is_of(&self, isa: Isa, geometry: &HeadGeometry, task: &Task) -> bool {
+        self.isa == isa && self.geometry == *geometry && self.task == *task
+    }
+
     /// Checks that `keys` may come next; else where they should start.
-    pub(super) fn check_keys(&self, task: &Task, keys: Span) -> Result<(), usize> {
+    pub(super) fn check_keys(&self, keys: Span) -> Result<(), usize> {
+        let task = &self.task;
         let ends_well = keys.end() == task.kv().end() || keys.end().is_multiple_of(BLOCK);
         if keys.start() == self.next && !keys.is_empty() && task.kv().covers(keys) && ends_well {
             Ok(())

@@ -53,9 +53,10 @@ impl HeadWork {
     }
 
     /// Cells of `rows`, each counted once a row.
-    pub(super) fn cells(&self, rows: Span) -> u64 {
-        let cells = |s: &BandSlice| s.clip(self.positions(rows), self.kv).map_or(0, |s| s.cells());
-        self.slices.iter().map(cells).sum::<u64>() * self.geometry.group() as u64
+    pub(super) fn cells(&self, rows: Span) -> u128 {
+        let cells =
+            |s: &BandSlice| s.clip(self.positions(rows), self.kv).map_or(0, |s| u128::from(s.cells()));
+        self.slices.iter().map(cells).sum::<u128>() * self.geometry.group() as u128
     }
 
     /// The blocks of keys that `rows` see.

@@ -209,6 +209,20 @@ pub fn bits(tensors: &[Vec<f32>]) -> Vec<Vec<u32>> {
     tensors.iter().map(|t| t.iter().map(|x| x.to_bits()).collect()).collect()
 }
 
+/// The instruction sets to test: all that this machine has, or the one that OUTBOARD_TEST_ISA names.
+pub fn isas() -> Vec<Isa> {
+    match std::env::var("OUTBOARD_TEST_ISA") {
+        Ok(name) => vec![name.parse().unwrap()],
+        Err(_) => Isa::available(),
+    }
+}
+
+/// How many random cases to try of `usual`: that many, or as OUTBOARD_TEST_SHARE says, for slow machines and emulators.
+pub fn cases(usual: usize) -> usize {
+    let share = std::env::var("OUTBOARD_TEST_SHARE").map_or(1.0, |share| share.parse::<f64>().unwrap());
+    ((usual as f64 * share).ceil() as usize).max(1)
+}
+
 pub fn kernel(isa: Isa, threads: usize) -> CpuKernel {
     CpuKernel::new(KernelConfig::new(isa, threads)).unwrap()
 }

@@ -12,7 +12,7 @@ use crate::kernel::Isa;
 pub(in crate::kernel) trait Program {
     type Output;
 
-    /// Runs with register tiles of `MR` rows by `NV` vectors, `NV` one or two.
+    /// Runs with register tiles of `MR` rows by `NV` vectors: `MR` divides [`MAX_TILE_ROWS`], and `NV` is one or two.
     fn run<W: Words, const MR: usize, const NV: usize>(self) -> Self::Output;
 }
 
@@ -27,8 +27,8 @@ pub(in crate::kernel) const MAX_TILE_ROWS: usize = 8;
 pub(in crate::kernel) fn dispatch<P: Program>(isa: Isa, dtype: DType, program: P) -> P::Output {
     assert!(isa.is_available(), "isa {isa} is not available on this machine");
     match (isa, dtype) {
-        (Isa::Portable, DType::Bf16) => program.run::<PortablePairs, 4, 1>(),
-        (Isa::Portable, _) => program.run::<Single<Portable>, 4, 1>(),
+        (Isa::Portable, DType::Bf16) => program.run::<PortablePairs, 8, 1>(),
+        (Isa::Portable, _) => program.run::<Single<Portable>, 8, 1>(),
         // SAFETY: the assertion above found the features.
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2, _) => unsafe { avx2(program) },

@@ -48,7 +48,6 @@ pub(in crate::kernel) trait Vector: Copy {
     fn lt(self, other: Self) -> Self::Mask;
     fn and(a: Self::Mask, b: Self::Mask) -> Self::Mask;
     fn or(a: Self::Mask, b: Self::Mask) -> Self::Mask;
-    fn any(mask: Self::Mask) -> bool;
     fn all(mask: Self::Mask) -> bool;
     fn select(mask: Self::Mask, yes: Self, no: Self) -> Self;
     /// Transposes a square of `LANES` x `LANES`: `to[c * to_row + r] = from[r * from_row + c]`.
@@ -238,7 +237,7 @@ pub(super) fn exp2<V: Vector>(x: V) -> V {
 /// `2^x`, to about 3e-6 relative: far below what rounding to bf16 leaves.
 #[inline(always)]
 fn exp2_for_bf16<V: Vector>(x: V) -> V {
-    power(x, 9.570_1e-3, [5.591_786_3e-2, 2.402_474_5e-1, 6.931_218e-1, 9.999_992_6e-1])
+    power(x, 9.570_1e-3, [5.591_786_3e-2, 2.402_474_5e-1, 6.931_218e-1, 9.999_993e-1])
 }
 
 /// A polynomial for the fraction, minimax on [-1/2, 1/2], and the integral part into the exponent.
@@ -257,7 +256,7 @@ fn power<V: Vector, const N: usize>(x: V, leading: f32, coefficients: [f32; N]) 
 #[inline(always)]
 pub(super) fn tanh<V: Vector>(x: V) -> V {
     const NEAR: f32 = 0.625;
-    const COEFFICIENTS: [f32; 4] = [2.063_908e-2, -5.373_971_3e-2, 1.333_144_2e-1, -3.333_328_2e-1];
+    const COEFFICIENTS: [f32; 4] = [2.063_908e-2, -5.373_971e-2, 1.333_144_2e-1, -3.333_328e-1];
     let one = V::splat(1.0);
     let z = x.mul(x);
     let mut p = V::splat(-5.704_98e-3);
@@ -267,5 +266,7 @@ pub(super) fn tanh<V: Vector>(x: V) -> V {
     let near = p.mul(z).fma(x, x);
     let e = exp2(x.mul(V::splat(2.0 * std::f32::consts::LOG2_E)));
     let far = one.sub(V::splat(2.0).div(e.add(one)));
+    // Infinity has no power of two to divide by.
+    let far = V::select(V::splat(16.0).lt(x), one, far);
     V::select(z.lt(V::splat(NEAR * NEAR)), near, far)
 }

@@ -7,7 +7,7 @@ use crate::kernel::row::Row;
 
 /// Lanes in a plain array.
 #[derive(Clone, Copy)]
-pub(in crate::kernel) struct Portable([f32; 8]);
+pub(in crate::kernel) struct Portable([f32; 4]);
 
 impl Portable {
     #[inline(always)]
@@ -24,24 +24,24 @@ impl Portable {
 const ROUNDER: f32 = 12_582_912.0;
 
 impl Vector for Portable {
-    const LANES: usize = 8;
-    type Mask = [bool; 8];
+    const LANES: usize = 4;
+    type Mask = [bool; 4];
 
     #[inline(always)]
     fn splat(x: f32) -> Self {
-        Portable([x; 8])
+        Portable([x; 4])
     }
 
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller vouches for 8 readable elements; an array of f32 has f32's alignment.
-        Portable(unsafe { from.cast::<[f32; 8]>().read() })
+        // SAFETY: the caller vouches for 4 readable elements; an array of f32 has f32's alignment.
+        Portable(unsafe { from.cast::<[f32; 4]>().read() })
     }
 
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller vouches for 8 writable elements; an array of f32 has f32's alignment.
-        unsafe { to.cast::<[f32; 8]>().write(self.0) }
+        // SAFETY: the caller vouches for 4 writable elements; an array of f32 has f32's alignment.
+        unsafe { to.cast::<[f32; 4]>().write(self.0) }
     }
 
     #[inline(always)]
@@ -77,7 +77,7 @@ impl Vector for Portable {
 
     #[inline(always)]
     fn round(self) -> Self {
-        self.add(Portable([ROUNDER; 8])).sub(Portable([ROUNDER; 8]))
+        self.add(Portable([ROUNDER; 4])).sub(Portable([ROUNDER; 4]))
     }
 
     #[inline(always)]
@@ -90,8 +90,8 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn lt(self, other: Self) -> [bool; 8] {
-        let mut mask = [false; 8];
+    fn lt(self, other: Self) -> [bool; 4] {
+        let mut mask = [false; 4];
         for (mask, (a, b)) in mask.iter_mut().zip(self.0.iter().zip(other.0)) {
             *mask = *a < b;
         }
@@ -99,7 +99,7 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn and(mut a: [bool; 8], b: [bool; 8]) -> [bool; 8] {
+    fn and(mut a: [bool; 4], b: [bool; 4]) -> [bool; 4] {
         for (a, b) in a.iter_mut().zip(b) {
             *a &= b;
         }
@@ -107,7 +107,7 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn or(mut a: [bool; 8], b: [bool; 8]) -> [bool; 8] {
+    fn or(mut a: [bool; 4], b: [bool; 4]) -> [bool; 4] {
         for (a, b) in a.iter_mut().zip(b) {
             *a |= b;
         }
@@ -115,17 +115,12 @@ impl Vector for Portable {
     }
 
     #[inline(always)]
-    fn any(mask: [bool; 8]) -> bool {
-        mask.contains(&true)
-    }
-
-    #[inline(always)]
-    fn all(mask: [bool; 8]) -> bool {
+    fn all(mask: [bool; 4]) -> bool {
         !mask.contains(&false)
     }
 
     #[inline(always)]
-    fn select(mask: [bool; 8], yes: Self, no: Self) -> Self {
+    fn select(mask: [bool; 4], yes: Self, no: Self) -> Self {
         let mut out = no.0;
         for (out, (mask, yes)) in out.iter_mut().zip(mask.iter().zip(yes.0)) {
             *out = if *mask { yes } else { *out };
@@ -135,9 +130,9 @@ impl Vector for Portable {
 
     #[inline(always)]
     unsafe fn transpose(from: *const f32, from_row: usize, to: *mut f32, to_row: usize) {
-        for row in 0..8 {
-            for column in 0..8 {
-                // SAFETY: the caller vouches for both 8 x 8 squares.
+        for row in 0..4 {
+            for column in 0..4 {
+                // SAFETY: the caller vouches for both 4 x 4 squares.
                 unsafe { *to.add(column * to_row + row) = *from.add(row * from_row + column) }
             }
         }
@@ -196,9 +191,11 @@ impl Words for PortablePairs {
 
     #[inline(always)]
     unsafe fn store_run(lanes: Portable, to: *mut f32, at: usize) {
-        for (lane, x) in lanes.0.iter().enumerate() {
+        let (pairs, _) = lanes.0.as_chunks::<2>();
+        for (n, [first, second]) in pairs.iter().enumerate() {
+            let word = pair(bf16::from_f32(*first), bf16::from_f32(*second));
             // SAFETY: the caller vouches for the elements, two of which fill a word.
-            unsafe { *to.cast::<bf16>().add(at + lane) = bf16::from_f32(*x) }
+            unsafe { *to.add(at / 2 + n) = word }
         }
     }
 

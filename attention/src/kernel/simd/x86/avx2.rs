@@ -103,12 +103,6 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    fn any(mask: __m256) -> bool {
-        // SAFETY: as in splat.
-        unsafe { _mm256_movemask_ps(mask) != 0 }
-    }
-
-    #[inline(always)]
     fn all(mask: __m256) -> bool {
         // SAFETY: as in splat.
         unsafe { _mm256_movemask_ps(mask) == 0xff }

@@ -100,11 +100,6 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn any(mask: __mmask16) -> bool {
-        mask != 0
-    }
-
-    #[inline(always)]
     fn all(mask: __mmask16) -> bool {
         mask == u16::MAX
     }
@@ -171,8 +166,9 @@ impl Words for Avx512Pairs {
     fn dot(left: Avx512, right: Avx512, sum: Avx512) -> Avx512 {
         // SAFETY: code over this type runs only where dispatch found AVX-512F, BW, VL and BF16; 512 bits are 512 bits.
         unsafe {
-            let (left, right) = (_mm512_castps_si512(left.0), _mm512_castps_si512(right.0));
-            Avx512(_mm512_dpbf16_ps(sum.0, transmute(left), transmute(right)))
+            let left = transmute::<__m512, __m512bh>(left.0);
+            let right = transmute::<__m512, __m512bh>(right.0);
+            Avx512(_mm512_dpbf16_ps(sum.0, left, right))
         }
     }
 

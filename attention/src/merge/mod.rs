@@ -1,10 +1,14 @@
 //! Putting a rank's results together from those of its tasks: LSE merge of partial outputs, and sums of partial
-//! gradients in plan order.
+//! gradients in plan order. Attention sinks join last.
 //!
 //! Nothing here adds up in order of arrival: callers collect what arrives and hand it over in plan order.
 
+mod sink;
+
 use crate::math::{exp, ln};
 use crate::{InvalidAttention, Span, TensorView};
+
+pub use sink::{InvalidSinks, apply_sinks, sink_gradient};
 
 /// A mutable view `[tokens, heads, dim]` of f32: element `(t, h, d)` is `data[t * stride + h * dim + d]`. A rank's
 /// home buffer holds its documents packed one after another, so a token's row is its document's first row plus its
