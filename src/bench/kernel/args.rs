@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context, ensure};
 use outboard_attention::kernel::Isa;
 use outboard_attention::{
-    BandSlice, DType, Direction, DocumentId, HeadGeometry, HeadShape, MAX_TOKENS, Mask, MaskPart, Span, Task,
+    DType, Direction, DocumentId, HeadGeometry, HeadShape, MAX_TOKENS, Mask, Span, Task,
 };
 
 /// Arguments of `outboard bench kernel`.
@@ -46,7 +46,8 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "f32")]
     pub(crate) dtype: Vec<DType>,
     /// Which cells count: causal, full, window:W for the last W keys before each query and its own, sink-window:S:W for
-    /// the first S keys besides, or prefix:P for causal with the first P keys open to all.
+    /// the first S keys besides, shifted-sparse:G for groups of G tokens which half of the heads shift by a half, or
+    /// shared-prefix:P:B for B equal branches after P tokens that all of them see.
     #[arg(long, default_value = "causal")]
     pub(crate) mask: MaskKind,
     /// Directions to measure: forward or backward.
@@ -73,7 +74,8 @@ pub(crate) enum MaskKind {
     Full,
     Window(usize),
     SinkWindow { sink: usize, window: usize },
-    Prefix(usize),
+    ShiftedSparse(usize),
+    SharedPrefix { prefix: usize, branches: usize },
 }
 
 pub(crate) fn dtype(name: &str) -> Result<DType, String> {
@@ -114,8 +116,15 @@ impl FromStr for MaskKind {
                 sink: above_zero("sink", sink)?,
                 window: above_zero("window", window)?,
             }),
-            ["prefix", keys] => Ok(MaskKind::Prefix(above_zero("prefix", keys)?)),
-            _ => Err("it must be causal, full, window:W, sink-window:S:W or prefix:P".into()),
+            ["shifted-sparse", group] => Ok(MaskKind::ShiftedSparse(above_zero("group", group)?)),
+            ["shared-prefix", prefix, branches] => Ok(MaskKind::SharedPrefix {
+                prefix: above_zero("prefix", prefix)?,
+                branches: above_zero("branches", branches)?,
+            }),
+            _ => Err(
+                "it must be causal, full, window:W, sink-window:S:W, shifted-sparse:G or shared-prefix:P:B"
+                    .into(),
+            ),
         }
     }
 }
@@ -127,34 +136,28 @@ impl fmt::Display for MaskKind {
             MaskKind::Full => f.write_str("full"),
             MaskKind::Window(width) => write!(f, "window:{width}"),
             MaskKind::SinkWindow { sink, window } => write!(f, "sink-window:{sink}:{window}"),
-            MaskKind::Prefix(keys) => write!(f, "prefix:{keys}"),
+            MaskKind::ShiftedSparse(group) => write!(f, "shifted-sparse:{group}"),
+            MaskKind::SharedPrefix { prefix, branches } => write!(f, "shared-prefix:{prefix}:{branches}"),
         }
     }
 }
 
 impl MaskKind {
-    /// The mask of a document of `tokens` tokens: the one place that knows how each kind is put together.
+    /// The mask of a document of `tokens` tokens: the one place to add a kind to, besides its name.
     fn mask(self, tokens: usize, kv_heads: Span) -> anyhow::Result<Mask> {
-        let all = Span::to(tokens);
-        let part = |q, kv, lo: Option<usize>, hi: Option<usize>| -> anyhow::Result<MaskPart> {
-            let below = |offset: Option<usize>| offset.map(|offset| -(offset as i64));
-            Ok(MaskPart { kv_heads, slice: BandSlice::new(q, kv, below(lo), below(hi))? })
-        };
-        let parts = match self {
-            MaskKind::Causal => vec![part(all, all, None, Some(0))?],
-            MaskKind::Full => vec![part(all, all, None, None)?],
-            MaskKind::Window(width) => vec![part(all, all, Some(width), Some(0))?],
-            MaskKind::SinkWindow { sink, window } => {
-                let sink = part(all, Span::to(sink.min(tokens)), None, Some(window + 1))?;
-                vec![sink, part(all, all, Some(window), Some(0))?]
+        Ok(match self {
+            MaskKind::Causal => Mask::prefill_chunk(tokens, tokens, kv_heads)?,
+            MaskKind::Full => Mask::full(tokens, kv_heads)?,
+            MaskKind::Window(width) => Mask::sliding_window(tokens, width, kv_heads)?,
+            MaskKind::SinkWindow { sink, window } => Mask::sink_window(tokens, sink, window, kv_heads)?,
+            MaskKind::ShiftedSparse(group) => Mask::shifted_sparse(tokens, group, kv_heads)?,
+            MaskKind::SharedPrefix { prefix, branches } => {
+                let rest = tokens.saturating_sub(prefix);
+                ensure!(branches <= rest, "--mask {self}: {tokens} tokens leave {rest} for the branches");
+                let lengths = (0..branches).map(|branch| share(rest, branches, branch)).collect::<Vec<_>>();
+                Mask::shared_prefix(prefix, &lengths, kv_heads)?
             }
-            MaskKind::Prefix(keys) if keys >= tokens => vec![part(all, all, None, None)?],
-            MaskKind::Prefix(keys) => {
-                let rest = Span::at(keys, tokens - keys);
-                vec![part(all, Span::to(keys), None, None)?, part(rest, rest, None, Some(0))?]
-            }
-        };
-        Ok(Mask::new(parts)?)
+        })
     }
 
     /// The last `queries` queries of a document, against all of its keys.
@@ -187,6 +190,11 @@ impl Args {
     }
 }
 
+/// The size of a part when `whole` is cut into `parts` as equal as can be.
+fn share(whole: usize, parts: usize, part: usize) -> usize {
+    whole / parts + usize::from(part < whole % parts)
+}
+
 /// What scores are scaled by in a common layer.
 fn scale(head_dim: usize) -> f32 {
     1.0 / (head_dim.max(1) as f32).sqrt()
@@ -209,10 +217,11 @@ mod tests {
 
     #[test]
     fn masks_are_named_as_they_are_printed() {
-        for text in ["causal", "full", "window:7", "sink-window:4:7", "prefix:3"] {
+        for text in ["causal", "full", "window:7", "sink-window:4:7", "shifted-sparse:8", "shared-prefix:3:2"]
+        {
             assert_eq!(text.parse::<MaskKind>().unwrap().to_string(), text);
         }
-        for text in ["", "causal:1", "window", "window:0", "window:-1", "sink-window:4", "prefix:99999999999"]
+        for text in ["", "causal:1", "window", "window:0", "window:-1", "sink-window:4", "window:99999999999"]
         {
             assert!(text.parse::<MaskKind>().is_err(), "{text}");
         }
@@ -220,12 +229,12 @@ mod tests {
 
     #[test]
     fn each_kind_of_mask_counts_its_cells() {
-        let counts: [(&str, fn(usize, usize) -> bool); 5] = [
+        type Counts = fn(usize, usize) -> bool;
+        let counts: [(&str, Counts); 4] = [
             ("causal", |i, j| j <= i),
             ("full", |_, _| true),
             ("window:3", |i, j| j <= i && i - j <= 3),
             ("sink-window:2:3", |i, j| j <= i && (i - j <= 3 || j < 2)),
-            ("prefix:4", |i, j| j <= i || j < 4),
         ];
         for (text, counts) in counts {
             for (tokens, queries) in [(1, 1), (3, 2), (12, 12), (12, 5)] {
@@ -235,6 +244,16 @@ mod tests {
                 assert_eq!(task.cells(), 2 * cells as u64, "{text} {tokens} {queries}");
             }
         }
+    }
+
+    #[test]
+    fn branches_share_what_the_prefix_leaves() {
+        let kind = MaskKind::SharedPrefix { prefix: 4, branches: 3 };
+        // Branches of 3, 3 and 2 tokens.
+        let cells = 10 + (3 * 4 + 6) + (3 * 4 + 6) + (2 * 4 + 3);
+        assert_eq!(kind.task(12, 12, 1).unwrap().cells(), cells);
+        let message = kind.task(6, 6, 1).unwrap_err().to_string();
+        assert!(message.contains("shared-prefix:4:3") && message.contains("leave 2"), "{message}");
     }
 
     #[test]
