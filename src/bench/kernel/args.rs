@@ -7,7 +7,7 @@ use std::str::FromStr;
 use anyhow::{Context, ensure};
 use outboard_attention::kernel::Isa;
 use outboard_attention::{
-    BandSlice, DType, Direction, DocumentId, HeadGeometry, HeadShape, MAX_TOKENS, Mask, MaskPart, Span, Task,
+    DType, Direction, DocumentId, HeadGeometry, HeadShape, MAX_TOKENS, Mask, Span, Task,
 };
 
 /// Arguments of `outboard bench kernel`.
@@ -46,9 +46,9 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "f32")]
     pub(crate) dtype: Vec<DType>,
     /// Which cells count: causal, full, window:W for the last W keys before each query and its own, sink-window:S:W for
-    /// the first S keys besides, prefix:P for causal with the first P keys open to all, shared-prefix:P:N for N equal
-    /// branches after P tokens, block-sparse:B:N for a query block's own block of B and every N-th before it, or
-    /// shifted:G for groups of G tokens, shifted for half of the heads.
+    /// the first S keys besides, shifted-sparse:G for groups of G tokens which half of the heads shift by a half,
+    /// shared-prefix:P:B for B equal branches after P tokens that all of them see, or block-sparse:B:N for a query's own
+    /// block of B tokens and every N-th one before it.
     #[arg(long, default_value = "causal")]
     pub(crate) mask: MaskKind,
     /// Directions to measure: forward or backward.
@@ -75,10 +75,9 @@ pub(crate) enum MaskKind {
     Full,
     Window(usize),
     SinkWindow { sink: usize, window: usize },
-    Prefix(usize),
+    ShiftedSparse(usize),
     SharedPrefix { prefix: usize, branches: usize },
     BlockSparse { block: usize, stride: usize },
-    Shifted(usize),
 }
 
 pub(crate) fn dtype(name: &str) -> Result<DType, String> {
@@ -119,7 +118,7 @@ impl FromStr for MaskKind {
                 sink: above_zero("sink", sink)?,
                 window: above_zero("window", window)?,
             }),
-            ["prefix", keys] => Ok(MaskKind::Prefix(above_zero("prefix", keys)?)),
+            ["shifted-sparse", group] => Ok(MaskKind::ShiftedSparse(above_zero("group", group)?)),
             ["shared-prefix", prefix, branches] => Ok(MaskKind::SharedPrefix {
                 prefix: above_zero("prefix", prefix)?,
                 branches: above_zero("branches", branches)?,
@@ -128,10 +127,10 @@ impl FromStr for MaskKind {
                 block: above_zero("block", block)?,
                 stride: above_zero("stride", stride)?,
             }),
-            ["shifted", group] => Ok(MaskKind::Shifted(above_zero("group", group)?)),
-            _ => Err("it must be causal, full, window:W, sink-window:S:W, prefix:P, shared-prefix:P:N, block-sparse:B:N or \
-                      shifted:G"
-                .into()),
+            _ => Err(
+                "it must be causal, full, window:W, sink-window:S:W, shifted-sparse:G, shared-prefix:P:B or block-sparse:B:N"
+                    .into(),
+            ),
         }
     }
 }
@@ -143,48 +142,41 @@ impl fmt::Display for MaskKind {
             MaskKind::Full => f.write_str("full"),
             MaskKind::Window(width) => write!(f, "window:{width}"),
             MaskKind::SinkWindow { sink, window } => write!(f, "sink-window:{sink}:{window}"),
-            MaskKind::Prefix(keys) => write!(f, "prefix:{keys}"),
+            MaskKind::ShiftedSparse(group) => write!(f, "shifted-sparse:{group}"),
             MaskKind::SharedPrefix { prefix, branches } => write!(f, "shared-prefix:{prefix}:{branches}"),
             MaskKind::BlockSparse { block, stride } => write!(f, "block-sparse:{block}:{stride}"),
-            MaskKind::Shifted(group) => write!(f, "shifted:{group}"),
         }
     }
 }
 
 impl MaskKind {
-    /// The mask of a document of `tokens` tokens: the one place that knows how each kind is put together.
+    /// The mask of a document of `tokens` tokens: the one place to add a kind to, besides its name.
     fn mask(self, tokens: usize, kv_heads: Span) -> anyhow::Result<Mask> {
-        let all = Span::to(tokens);
         Ok(match self {
-            MaskKind::Causal => Mask::causal(tokens, kv_heads.end()),
+            MaskKind::Causal => Mask::prefill_chunk(tokens, tokens, kv_heads)?,
             MaskKind::Full => Mask::full(tokens, kv_heads)?,
             MaskKind::Window(width) => Mask::sliding_window(tokens, width, kv_heads)?,
             MaskKind::SinkWindow { sink, window } => Mask::sink_window(tokens, sink, window, kv_heads)?,
-            MaskKind::Prefix(keys) if keys >= tokens => Mask::full(tokens, kv_heads)?,
-            MaskKind::Prefix(keys) => {
-                let rest = Span::at(keys, tokens - keys);
-                let open = BandSlice::new(all, Span::to(keys), None, None)?;
-                let causal = BandSlice::new(rest, rest, None, Some(0))?;
-                Mask::new([open, causal].map(|slice| MaskPart { kv_heads, slice }).to_vec())?
-            }
+            MaskKind::ShiftedSparse(group) => Mask::shifted_sparse(tokens, group, kv_heads)?,
             MaskKind::SharedPrefix { prefix, branches } => {
                 let rest = tokens.saturating_sub(prefix);
-                ensure!(
-                    rest >= branches,
-                    "--mask {self} leaves {rest} of {tokens} tokens for {branches} branches; each needs one"
-                );
-                let branch = |n: usize| rest * (n + 1) / branches - rest * n / branches;
-                let branches: Vec<_> = (0..branches).map(branch).collect();
-                Mask::shared_prefix(tokens - rest, &branches, kv_heads)?
+                ensure!(branches <= rest, "--mask {self}: {tokens} tokens leave {rest} for the branches");
+                let lengths = (0..branches).map(|branch| share(rest, branches, branch)).collect::<Vec<_>>();
+                Mask::shared_prefix(prefix, &lengths, kv_heads)?
             }
             MaskKind::BlockSparse { block, stride } => {
                 let blocks = tokens.div_ceil(block);
-                let seen =
-                    |q: usize| (0..=q).filter(move |k| (q - k).is_multiple_of(stride)).map(move |k| (q, k));
-                let pairs: Vec<_> = (0..blocks).flat_map(seen).collect();
-                Mask::block_sparse(tokens, block, &pairs, true, kv_heads)?
+                let (seen, most) = (blocks.saturating_mul(blocks) / stride.min(blocks), 1 << 22);
+                ensure!(seen <= most, "--mask {self}: about {seen} blocks are too many; make them larger");
+                let row = |q: usize| (q % stride..=q).step_by(stride).map(move |k| (q, k));
+                Mask::block_sparse(
+                    tokens,
+                    block,
+                    &(0..blocks).flat_map(row).collect::<Vec<_>>(),
+                    true,
+                    kv_heads,
+                )?
             }
-            MaskKind::Shifted(group) => Mask::shifted_sparse(tokens, group, kv_heads)?,
         })
     }
 
@@ -218,6 +210,11 @@ impl Args {
     }
 }
 
+/// The size of a part when `whole` is cut into `parts` as equal as can be.
+fn share(whole: usize, parts: usize, part: usize) -> usize {
+    whole / parts + usize::from(part < whole % parts)
+}
+
 /// What scores are scaled by in a common layer.
 fn scale(head_dim: usize) -> f32 {
     1.0 / (head_dim.max(1) as f32).sqrt()
@@ -245,14 +242,13 @@ mod tests {
             "full",
             "window:7",
             "sink-window:4:7",
-            "prefix:3",
+            "shifted-sparse:8",
             "shared-prefix:3:2",
             "block-sparse:4:2",
-            "shifted:6",
         ] {
             assert_eq!(text.parse::<MaskKind>().unwrap().to_string(), text);
         }
-        for text in ["", "causal:1", "window", "window:0", "window:-1", "sink-window:4", "prefix:99999999999"]
+        for text in ["", "causal:1", "window", "window:0", "window:-1", "sink-window:4", "window:99999999999"]
         {
             assert!(text.parse::<MaskKind>().is_err(), "{text}");
         }
@@ -260,12 +256,12 @@ mod tests {
 
     #[test]
     fn each_kind_of_mask_counts_its_cells() {
-        let counts: [(&str, fn(usize, usize) -> bool); 6] = [
+        type Counts = fn(usize, usize) -> bool;
+        let counts: [(&str, Counts); 5] = [
             ("causal", |i, j| j <= i),
             ("full", |_, _| true),
             ("window:3", |i, j| j <= i && i - j <= 3),
             ("sink-window:2:3", |i, j| j <= i && (i - j <= 3 || j < 2)),
-            ("prefix:4", |i, j| j <= i || j < 4),
             ("block-sparse:2:3", |i, j| j <= i && (i / 2 - j / 2) % 3 == 0),
         ];
         for (text, counts) in counts {
@@ -276,6 +272,16 @@ mod tests {
                 assert_eq!(task.cells(), 2 * cells as u64, "{text} {tokens} {queries}");
             }
         }
+    }
+
+    #[test]
+    fn branches_share_what_the_prefix_leaves() {
+        let kind = MaskKind::SharedPrefix { prefix: 4, branches: 3 };
+        // Branches of 3, 3 and 2 tokens.
+        let cells = 10 + (3 * 4 + 6) + (3 * 4 + 6) + (2 * 4 + 3);
+        assert_eq!(kind.task(12, 12, 1).unwrap().cells(), cells);
+        let message = kind.task(6, 6, 1).unwrap_err().to_string();
+        assert!(message.contains("shared-prefix:4:3") && message.contains("leave 2"), "{message}");
     }
 
     #[test]

@@ -207,7 +207,7 @@ mod tests {
         };
         let all = cells(&mut tasks.iter());
         let small = cells(&mut tasks.iter().filter(|(queries, _)| 4 * queries < SMALL_ROWS));
-        assert!(all >= MIXED_CELLS / 10 * 9 && all <= MIXED_CELLS, "{all}");
+        assert!((MIXED_CELLS / 10 * 9..=MIXED_CELLS).contains(&all), "{all}");
         assert!(small > 0 && 10 * small <= all, "{small} of {all}");
         assert!(tasks.len() >= 5, "{tasks:?}");
         for (queries, keys) in &tasks {
