@@ -31,7 +31,7 @@ pub enum Operands<'a> {
         /// `[tokens, q heads, head_dim]`, the same in each stage.
         q: AnyTensor<'a>,
         /// Positions of the stage's keys: from where the stage before ended, or the task's first, to a multiple of
-        /// [`KEY_BLOCK`] or the task's end.
+        /// [`KEY_BLOCK`](super::KEY_BLOCK) or the task's end.
         keys: Span,
         /// `[keys of the stage, kv heads, head_dim]`.
         k: AnyTensor<'a>,
