@@ -22,7 +22,7 @@ pub(crate) struct Args {
     /// Register with the coordinator at this URL.
     #[arg(long)]
     coordinator: Option<String>,
-    /// Memory for task buffers, in MiB.
+    /// Memory, in MiB: a quarter for the kernel to work in, the rest for task buffers.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     memory_mib: u64,
     /// Threads that compute [default: the cores this process may run on].

@@ -131,7 +131,8 @@ fn no_server_left_is_an_error_that_names_the_task() {
 #[test]
 fn a_task_larger_than_every_server_is_refused_with_both_sizes() {
     let cluster = Cluster::start();
-    let engine = EngineOptions { memory_bytes: 64 << 10, ..EngineOptions::default() };
+    // Enough for the kernel to work in and for short documents.
+    let engine = EngineOptions { memory_bytes: 8 << 20, ..EngineOptions::default() };
     let _services = [cluster.server_with(None, engine.clone())];
     let pools = cluster.join(JOB, 1, geometry(), &[]);
     pools[0].submit_step(0, documents(0, &[20_000])).unwrap();

@@ -67,7 +67,7 @@ pub(crate) struct Args {
     /// Cores of each rank.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cores_per_rank: u16,
-    /// Memory of each attention server for task buffers, in MiB.
+    /// Memory of each attention server, in MiB: a quarter for its kernel to work in, the rest for task buffers.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     memory_mib: u64,
     /// Fail when local and pooled losses differ by more than this, relative.
