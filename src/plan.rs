@@ -2,10 +2,12 @@
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::time::Instant;
 
-use anyhow::Context;
-use outboard_planner::plan;
+use anyhow::{Context, bail};
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, plan_by};
 
 mod files;
 mod summary;
@@ -20,20 +22,54 @@ pub(crate) struct Args {
     /// Write the plan to this file instead of standard output.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// How far the busiest server may lie above the mean, as a fraction of it. More moves fewer bytes.
-    #[arg(long, allow_negative_numbers = true, default_value_t = outboard_planner::DEFAULT_TOLERANCE)]
-    tolerance: f64,
+    /// Who decides: our planner, or another system's way to compare it with.
+    #[arg(long, value_name = "NAME", default_value_t, value_parser = policies())]
+    policy: Policy,
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help = TOLERANCE.as_str())]
+    tolerance: Option<f64>,
+}
+
+static TOLERANCE: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "Of the mean, for outboard how far the busiest server may lie above it [default: {DEFAULT_TOLERANCE}], for \
+         distca how much a server may lack when it gets no more [default: {DISTCA_TOLERANCE}]. More moves fewer bytes"
+    )
+});
+
+/// What each of [`Policy::NAMES`] is.
+const ABOUT: [&str; Policy::NAMES.len()] = [
+    "balances within the tolerance and moves few bytes",
+    "no balancing: every row is computed where it lives",
+    "whole documents, most work first, each to the server with the least (as WLB-LLM packs them)",
+    "every document in two chunks a server, one from its head and one from its tail",
+    "servers that lack work take rows of all kv heads, fewest bytes per FLOP first (as DistCA plans)",
+];
+
+fn policies() -> impl TypedValueParser<Value = Policy> {
+    let names = Policy::NAMES.iter().zip(ABOUT).map(|(name, about)| PossibleValue::new(*name).help(about));
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<Policy>())
+}
+
+/// The policy with its tolerance, and the problem's.
+fn with_tolerance(policy: Policy, tolerance: Option<f64>) -> anyhow::Result<(Policy, f64)> {
+    match (policy, tolerance) {
+        (Policy::Distca { .. }, Some(tolerance)) => Ok((Policy::Distca { tolerance }, DEFAULT_TOLERANCE)),
+        (Policy::Outboard, Some(tolerance)) => Ok((policy, tolerance)),
+        (_, None) => Ok((policy, DEFAULT_TOLERANCE)),
+        (_, Some(_)) => bail!("--tolerance means nothing to policy {policy}; it is for outboard and distca"),
+    }
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let Args { step, output, tolerance } = args;
+    let Args { step, output, policy, tolerance } = args;
+    let (policy, tolerance) = with_tolerance(policy, tolerance)?;
     let Step { mut problem, servers, documents, unused } = read(&step)?;
     problem.tolerance = tolerance;
     for note in unused {
         eprintln!("outboard: {}: {note}", step.display());
     }
     let started = Instant::now();
-    let plan = plan(&problem).with_context(|| format!("cannot plan {}", step.display()))?;
+    let plan = plan_by(&problem, policy).with_context(|| format!("cannot plan {}", step.display()))?;
     let plan_seconds = started.elapsed().as_secs_f64();
     if std::io::stderr().is_terminal() {
         eprintln!("{}", summary::table(&problem, &plan, &servers));

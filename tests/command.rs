@@ -137,6 +137,40 @@ fn the_kernel_benchmark_says_what_it_measured() {
 }
 
 #[test]
+fn a_step_is_planned_by_every_policy() {
+    let folder = temporary_folder();
+    let step = folder.path().join("step.json");
+    let document = |rank: u64, tokens: u64| json!({ "id": rank, "tokens": tokens, "home": [{ "rank": rank, "start": 0, "end": tokens }] });
+    let content = json!({
+        "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+        "servers": [{ "id": 0, "rank": 0 }, { "id": 1, "rank": 1 }],
+        "documents": [document(0, 9001), document(1, 1)],
+    });
+    std::fs::write(&step, content.to_string()).unwrap();
+    let step = step.to_str().unwrap();
+    // Rows that server 1 computes of document 0, times heads.
+    let moved = |args: &[&str]| {
+        let plan: Value = serde_json::from_str(&outboard(&[&["plan", step], args].concat())).unwrap();
+        let tasks = plan["tasks"].as_array().unwrap().iter();
+        let moved = tasks.filter(|task| task["document"] == 0 && task["server"] == 1);
+        let length = |range: &Value| range[1].as_u64().unwrap() - range[0].as_u64().unwrap();
+        moved.map(|task| length(&task["q"]) * length(&task["kv_heads"])).sum::<u64>()
+    };
+    assert_eq!(moved(&[]), moved(&["--policy", "outboard", "--tolerance", "0.01"]));
+    assert!(moved(&[]) > 0);
+    assert_eq!(moved(&["--policy", "fixed"]), 0);
+    assert_eq!(moved(&["--policy", "wlb"]), 0);
+    assert_eq!(moved(&["--policy", "cp"]), 9000);
+    // Half of the cells, as pairs of rows from the middle.
+    assert_eq!(moved(&["--policy", "distca", "--tolerance", "0"]), 9000);
+    assert_eq!(moved(&["--policy", "distca", "--tolerance", "1"]), 0);
+    let refused = outboard_fails(&["plan", step, "--policy", "cp", "--tolerance", "0.1"]);
+    assert!(refused.contains("--tolerance means nothing to policy cp"), "{refused}");
+    let unknown = outboard_fails(&["plan", step, "--policy", "best"]);
+    assert!(unknown.contains("outboard, fixed, wlb, cp, distca"), "{unknown}");
+}
+
+#[test]
 fn a_profile_has_an_efficiency_for_each_size() {
     let folder = temporary_folder();
     let file = folder.path().join("PROFILE.json");

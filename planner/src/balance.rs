@@ -20,8 +20,8 @@ const TRIES_AT_ONE_HEAD: usize = 30;
 const TRIES_AT_MANY_HEADS: usize = 20;
 /// A link that carries more than this part of the busiest one's bytes is spared:
 const NEAR_BUSIEST: f64 = 0.9;
-/// a byte on it is worth so many others.
-const SCARCE: f64 = 4.0;
+/// a byte on it is worth so many others besides its own.
+const SCARCE: f64 = 1.0;
 /// A busy slot cuts its longest strips, as many as hold this many times what it gives.
 const ENOUGH: f64 = 1.3;
 

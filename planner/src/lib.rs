@@ -25,6 +25,18 @@
 //! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
 //! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
 //!
+//! # Rivals
+//! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
+//! of cells, tasks, order and errors; nothing of balance, block borders or the number of pieces.
+//!
+//! | policy | what it is | after |
+//! |---|---|---|
+//! | `outboard` | [`plan()`] | |
+//! | `fixed` | every row is computed where it lives | data parallelism without any balancing |
+//! | `wlb` | whole documents, most work first, each to the slot with the least | variable-length packing of WLB-LLM, [arXiv 2503.17924](https://arxiv.org/abs/2503.17924), without its limit on tokens and without putting documents off |
+//! | `cp` | each document in `2 N` chunks for `N` slots, slot `i` computes chunks `i` and `2 N - 1 - i` | head-tail context parallelism of each document, as in WLB-LLM and Megatron-LM |
+//! | `distca` | slots that lack work take rows with all kv heads and whole key prefixes, fewest bytes per FLOP first | DistCA, [arXiv 2510.18121](https://arxiv.org/abs/2510.18121), and the planner in its [code](https://github.com/hao-ai-lab/DistCA) |
+//!
 //! ```
 //! use outboard_attention::{Document, DocumentId, HeadGeometry, HomeRange, Span};
 //! use outboard_planner::{Loads, Problem, Slot, plan};
@@ -48,6 +60,7 @@ mod error;
 mod group;
 mod loads;
 mod plan;
+mod policy;
 mod problem;
 mod rows;
 mod search;
@@ -59,5 +72,6 @@ mod traffic;
 pub use error::PlanError;
 pub use loads::Loads;
 pub use plan::plan;
+pub use policy::{DISTCA_TOLERANCE, Policy, UnknownPolicy, plan_by};
 pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};
 pub use traffic::{Pass, Traffic};

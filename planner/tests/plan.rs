@@ -1,40 +1,24 @@
 //! What every plan must hold, on random steps.
 #![allow(clippy::expect_used, reason = "a test fails by panicking")]
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use outboard_attention::{
-    BandSlice, Document, DocumentId, HeadGeometry, HomeRange, Mask, MaskPart, PlannedTask, Span, StepPlan,
-};
+use outboard_attention::{BandSlice, Document, DocumentId, Mask, MaskPart, PlannedTask, Span, StepPlan};
 use outboard_planner::{Loads, PlanError, Problem, Slot, Traffic, plan};
 use proptest::prelude::*;
-use proptest::sample::Index;
+
+mod common;
+
+use common::checks::check_tasks;
+use common::steps::{any_problem, document, geometry, in_place, spanning};
 
 /// Plans the problem and checks everything that the crate guarantees.
 fn check(problem: &Problem) -> StepPlan {
     let plan = plan(problem).expect("a sound problem");
-    let Problem { geometry, documents, slots, tolerance } = problem;
-    plan.check(documents, geometry).expect("every cell exactly once");
-    assert_eq!(plan.slots as usize, slots.len());
-
-    let by_id: BTreeMap<DocumentId, &Document> = documents.iter().map(|d| (d.id(), d)).collect();
-    for (_, task) in plan.tasks() {
-        let mask = by_id[&task.document].mask(geometry.kv_heads()).clip(task.q, task.kv, task.kv_heads);
-        let sees = |row: usize| mask.cells_of_row(row) > 0;
-        assert!(sees(task.q.start()) && sees(task.q.end() - 1), "idle rows at an end of {task:?}");
-        assert_eq!(task.kv, keys(&mask), "{task:?}");
-    }
-    check_balance(problem, &plan, 2.0 * tolerance);
+    check_tasks(problem, &plan);
+    check_balance(problem, &plan, 2.0 * problem.tolerance);
     check_pieces(problem, &plan);
-    check_groups(&plan);
     plan
-}
-
-/// From the first to the last key that any row sees.
-fn keys(mask: &Mask) -> Span {
-    let row = |p: &MaskPart, i: usize| Some(p.slice.keys_of(i)).filter(|keys| !keys.is_empty());
-    let all = mask.parts().iter().flat_map(|p| p.slice.q().iter().filter_map(move |i| row(p, i)));
-    all.reduce(Span::hull).expect("no empty task")
 }
 
 /// In every tick no slot is above its share by more than the tolerance or one block of rows.
@@ -88,133 +72,6 @@ fn check_pieces(problem: &Problem, plan: &StepPlan) {
             assert!(tasks.len() >= 8 || work == 0 || small(), "slot {slot} has {} pieces", tasks.len());
         }
     }
-}
-
-/// A group is the tasks of one document, kv-head range and slot, numbered in plan order; kv-head ranges of one document
-/// on one slot are equal or disjoint.
-fn check_groups(plan: &StepPlan) {
-    let mut members: BTreeMap<u32, Vec<&PlannedTask>> = BTreeMap::new();
-    let mut heads: BTreeMap<(DocumentId, u32), BTreeSet<Span>> = BTreeMap::new();
-    let mut last = 0;
-    for (_, task) in plan.tasks() {
-        let group = members.entry(task.group).or_default();
-        assert_eq!(task.position as usize, group.len(), "positions in plan order");
-        group.push(task);
-        assert!(task.group >= last, "groups in plan order");
-        last = task.group;
-        heads.entry((task.document, task.slot)).or_default().insert(task.kv_heads);
-    }
-    let key = |t: &PlannedTask| (t.document, t.kv_heads, t.slot);
-    let keys: BTreeSet<_> = members.values().map(|tasks| key(tasks[0])).collect();
-    assert_eq!(keys.len(), members.len(), "one group a document, range and slot");
-    assert!(members.values().all(|tasks| tasks.iter().all(|t| key(t) == key(tasks[0]))));
-    for ranges in heads.values() {
-        let ranges: Vec<&Span> = ranges.iter().collect();
-        assert!(ranges.windows(2).all(|pair| !pair[0].meets(*pair[1])), "{ranges:?}");
-    }
-}
-
-fn geometry(kv_heads: usize) -> HeadGeometry {
-    HeadGeometry::standard(4 * kv_heads, kv_heads, 64).expect("sound heads")
-}
-
-/// A document of rank `rank` alone.
-fn document(rank: u32, index: u32, tokens: usize) -> Document {
-    spanning(rank, index, &[(rank, tokens)])
-}
-
-/// A document whose homes are `(rank, tokens)`, one after the other.
-fn spanning(rank: u32, index: u32, homes: &[(u32, usize)]) -> Document {
-    let mut at = 0;
-    let homes = homes.iter().map(|&(rank, tokens)| {
-        let tokens = Span::at(at, tokens);
-        at = tokens.end();
-        HomeRange { rank, tokens }
-    });
-    let homes = homes.collect();
-    Document::new(DocumentId { rank, index }, at, homes).expect("homes in a row")
-}
-
-fn in_place(ranks: u32) -> Vec<Slot> {
-    (0..ranks).map(Slot::in_place).collect()
-}
-
-/// Rows, first and last key, band.
-type Draw = (Index, Index, Index, Option<i64>, Option<i64>);
-
-/// Disjoint slices: rows in a row, each with its own keys and band, perhaps others for other heads.
-fn mask(tokens: usize, kv_heads: usize) -> impl Strategy<Value = Mask> {
-    let end = || prop_oneof![Just(None), (-600i64..600).prop_map(Some), Just(Some(0))];
-    let slice = (any::<Index>(), any::<Index>(), any::<Index>(), end(), end());
-    let slices = prop::collection::vec(slice, 1..6);
-    let by_rows = move |(border, slices): (usize, Vec<Draw>)| {
-        let mut parts = Vec::new();
-        for (n, heads) in
-            [Span::to(border), Span::new(border, kv_heads).unwrap_or_default()].into_iter().enumerate()
-        {
-            let mut at = 0;
-            for (rows, a, b, lo, hi) in slices.iter().skip(n) {
-                if heads.is_empty() || at >= tokens {
-                    break;
-                }
-                let q = Span::at(at, 1 + rows.index(tokens - at));
-                let (a, b) = (a.index(tokens), b.index(tokens));
-                let kv = Span::at(a.min(b), a.abs_diff(b) + 1);
-                let (lo, hi) = match (*lo, *hi) {
-                    (Some(lo), Some(hi)) => (Some(lo.min(hi)), Some(lo.max(hi))),
-                    ends => ends,
-                };
-                let slice = BandSlice::new(q, kv, lo, hi).expect("a sound band");
-                parts.push(MaskPart { kv_heads: heads, slice });
-                at = q.end();
-            }
-        }
-        Mask::new(parts).expect("disjoint rows")
-    };
-    (0..=kv_heads, slices).prop_map(by_rows)
-}
-
-fn any_document(index: u32, ranks: u32, kv_heads: usize) -> impl Strategy<Value = Document> {
-    let tokens = prop_oneof![1usize..6, 1usize..400, 400usize..6000, 6000usize..40000];
-    let homes = tokens.prop_flat_map(move |tokens| {
-        let home = (0..ranks, any::<Index>());
-        let homes = prop::collection::vec(home, 1..4).prop_map(move |homes| {
-            let (mut parts, mut left) = (Vec::new(), tokens);
-            for (n, (rank, part)) in homes.iter().enumerate() {
-                let len = if n + 1 == homes.len() { left } else { part.index(left + 1) };
-                if len > 0 {
-                    parts.push((*rank, len));
-                    left -= len;
-                }
-            }
-            parts
-        });
-        (homes, prop::option::of(mask(tokens, kv_heads)))
-    });
-    (homes, 0u32..3, 0..ranks).prop_map(move |((homes, mask), tick, rank)| {
-        let document = spanning(rank, index, &homes).with_tick(tick / 2);
-        match mask {
-            Some(mask) => document.with_mask(mask).expect("within the document"),
-            None => document,
-        }
-    })
-}
-
-fn any_problem() -> impl Strategy<Value = Problem> {
-    let kv_heads = prop_oneof![Just(1usize), Just(8), 1usize..5];
-    (kv_heads, 1u32..6).prop_flat_map(|(kv_heads, ranks)| {
-        let documents: Vec<_> = (0..12).map(|n| any_document(n, ranks, kv_heads)).collect();
-        let slot = prop_oneof![8 => Just(1.0), 8 => 0.2f64..5.0, 1 => Just(1e-3), 1 => Just(1e3)];
-        let slots = prop::collection::vec((slot, any::<bool>()), 1..10);
-        (documents, 1usize..=12, slots).prop_map(move |(mut documents, count, slots)| {
-            documents.truncate(count);
-            let slot = |(n, &(weight, in_place)): (u32, &(f64, bool))| Slot {
-                rank: (in_place && n < ranks).then_some(n),
-                weight,
-            };
-            Problem::new(geometry(kv_heads), documents, (0..).zip(&slots).map(slot).collect())
-        })
-    })
 }
 
 proptest! {
