@@ -23,7 +23,8 @@
 //! [`plan()`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
 //! where there is room; `balance` decides who gives how much to whom; `cut` chooses the slices that cost the fewest
 //! bytes (priced by `cost`); `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
-//! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
+//! reduction groups. [`judge()`] says what any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its
+//! figures of each slot.
 //!
 //! ```
 //! use outboard_attention::{Document, DocumentId, HeadGeometry, HomeRange, Span};
@@ -46,6 +47,7 @@ mod cost;
 mod cut;
 mod error;
 mod group;
+mod judge;
 mod loads;
 mod plan;
 mod problem;
@@ -56,6 +58,7 @@ mod start;
 mod traffic;
 
 pub use error::PlanError;
+pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;
 pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};
