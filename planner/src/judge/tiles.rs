@@ -1,6 +1,6 @@
 //! Tiles: what a kernel computes of a task, which is more than its cells.
 
-use outboard_attention::{BandSlice, MaskPart, Span};
+use outboard_attention::{BandSlice, MAX_TOKENS, MaskPart, Span};
 
 use crate::sheet::extent;
 
@@ -34,6 +34,9 @@ struct Used {
 
 /// The same for one kv head.
 fn of_head(mut slices: Vec<Used>, side: usize) -> u64 {
+    if let [lone] = slices.as_slice() {
+        return of_lone(lone, side);
+    }
     slices.sort_unstable_by_key(|used| used.rows);
     let Some(rows) = slices.iter().map(|used| used.rows).reduce(Span::hull) else { return 0 };
     let Some(keys) = slices.iter().map(|used| used.keys).reduce(Span::hull) else { return 0 };
@@ -64,6 +67,33 @@ fn of_head(mut slices: Vec<Used>, side: usize) -> u64 {
         at = band.end();
     }
     count
+}
+
+/// The same for one slice, in closed form: from one row of tiles to the next the band moves by one column.
+fn of_lone(used: &Used, side: usize) -> u64 {
+    let (step, rows, first_key) = (side as i64, used.rows, used.keys.start());
+    let full = rows.len() / side;
+    let last = Span::at(rows.start() + full * side, rows.len() % side);
+    let last = columns(used, last, first_key, side).map_or(0, Span::len);
+    // Positions fit 31 bits, so a band end beyond them is as good as open.
+    let open = 2 * MAX_TOKENS as i64;
+    let lo = used.slice.lo().unwrap_or(-open).clamp(-open, open);
+    let hi = used.slice.hi().unwrap_or(open).clamp(-open, open);
+    // From the first key, and in tiles: where the first band's columns start and end, and where all keys do.
+    let at = rows.start() as i64 - first_key as i64;
+    let starts = (at + lo).div_euclid(step);
+    let ends = -(-(at + step + hi)).div_euclid(step);
+    let most = (used.slice.kv().end() - first_key).div_ceil(side) as i64;
+    let count = full as i64;
+    let unbounded = count * starts + count * (count - 1) / 2;
+    let before = unbounded - bounded(starts, count, 0);
+    (bounded(ends, count, most) - before) as u64 + last as u64
+}
+
+/// The sum of `first`, `first + 1` and so on, `count` numbers, each taken as `most` where it is more.
+fn bounded(first: i64, count: i64, most: i64) -> i64 {
+    let below = (most - first).clamp(0, count);
+    below * first + below * (below - 1) / 2 + (count - below) * most
 }
 
 /// The columns of tiles in which a slice has cells of the rows `band`.
