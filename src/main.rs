@@ -14,6 +14,7 @@ mod cores;
 mod lifetime;
 mod plan;
 mod profile;
+mod step;
 mod train;
 
 #[global_allocator]

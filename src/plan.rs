@@ -1,7 +1,7 @@
 //! `outboard plan`: reads STEP.json, prints PLAN.json.
 
 use std::io::{IsTerminal, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::LazyLock;
 use std::time::Instant;
 
@@ -9,10 +9,9 @@ use anyhow::{Context, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, plan_by};
 
-mod files;
-mod summary;
+use crate::step::{PlanFile, Step, read};
 
-use files::{PlanFile, Step, StepFile};
+mod summary;
 
 /// Arguments of `outboard plan`.
 #[derive(Debug, clap::Args)]
@@ -63,7 +62,7 @@ fn with_tolerance(policy: Policy, tolerance: Option<f64>) -> anyhow::Result<(Pol
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let Args { step, output, policy, tolerance } = args;
     let (policy, tolerance) = with_tolerance(policy, tolerance)?;
-    let Step { mut problem, servers, documents, unused } = read(&step)?;
+    let Step { mut problem, servers, documents, unused, .. } = read(&step)?;
     problem.tolerance = tolerance;
     for note in unused {
         eprintln!("outboard: {}: {note}", step.display());
@@ -84,25 +83,5 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
             outcome => outcome.context("cannot write the plan to standard output"),
         },
-    }
-}
-
-fn read(path: &Path) -> anyhow::Result<Step> {
-    let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let file: StepFile = serde_json::from_slice(&text).map_err(|error| {
-        let before = near(&text, error.line(), error.column());
-        anyhow::anyhow!("{} is not a valid step: {error}{before}", path.display())
-    })?;
-    Step::try_from(file).with_context(|| path.display().to_string())
-}
-
-/// What stands before a place in a file, as far as it fits a message: it shows the field at fault.
-fn near(text: &[u8], line: usize, column: usize) -> String {
-    const SHOWN: usize = 40;
-    let line = text.split(|&byte| byte == b'\n').nth(line.saturating_sub(1)).unwrap_or_default();
-    let end = column.min(line.len());
-    match String::from_utf8_lossy(&line[end.saturating_sub(SHOWN)..end]).trim() {
-        "" => String::new(),
-        shown => format!(", just after `{shown}`"),
     }
 }

@@ -196,6 +196,60 @@ fn a_profile_has_an_efficiency_for_each_size() {
 }
 
 #[test]
+fn the_plan_benchmark_judges_every_step_whole_and_as_a_lane() {
+    let folder = temporary_folder();
+    let write =
+        |name: &str, value: &Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    let document = |id: u64, rank: u64, tokens: u64| json!({ "id": id, "tokens": tokens, "home": [{ "rank": rank, "start": 0, "end": tokens }] });
+    let step = json!({
+        "model": { "q_heads": 8, "kv_heads": 4, "head_dim": 64, "bytes_per_element": 2 },
+        "servers": [{ "id": 0, "rank": 0 }, { "id": 1, "rank": 1, "speed": 1.5 }],
+        "documents": [document(0, 0, 9000), document(1, 1, 700), document(2, 1, 1200)],
+    });
+    write("first.step.json", &step);
+    write("second.step.json", &step);
+    let rival = json!({ "valid": true, "max_over_mean": 1.0, "forward_gb": 0.02, "backward_gb": 0.03,
+        "busiest_mb": 20.0, "busiest_backward_mb": 30.0 });
+    write("distca.json", &json!({ "first@0.0": rival, "first@0.1": rival }));
+    let args = ["bench", "plan", "--steps", folder.path().to_str().unwrap(), "--repeats", "1"];
+    let words = outboard(&[&args[..], &["--json", "-"]].concat());
+    let lines: Vec<Value> = words.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let plans: Vec<&Value> = lines.iter().filter(|line| line["kind"] == "plan").collect();
+    let name = |line: &Value| json!([line["step"], line["part"], line["kv_heads"]]);
+    let expected =
+        [("first", "whole", 4), ("first", "lane", 1), ("second", "whole", 4), ("second", "lane", 1)];
+    assert_eq!(plans.iter().map(|line| name(line)).collect::<Vec<_>>(), expected.map(|part| json!(part)));
+    for line in &plans {
+        assert_eq!(
+            (&line["policy"], &line["servers"], &line["documents"]),
+            (&json!("outboard"), &json!(2), &json!(3))
+        );
+        for key in ["max_over_mean", "tiles_over_ideal", "forward_gb", "backward_gb", "busiest_mb", "plan_ms"]
+        {
+            assert!(line[key].as_f64().unwrap() > 0.0, "{key}");
+        }
+        let compared = ["forward_to_distca", "busiest_to_distca", "both_to_distca", "layer_to_distca"];
+        assert!(compared.iter().all(|key| line.get(key).is_some() == (line["step"] == "first")), "{line}");
+    }
+    let ratio =
+        |line: &Value| line["forward_to_distca"].as_f64().unwrap() / line["forward_gb"].as_f64().unwrap();
+    assert!((ratio(plans[0]) - 1.0 / 0.02).abs() < 1e-6, "whole plans to whole plans");
+    assert!((ratio(plans[1]) - 4.0 / 0.02).abs() < 1e-6, "a lane to a quarter");
+    let rows: Vec<&Value> = lines.iter().filter(|line| line["kind"] == "suite").collect();
+    let starts = |row: &&Value, with| row["row"].as_str().unwrap().starts_with(with);
+    assert!(["whole", "lane"].iter().all(|part| rows.iter().any(|row| starts(row, part))));
+    assert!(rows.iter().all(|row| row["reached"].is_null() == row["pass"].is_null()));
+
+    let words = outboard(&[&args[..], &["--only", "sec"]].concat());
+    assert!(words.contains("second") && !words.contains("first") && words.contains("rows pass"), "{words}");
+    std::fs::write(folder.path().join("distca.json"), "{}}").unwrap();
+    assert!(outboard_fails(&args).contains("distca.json"));
+    std::fs::write(folder.path().join("second.step.json"), "{\"model\": 1}").unwrap();
+    std::fs::remove_file(folder.path().join("distca.json")).unwrap();
+    assert!(outboard_fails(&args).contains("second.step.json"));
+}
+
+#[test]
 fn nonsense_is_refused_by_name_with_exit_code_2() {
     let folder = temporary_folder();
     let empty = folder.path().join("empty");
@@ -205,7 +259,7 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
     let taken = taken.local_addr().unwrap().to_string();
     let data = corpus(folder.path());
     let data = data.to_str().unwrap();
-    let cases: [(&[&str], &[&str]); 20] = [
+    let cases: [(&[&str], &[&str]); 24] = [
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
@@ -228,6 +282,10 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
         (&["bench", "kernel", "--threads", "100000"], &["--threads 100000", "core"]),
         (&["bench", "kernel", "--softcap", "-1"], &["softcap", "-1"]),
         (&["bench", "kernel", "--suite", "--only", "no such row"], &["--only", "no such row"]),
+        (&["bench", "plan", "--steps", empty], &[empty, "*.step.json"]),
+        (&["bench", "plan", "--steps", "/nowhere/at/all"], &["/nowhere/at/all"]),
+        (&["bench", "plan", "--only", "no such step"], &["--only", "no such step"]),
+        (&["bench", "plan", "--repeats", "0"], &["--repeats", "0"]),
         (&["profile", "--rows", "0"], &["--rows 0"]),
     ];
     for (args, parts) in cases {

@@ -22,8 +22,9 @@
 //! # How it works
 //! [`plan()`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
 //! where there is room; `balance` decides who gives how much to whom, at first greedily, then by a `search` that deals
-//! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
-//! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
+//! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split`
+//! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
+//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot.
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
@@ -58,6 +59,7 @@ mod cost;
 mod cut;
 mod error;
 mod group;
+mod judge;
 mod loads;
 mod plan;
 mod policy;
@@ -70,6 +72,7 @@ mod start;
 mod traffic;
 
 pub use error::PlanError;
+pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;
 pub use policy::{DISTCA_TOLERANCE, Policy, UnknownPolicy, plan_by};

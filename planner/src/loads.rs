@@ -82,13 +82,17 @@ impl Loads {
 
     /// The same for work over `weight(slot)`.
     pub fn max_over_mean_by(&self, weight: impl Fn(usize) -> f64) -> f64 {
-        let mut worst = 0.0;
-        for tick in &self.ticks {
-            worst += tick.iter().enumerate().map(|(s, &cells)| cells as f64 / weight(s)).fold(0.0, f64::max);
-        }
         let totals = self.totals();
         let cells: f64 = totals.iter().map(|&c| c as f64).sum();
-        let weights: f64 = (0..totals.len()).map(weight).sum();
-        if cells > 0.0 { worst * weights / cells } else { 1.0 }
+        let weights: f64 = (0..totals.len()).map(&weight).sum();
+        if cells > 0.0 { self.worst_by(&weight) * weights / cells } else { 1.0 }
+    }
+
+    /// The most work over `weight(slot)` of each tick, summed.
+    pub(crate) fn worst_by(&self, weight: impl Fn(usize) -> f64) -> f64 {
+        let worst = |tick: &Vec<u64>| {
+            tick.iter().enumerate().map(|(slot, &cells)| cells as f64 / weight(slot)).fold(0.0, f64::max)
+        };
+        self.ticks.iter().map(worst).sum()
     }
 }

@@ -1,11 +1,12 @@
 //! Bytes that a plan moves.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use outboard_attention::{DocumentId, HomeRange, Mask, PlannedTask, Span, StepPlan};
+use outboard_attention::{DocumentId, HomeRange, PlannedTask, Span, StepPlan};
 
-use crate::cost::{PassPrice, Price};
-use crate::sheet::extent;
+use crate::judge::needs::{Need, by_heads, fetches, needs};
+use crate::judge::pieces::{Piece, Shelf};
+use crate::judge::price::{Fare, Price};
 use crate::{Problem, Slot};
 
 /// Bytes that a plan moves in one layer, apart from any framing.
@@ -38,52 +39,49 @@ impl Traffic {
     /// Bytes that `plan` moves. Tasks of documents or slots that the problem does not have move nothing.
     pub fn of(plan: &StepPlan, problem: &Problem) -> Traffic {
         let documents: BTreeMap<DocumentId, _> = problem.documents.iter().map(|d| (d.id(), d)).collect();
-        let ports = Ports::new(&problem.slots);
-        let mut traffic = Traffic { forward: ports.idle(), backward: ports.idle() };
+        let ports = Ports::new(problem);
+        let mut traffic = ports.idle();
         for tick in &plan.ticks {
             let mut by_document: BTreeMap<DocumentId, Vec<&PlannedTask>> = BTreeMap::new();
-            for task in &tick.tasks {
+            for task in tick.tasks.iter().filter(|task| ports.has(task.slot)) {
                 by_document.entry(task.document).or_default().push(task);
             }
-            let mut this = Traffic { forward: ports.idle(), backward: ports.idle() };
+            let mut moved = ports.idle();
             for (id, tasks) in by_document {
                 let Some(document) = documents.get(&id) else { continue };
-                let mask = document.mask(problem.geometry.kv_heads());
-                this.add(problem, &ports, document.homes(), &needs(&mask, &tasks));
+                let shelf = Shelf::new(&document.mask(problem.geometry.kv_heads()));
+                let pieces: Vec<Piece> = tasks.iter().map(|task| shelf.piece(task)).collect();
+                moved.add(&ports, document.homes(), &needs(&pieces));
             }
-            traffic.forward.append(&this.forward);
-            traffic.backward.append(&this.backward);
+            traffic.append(&moved);
         }
         traffic
     }
 
     /// Adds what one document's tasks need.
-    fn add(&mut self, problem: &Problem, ports: &Ports<'_>, homes: &[HomeRange], needs: &[Need]) {
-        let prices = [false, true].map(|partial| {
-            [PassPrice::forward(&problem.geometry, partial), PassPrice::backward(&problem.geometry, partial)]
-        });
-        let borders: BTreeSet<usize> =
-            needs.iter().flat_map(|n| [n.kv_heads.start(), n.kv_heads.end()]).collect();
-        let borders: Vec<usize> = borders.into_iter().collect();
-        for pair in borders.windows(2) {
-            let heads = (pair[1] - pair[0]) as u64;
-            let here: Vec<&Need> = needs.iter().filter(|need| need.kv_heads.contains(pair[0])).collect();
-            let rows: Vec<_> = here.iter().map(|need| (need.rows, need.slot)).collect();
-            let keys: Vec<_> = here.iter().map(|need| (need.keys, need.slot)).collect();
-            for (spans, are_keys) in [(rows, false), (keys, true)] {
-                let price = |pass: PassPrice| if are_keys { pass.key } else { pass.row };
-                for (tokens, rank, slots) in ranges(&spans, homes) {
-                    let [forward, backward] = prices[usize::from(slots.len() > 1)].map(price);
-                    for slot in slots {
-                        if ports.rank(slot) != Some(rank) {
-                            let home = ports.of_rank.get(&rank).copied();
-                            self.forward.ship(slot, home, forward, tokens * heads);
-                            self.backward.ship(slot, home, backward, tokens * heads);
-                        }
+    pub(crate) fn add(&mut self, ports: &Ports<'_>, homes: &[HomeRange], needs: &[Need]) {
+        for (heads, needs) in by_heads(needs) {
+            let rows: Vec<(usize, Span)> = needs.iter().map(|need| (need.slot, need.rows)).collect();
+            let keys: Vec<(usize, Span)> = needs.iter().map(|need| (need.slot, need.keys)).collect();
+            for (spans, [whole, partial]) in [(rows, ports.row), (keys, ports.key)] {
+                for fetch in fetches(spans, homes) {
+                    if ports.rank(fetch.slot) == Some(fetch.rank) {
+                        continue;
+                    }
+                    let home = ports.of_rank.get(&fetch.rank).copied();
+                    for (fare, tokens) in [(whole, fetch.alone), (partial, fetch.shared)] {
+                        self.forward.ship(fetch.slot, home, fare.forward, tokens.saturating_mul(heads));
+                        self.backward.ship(fetch.slot, home, fare.backward, tokens.saturating_mul(heads));
                     }
                 }
             }
         }
+    }
+
+    /// Adds a tick.
+    pub(crate) fn append(&mut self, tick: &Traffic) {
+        self.forward.append(&tick.forward);
+        self.backward.append(&tick.backward);
     }
 }
 
@@ -118,62 +116,35 @@ impl Pass {
     }
 }
 
-/// Whose device a slot is on.
-struct Ports<'a> {
+/// Whose device a slot is on, and what tokens cost on the way to it: alone, and where others compute parts too.
+pub(crate) struct Ports<'a> {
     slots: &'a [Slot],
     of_rank: BTreeMap<u32, usize>,
+    row: [Fare; 2],
+    key: [Fare; 2],
 }
 
 impl<'a> Ports<'a> {
-    fn new(slots: &'a [Slot]) -> Ports<'a> {
+    pub(crate) fn new(problem: &'a Problem) -> Ports<'a> {
+        let Problem { slots, geometry, .. } = problem;
         let of_rank = slots.iter().enumerate().filter_map(|(n, slot)| Some((slot.rank?, n))).collect();
-        Ports { slots, of_rank }
+        let row = [false, true].map(|partial| Fare::of_row(geometry, partial));
+        let key = [false, true].map(|partial| Fare::of_key(geometry, partial));
+        Ports { slots, of_rank, row, key }
+    }
+
+    fn has(&self, slot: u32) -> bool {
+        (slot as usize) < self.slots.len()
     }
 
     fn rank(&self, slot: usize) -> Option<u32> {
         self.slots.get(slot).and_then(|slot| slot.rank)
     }
 
-    fn idle(&self) -> Pass {
+    /// Nothing moved yet.
+    pub(crate) fn idle(&self) -> Traffic {
         let zero = vec![0; self.slots.len()];
-        Pass { total: 0, bytes_in: zero.clone(), bytes_out: zero, busiest: 0 }
+        let pass = Pass { total: 0, bytes_in: zero.clone(), bytes_out: zero, busiest: 0 };
+        Traffic { forward: pass.clone(), backward: pass }
     }
-}
-
-/// Tokens that a task needs for some kv heads.
-struct Need {
-    kv_heads: Span,
-    rows: Span,
-    keys: Span,
-    slot: usize,
-}
-
-fn needs(mask: &Mask, tasks: &[&PlannedTask]) -> Vec<Need> {
-    let need = |task: &PlannedTask| {
-        let part = mask.clip(task.q, task.kv, task.kv_heads);
-        let parts = part.parts().iter();
-        let extents =
-            parts.filter_map(|p| extent(&p.slice, p.slice.q()).map(|(rows, keys)| (p.kv_heads, rows, keys)));
-        let all = extents.reduce(|a, b| (a.0.hull(b.0), a.1.hull(b.1), a.2.hull(b.2)));
-        all.map(|(kv_heads, rows, keys)| Need { kv_heads, rows, keys, slot: task.slot as usize })
-    };
-    tasks.iter().filter_map(|task| need(task)).collect()
-}
-
-/// The ranges of tokens between any two borders of `spans` and `homes` that some slot needs: their length, their home
-/// and who needs them.
-fn ranges<'a>(
-    spans: &'a [(Span, usize)],
-    homes: &'a [HomeRange],
-) -> impl Iterator<Item = (u64, u32, BTreeSet<usize>)> + 'a {
-    let all = spans.iter().map(|(span, _)| *span).chain(homes.iter().map(|home| home.tokens));
-    let borders: BTreeSet<usize> = all.flat_map(|span| [span.start(), span.end()]).collect();
-    let borders: Vec<usize> = borders.into_iter().collect();
-    let pairs: Vec<(usize, usize)> = borders.windows(2).map(|pair| (pair[0], pair[1])).collect();
-    pairs.into_iter().filter_map(move |(start, end)| {
-        let slots: BTreeSet<usize> =
-            spans.iter().filter(|(s, _)| s.contains(start)).map(|&(_, slot)| slot).collect();
-        let home = homes.get(homes.partition_point(|home| home.tokens.end() <= start))?;
-        (!slots.is_empty()).then_some(((end - start) as u64, home.rank, slots))
-    })
 }

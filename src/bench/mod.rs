@@ -1,6 +1,7 @@
 //! `outboard bench`: what this machine reaches.
 
 pub(crate) mod kernel;
+mod plan;
 
 /// Arguments of `outboard bench`.
 #[derive(Debug, clap::Args)]
@@ -13,10 +14,13 @@ pub(crate) struct Args {
 enum Subject {
     /// Speed of the CPU attention kernel, and the share of this machine's peak that it reaches.
     Kernel(kernel::Args),
+    /// What plans are worth, by a judge that knows no planner, and how long planning takes.
+    Plan(plan::Args),
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     match args.subject {
         Subject::Kernel(args) => kernel::run(args),
+        Subject::Plan(args) => plan::run(args),
     }
 }

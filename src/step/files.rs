@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 /// STEP.json: what one training step asks of core attention.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct StepFile {
+pub(crate) struct StepFile {
     model: ModelEntry,
     servers: Vec<ServerEntry>,
     documents: Vec<DocumentEntry>,
@@ -73,15 +73,17 @@ struct SliceEntry {
 }
 
 /// A step as the planner takes it.
-pub(super) struct Step {
+pub(crate) struct Step {
     /// Slot n is server `servers[n]`, document `0.n` is `documents[n]`.
-    pub(super) problem: Problem,
+    pub(crate) problem: Problem,
     /// Servers' ids, ascending.
-    pub(super) servers: Vec<u64>,
+    pub(crate) servers: Vec<u64>,
     /// Documents' ids, ascending.
-    pub(super) documents: Vec<u64>,
+    pub(crate) documents: Vec<u64>,
+    /// What a server of speed 1 computes in a second, where the step says so. No plan depends on it yet.
+    pub(crate) flops_per_second: Option<f64>,
     /// What the step says and this version does not use.
-    pub(super) unused: Vec<String>,
+    pub(crate) unused: Vec<String>,
 }
 
 impl TryFrom<StepFile> for Step {
@@ -126,7 +128,13 @@ impl TryFrom<StepFile> for Step {
         let documents =
             file.documents.into_iter().enumerate().map(domain).collect::<anyhow::Result<Vec<_>>>()?;
         let (servers, slots) = servers.into_iter().unzip();
-        Ok(Step { problem: Problem::new(geometry, documents, slots), servers, documents: ids, unused })
+        Ok(Step {
+            problem: Problem::new(geometry, documents, slots),
+            servers,
+            documents: ids,
+            flops_per_second: file.flops_per_second,
+            unused,
+        })
     }
 }
 
@@ -236,7 +244,7 @@ fn span(name: &str, [start, end]: [usize; 2]) -> anyhow::Result<Span> {
 
 /// PLAN.json: who computes what.
 #[derive(Debug, Serialize)]
-pub(super) struct PlanFile {
+pub(crate) struct PlanFile {
     tasks: Vec<TaskEntry>,
     plan_seconds: f64,
 }
@@ -253,7 +261,7 @@ struct TaskEntry {
 
 impl PlanFile {
     /// The plan in terms of the step's own ids, which `servers` and `documents` list in order of the planner's.
-    pub(super) fn new(plan: &StepPlan, servers: &[u64], documents: &[u64], plan_seconds: f64) -> PlanFile {
+    pub(crate) fn new(plan: &StepPlan, servers: &[u64], documents: &[u64], plan_seconds: f64) -> PlanFile {
         let servers: BTreeMap<u32, u64> = (0..).zip(servers.iter().copied()).collect();
         let ends = |span: Span| [span.start(), span.end()];
         let task = |task: &outboard_attention::PlannedTask| {

@@ -1,0 +1,110 @@
+//! Plans of another planner, DistCA's, as they were judged and written down.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::Context;
+use outboard_planner::{PassVerdict, Rates, Verdict};
+use serde::Deserialize;
+
+/// The file beside the steps: figures by `STEP@TOLERANCE`.
+const FILE: &str = "distca.json";
+/// The tolerance at which it balances like we do.
+const BALANCED: f64 = 0.0;
+/// Those of which it may choose the best where links are slow.
+const TOLERANCES: [f64; 3] = [0.0, 0.05, 0.1];
+/// Slow links, in bytes a second.
+pub(super) const LINKS: [f64; 2] = [12.5e9, 3e9];
+
+/// The figures of one of its plans. There are others, which are not needed here.
+#[derive(Clone, Debug, Deserialize)]
+struct Entry {
+    valid: bool,
+    max_over_mean: f64,
+    forward_gb: f64,
+    backward_gb: f64,
+    busiest_mb: f64,
+    busiest_backward_mb: f64,
+}
+
+/// Its plans of a folder's steps, each with its tolerance.
+#[derive(Debug, Default)]
+pub(super) struct Rivals(BTreeMap<String, Vec<(f64, Entry)>>);
+
+/// Our figures over its: below one is better.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ratios {
+    /// Bytes forward.
+    pub(super) forward: f64,
+    /// Busiest link forward.
+    pub(super) busiest: f64,
+    /// Bytes forward and backward.
+    pub(super) both: f64,
+    /// Layer time, forward and backward, at each of [`LINKS`], over the best that it reaches there.
+    pub(super) layer: [f64; 2],
+}
+
+impl Rivals {
+    /// Reads the figures of a folder; there are none where the file is not.
+    pub(super) fn read(folder: &Path) -> anyhow::Result<Rivals> {
+        let path = folder.join(FILE);
+        let text = match std::fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Rivals::default()),
+            text => text.with_context(|| format!("cannot read {}", path.display()))?,
+        };
+        let entries: BTreeMap<String, Entry> =
+            serde_json::from_slice(&text).with_context(|| format!("{} is not valid", path.display()))?;
+        let mut rivals: BTreeMap<String, Vec<(f64, Entry)>> = BTreeMap::new();
+        for (key, entry) in entries {
+            let parts = key.rsplit_once('@').and_then(|(step, at)| Some((step, at.parse::<f64>().ok()?)));
+            let (step, tolerance) =
+                parts.with_context(|| format!("{}: {key:?} is not STEP@TOLERANCE", path.display()))?;
+            rivals.entry(step.to_owned()).or_default().push((tolerance, entry));
+        }
+        Ok(Rivals(rivals))
+    }
+
+    /// Our plan of a step beside its. It cuts by query only, so that each of `lanes` equal lanes moves its part of the
+    /// bytes. `None` where it has no plan, or one that moves nothing.
+    pub(super) fn ratios(&self, step: &str, ours: &Verdict, lanes: usize, rates: Rates) -> Option<Ratios> {
+        let plans = self.0.get(step)?;
+        let [forward, backward] =
+            balanced(plans)?.passes(ours, lanes).map(|pass| (pass.bytes as f64, pass.busiest as f64));
+        let layer = LINKS.map(|bytes_per_second| {
+            let rates = Rates { bytes_per_second, ..rates };
+            let seconds =
+                |[forward, backward]: [PassVerdict; 2]| forward.seconds(rates) + backward.seconds(rates);
+            let may = plans.iter().filter(|(at, plan)| plan.valid && TOLERANCES.contains(at));
+            let best = may.map(|(_, plan)| seconds(plan.passes(ours, lanes))).reduce(f64::min);
+            seconds([ours.forward, ours.backward]) / best.unwrap_or(f64::NAN)
+        });
+        let ratios = Ratios {
+            forward: ours.forward.bytes as f64 / forward.0,
+            busiest: ours.forward.busiest as f64 / forward.1,
+            both: (ours.forward.bytes as f64 + ours.backward.bytes as f64) / (forward.0 + backward.0),
+            layer,
+        };
+        let all = [ratios.forward, ratios.busiest, ratios.both, layer[0], layer[1]];
+        all.iter().all(|ratio| ratio.is_finite()).then_some(ratios)
+    }
+}
+
+fn balanced(plans: &[(f64, Entry)]) -> Option<&Entry> {
+    plans.iter().find(|(at, plan)| *at == BALANCED && plan.valid).map(|(_, plan)| plan)
+}
+
+impl Entry {
+    /// Its passes in one of `lanes` lanes. The mean work of a step is the same in any valid plan, ours included.
+    fn passes(&self, ours: &Verdict, lanes: usize) -> [PassVerdict; 2] {
+        let lane = |bytes: f64| (bytes / lanes.max(1) as f64) as u64;
+        let pass = |gigabytes: f64, megabytes: f64, ours_of_pass: &PassVerdict| PassVerdict {
+            bytes: lane(gigabytes * 1e9),
+            busiest: lane(megabytes * 1e6),
+            flops: ours_of_pass.flops * self.max_over_mean / ours.max_over_mean,
+        };
+        [
+            pass(self.forward_gb, self.busiest_mb, &ours.forward),
+            pass(self.backward_gb, self.busiest_backward_mb, &ours.backward),
+        ]
+    }
+}

@@ -1,0 +1,168 @@
+//! What is shown of plans: a row or a JSON line each, then the targets.
+
+use serde::Serialize;
+
+use super::targets::Row;
+use super::{Part, Planned};
+use crate::bench::kernel::show::{Output, table};
+
+/// Columns, of which the first ones are words.
+pub(super) const HEADER: [&str; 16] = [
+    "step",
+    "kv heads",
+    "servers",
+    "max/mean",
+    "tiles/ideal",
+    "largest piece",
+    "tasks",
+    "forward GB",
+    "fwd+bwd GB",
+    "busiest MB",
+    "plan ms",
+    "forward x",
+    "busiest x",
+    "fwd+bwd x",
+    "layer x 12.5",
+    "layer x 3",
+];
+pub(super) const WORDS: usize = 1;
+
+/// A plan's JSON line. Figures over those of DistCA's plan are left out where there is none.
+#[derive(Debug, Serialize)]
+pub(super) struct Line<'a> {
+    kind: &'static str,
+    step: &'a str,
+    policy: &'static str,
+    part: &'static str,
+    kv_heads: usize,
+    servers: usize,
+    documents: usize,
+    tasks: usize,
+    max_over_mean: f64,
+    worst_tick: f64,
+    tiles_over_ideal: f64,
+    largest_piece: f64,
+    forward_gb: f64,
+    backward_gb: f64,
+    busiest_mb: f64,
+    busiest_backward_mb: f64,
+    /// Of one layer, on links of 50 GB/s.
+    layer_ms_forward: f64,
+    layer_ms_backward: f64,
+    plan_ms: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forward_to_distca: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    busiest_to_distca: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    both_to_distca: Option<f64>,
+    /// Layer time on links of 12.5 and of 3 GB/s.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer_to_distca: Option<[f64; 2]>,
+}
+
+/// A target's JSON line.
+#[derive(Debug, Serialize)]
+struct TargetLine<'a> {
+    kind: &'static str,
+    row: &'a str,
+    target: f64,
+    at_most: bool,
+    reached: Option<f64>,
+    pass: Option<bool>,
+}
+
+impl Part {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Part::Whole => "whole",
+            Part::Lane => "lane",
+        }
+    }
+}
+
+impl<'a> Line<'a> {
+    pub(super) fn new(planned: &'a Planned) -> Line<'a> {
+        let Planned { step, part, kv_heads, verdict, seconds, rates, ratios, .. } = planned;
+        Line {
+            kind: "plan",
+            step,
+            policy: "outboard",
+            part: part.name(),
+            kv_heads: *kv_heads,
+            servers: verdict.slots,
+            documents: verdict.documents,
+            tasks: verdict.tasks,
+            max_over_mean: verdict.max_over_mean,
+            worst_tick: verdict.worst_tick,
+            tiles_over_ideal: verdict.tiles_over_ideal,
+            largest_piece: verdict.largest_piece,
+            forward_gb: verdict.forward.bytes as f64 / 1e9,
+            backward_gb: verdict.backward.bytes as f64 / 1e9,
+            busiest_mb: verdict.forward.busiest as f64 / 1e6,
+            busiest_backward_mb: verdict.backward.busiest as f64 / 1e6,
+            layer_ms_forward: verdict.forward.seconds(*rates) * 1e3,
+            layer_ms_backward: verdict.backward.seconds(*rates) * 1e3,
+            plan_ms: seconds * 1e3,
+            forward_to_distca: ratios.map(|ratios| ratios.forward),
+            busiest_to_distca: ratios.map(|ratios| ratios.busiest),
+            both_to_distca: ratios.map(|ratios| ratios.both),
+            layer_to_distca: ratios.map(|ratios| ratios.layer),
+        }
+    }
+
+    pub(super) fn row(&self) -> [String; 16] {
+        let ratio = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
+        [
+            self.step.to_owned(),
+            self.kv_heads.to_string(),
+            self.servers.to_string(),
+            format!("{:.4}", self.max_over_mean),
+            format!("{:.4}", self.tiles_over_ideal),
+            format!("{:.3}", self.largest_piece),
+            self.tasks.to_string(),
+            format!("{:.3}", self.forward_gb),
+            format!("{:.3}", self.forward_gb + self.backward_gb),
+            format!("{:.1}", self.busiest_mb),
+            format!("{:.2}", self.plan_ms),
+            ratio(self.forward_to_distca),
+            ratio(self.busiest_to_distca),
+            ratio(self.both_to_distca),
+            ratio(self.layer_to_distca.map(|layer| layer[0])),
+            ratio(self.layer_to_distca.map(|layer| layer[1])),
+        ]
+    }
+}
+
+/// Shows what must be reached, and what is.
+pub(super) fn targets(rows: &[Row], output: &mut Output) -> anyhow::Result<()> {
+    let mut table = table(["what", "target", "reached", ""], 1);
+    let (mut passed, mut measured) = (0, 0);
+    for row in rows {
+        let Row { name, target, reached } = row;
+        let pass = row.pass();
+        measured += u32::from(pass.is_some());
+        passed += u32::from(pass == Some(true));
+        let line =
+            TargetLine { kind: "suite", row: name, target: *target, at_most: true, reached: *reached, pass };
+        output.write(&line)?;
+        table.add_row([
+            name.clone(),
+            format!("<= {}", number(*target)),
+            reached.map_or("-".into(), number),
+            match pass {
+                Some(true) => "pass".into(),
+                Some(false) => "miss".into(),
+                None => "no step tells".to_owned(),
+            },
+        ]);
+    }
+    output.say(&table.to_string())?;
+    output.say("x: over DistCA's plan, layer time over the best of its plans on links of 12.5 and 3 GB/s")?;
+    output.say(&format!("{passed} of {measured} rows pass"))
+}
+
+/// Ratios lie close to their targets, times do not.
+fn number(value: f64) -> String {
+    if value < 2.0 { format!("{value:.4}") } else { format!("{value:.1}") }
+}
