@@ -101,7 +101,7 @@ pub(crate) fn plan_step(input: &PlanInput) -> Result<PlannedStep, Error> {
     let mut documents: Vec<Document> = input.submissions.iter().flat_map(|d| d.iter().cloned()).collect();
     documents.sort_unstable_by_key(Document::id);
     let slots = input.footing.slots.iter().map(|slot| slot.planned()).collect();
-    let problem = Problem { geometry: input.geometry, documents, slots, tolerance: input.tolerance };
+    let problem = Problem { tolerance: input.tolerance, ..Problem::new(input.geometry, documents, slots) };
     let step = plan(&problem).map_err(|e| Error::invalid(format!("{}: {e}", place_name())))?;
     let documents = &problem.documents;
     if worth_checking(&step) {

@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 
 use crate::cost::Cost;
 use crate::cut::{Cut, Edge, carve};
+use crate::plan::Effort;
 use crate::search::{self, Rect, Terms};
 use crate::sheet::{Sheet, Strip};
 use crate::start::Share;
@@ -26,7 +27,13 @@ const SCARCE: f64 = 1.0;
 const ENOUGH: f64 = 1.3;
 
 /// Moves slices from slots above their cap to slots below, until none is above or nothing helps.
-pub(crate) fn balance(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], held: &mut [Vec<Strip>]) {
+pub(crate) fn balance(
+    sheets: &[Sheet<'_>],
+    cost: &Cost,
+    shares: &[Share],
+    held: &mut [Vec<Strip>],
+    effort: Effort,
+) {
     for round in 0..ROUNDS {
         let load: Vec<u64> = held.iter().map(|strips| strips.iter().map(Strip::cells).sum()).collect();
         let surplus = |n: usize| load[n].saturating_sub(shares[n].cap);
@@ -48,7 +55,7 @@ pub(crate) fn balance(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], held:
             }
         };
         let mut donors: Vec<Donor> = donors.iter().map(deal).collect();
-        if round == 0 {
+        if round == 0 && effort == Effort::Search {
             exchange(sheets, cost, shares, &load, &mut donors);
         }
         let mut moved = false;

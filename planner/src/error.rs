@@ -45,6 +45,14 @@ pub enum PlanError {
         /// Index of the other.
         second: usize,
     },
+    /// A rate that is not a positive finite number.
+    #[error("rates.{name} is {rate}; it must be finite and above zero")]
+    BadRate {
+        /// Which one.
+        name: &'static str,
+        /// Its value.
+        rate: f64,
+    },
     /// A tolerance that is negative or not a number, or above one.
     #[error("tolerance is {tolerance}; it must be between 0 and 1")]
     BadTolerance {

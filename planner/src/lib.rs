@@ -69,6 +69,7 @@ mod search;
 mod sheet;
 mod split;
 mod start;
+mod trade;
 mod traffic;
 
 pub use error::PlanError;

@@ -6,10 +6,10 @@ use outboard_attention::{Document, PlannedTask, Span, StepPlan, TickPlan};
 
 use crate::balance::balance;
 use crate::cost::Cost;
-use crate::sheet::Sheet;
+use crate::sheet::{Sheet, Strip};
 use crate::split::split;
 use crate::start::{shares, start};
-use crate::{PlanError, Problem, group};
+use crate::{PlanError, Problem, group, trade};
 
 /// Decides who computes which piece of every document. See the crate's documentation for what is guaranteed.
 ///
@@ -23,24 +23,55 @@ pub fn plan(problem: &Problem) -> Result<StepPlan, PlanError> {
     }
     let mut next_group = 0;
     let mut ticks = Vec::with_capacity(by_tick.len());
-    for (tick, mut documents) in by_tick {
+    for (number, mut documents) in by_tick {
         documents.sort_unstable_by_key(|document| document.id());
-        ticks.push(TickPlan { tick, tasks: plan_tick(problem, &documents, &mut next_group)? });
+        let tick = Tick::new(problem, &documents);
+        ticks.push(TickPlan { tick: number, tasks: tick.plan(&mut next_group)? });
     }
     Ok(StepPlan { ticks, slots: problem.slots.len() as u32 })
 }
 
-fn plan_tick(
-    problem: &Problem,
-    documents: &[&Document],
-    next_group: &mut u32,
-) -> Result<Vec<PlannedTask>, PlanError> {
-    let sheets = Sheet::of(documents, problem.geometry.kv_heads());
-    let work =
-        |sheet: &Sheet<'_>| sheet.cells(Span::to(sheet.document.tokens())) * sheet.kv_heads.len() as u64;
-    let shares = shares(problem, sheets.iter().map(work).sum());
-    let mut held = start(&sheets, &shares);
-    balance(&sheets, &Cost::new(&problem.geometry), &shares, &mut held);
-    let pieces: Vec<_> = held.iter_mut().map(|strips| split(&sheets, strips)).collect();
-    group::tasks(&sheets, &pieces, next_group)
+/// How hard to look for who relieves whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// Receivers are dealt once.
+    Greedy,
+    /// They are dealt out anew while bytes fall.
+    Search,
+}
+
+/// One tick of a step: what is computed together.
+pub(crate) struct Tick<'a> {
+    pub(crate) problem: &'a Problem,
+    pub(crate) sheets: Vec<Sheet<'a>>,
+    /// Summed over kv heads.
+    pub(crate) cells: u64,
+}
+
+impl<'a> Tick<'a> {
+    fn new(problem: &'a Problem, documents: &[&'a Document]) -> Tick<'a> {
+        let sheets = Sheet::of(documents, problem.geometry.kv_heads());
+        let work =
+            |sheet: &Sheet<'_>| sheet.cells(Span::to(sheet.document.tokens())) * sheet.kv_heads.len() as u64;
+        let cells = sheets.iter().map(work).sum();
+        Tick { problem, sheets, cells }
+    }
+
+    /// What slots hold when none may have more than `1 + tolerance` times its share.
+    pub(crate) fn hold(&self, tolerance: f64, effort: Effort) -> Vec<Vec<Strip>> {
+        let shares = shares(&self.problem.slots, tolerance, self.cells);
+        let mut held = start(&self.sheets, &shares);
+        balance(&self.sheets, &Cost::new(&self.problem.geometry), &shares, &mut held, effort);
+        held
+    }
+
+    fn plan(&self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
+        let tolerance = match self.problem.rates {
+            Some(rates) => trade::tolerance(self, rates),
+            None => self.problem.tolerance,
+        };
+        let mut held = self.hold(tolerance, Effort::Search);
+        let pieces: Vec<_> = held.iter_mut().map(|strips| split(&self.sheets, strips)).collect();
+        group::tasks(&self.sheets, &pieces, next_group)
+    }
 }

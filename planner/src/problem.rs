@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use outboard_attention::{Document, HeadGeometry};
 
-use crate::PlanError;
+use crate::{PlanError, Rates};
 
 /// The tolerance of a problem that names none: the busiest slot within 1% of the mean.
 pub const DEFAULT_TOLERANCE: f64 = 0.01;
@@ -48,12 +48,15 @@ pub struct Problem {
     pub slots: Vec<Slot>,
     /// How far the busiest slot may lie above the mean, as a fraction of it: 0 to 1. More tolerance moves fewer bytes.
     pub tolerance: f64,
+    /// How fast slots compute and links carry. When given, layer time is what counts: where links are slow, a slot may
+    /// have more than the tolerance allows. Without, the plan balances, and moves the fewest bytes that allow it.
+    pub rates: Option<Rates>,
 }
 
 impl Problem {
     /// A problem with the [`DEFAULT_TOLERANCE`].
     pub fn new(geometry: HeadGeometry, documents: Vec<Document>, slots: Vec<Slot>) -> Problem {
-        Problem { geometry, documents, slots, tolerance: DEFAULT_TOLERANCE }
+        Problem { geometry, documents, slots, tolerance: DEFAULT_TOLERANCE, rates: None }
     }
 
     /// Checks that the problem can be planned.
@@ -64,6 +67,13 @@ impl Problem {
         self.check_slots()?;
         if !(0.0..=1.0).contains(&self.tolerance) {
             return Err(PlanError::BadTolerance { tolerance: self.tolerance });
+        }
+        if let Some(Rates { flops_per_second, bytes_per_second }) = self.rates {
+            let rates = [("flops_per_second", flops_per_second), ("bytes_per_second", bytes_per_second)];
+            if let Some((name, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0))
+            {
+                return Err(PlanError::BadRate { name, rate });
+            }
         }
         let mut ids: Vec<_> = self.documents.iter().map(Document::id).collect();
         ids.sort_unstable();

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use outboard_attention::Span;
 
-use crate::Problem;
+use crate::Slot;
 use crate::sheet::{Sheet, Strip};
 
 /// A slot's part of a tick's work.
@@ -29,16 +29,16 @@ const LEAST_SLACK: f64 = 1e-4;
 const SMALL: f64 = 0.02;
 
 /// Every slot's share of `cells` cells.
-pub(crate) fn shares(problem: &Problem, cells: u64) -> Vec<Share> {
-    let total: f64 = problem.slots.iter().map(|slot| slot.weight).sum();
-    let share = |slot: &crate::Slot| {
+pub(crate) fn shares(slots: &[Slot], tolerance: f64, cells: u64) -> Vec<Share> {
+    let total: f64 = slots.iter().map(|slot| slot.weight).sum();
+    let share = |slot: &Slot| {
         let fair = cells as f64 * (slot.weight / total);
-        let slack = fair * (SLACK * problem.tolerance).max(LEAST_SLACK);
+        let slack = fair * (SLACK * tolerance).max(LEAST_SLACK);
         // A step of fewer cells than slots must have room for them.
-        let cap = (fair * (1.0 + USED_TOLERANCE * problem.tolerance)).floor().max(fair.ceil());
+        let cap = (fair * (1.0 + USED_TOLERANCE * tolerance)).floor().max(fair.ceil());
         Share { rank: slot.rank, cap: cap as u64, slack: slack as u64 }
     };
-    problem.slots.iter().map(share).collect()
+    slots.iter().map(share).collect()
 }
 
 /// What every slot holds at first: the rows its rank is home of, and documents of ranks without a slot where there is

@@ -7,7 +7,7 @@ use outboard_attention::{
     BandSlice, DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention, Mask,
     MaskPart, Span, StepPlan,
 };
-use outboard_planner::{Problem, Slot};
+use outboard_planner::{Problem, Rates, Slot};
 use serde::{Deserialize, Serialize};
 
 /// STEP.json: what one training step asks of core attention.
@@ -80,7 +80,7 @@ pub(crate) struct Step {
     pub(crate) servers: Vec<u64>,
     /// Documents' ids, ascending.
     pub(crate) documents: Vec<u64>,
-    /// What a server of speed 1 computes in a second, where the step says so. No plan depends on it yet.
+    /// What a server of speed 1 computes in a second, where the step says so.
     pub(crate) flops_per_second: Option<f64>,
     /// What the step says and this version does not use.
     pub(crate) unused: Vec<String>,
@@ -128,8 +128,13 @@ impl TryFrom<StepFile> for Step {
         let documents =
             file.documents.into_iter().enumerate().map(domain).collect::<anyhow::Result<Vec<_>>>()?;
         let (servers, slots) = servers.into_iter().unzip();
+        // Where links are not known, only balance and bytes can count.
+        let rates = file.bytes_per_second.map(|bytes_per_second| {
+            let flops_per_second = file.flops_per_second.unwrap_or(Rates::default().flops_per_second);
+            Rates { flops_per_second, bytes_per_second }
+        });
         Ok(Step {
-            problem: Problem::new(geometry, documents, slots),
+            problem: Problem { rates, ..Problem::new(geometry, documents, slots) },
             servers,
             documents: ids,
             flops_per_second: file.flops_per_second,
@@ -161,9 +166,7 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     let mut unused = Vec::new();
     let rates = [("flops_per_second", file.flops_per_second), ("bytes_per_second", file.bytes_per_second)];
     for (name, value) in rates {
-        if positive(name, value)? {
-            unused.push(format!("{name} is not used yet: the plan balances first and then moves few bytes"));
-        }
+        positive(name, value)?;
     }
     if let Some(slack) = file.token_slack {
         bail!(

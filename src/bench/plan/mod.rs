@@ -14,7 +14,7 @@ mod targets;
 
 use super::kernel::measure::median;
 use super::kernel::show::{Output, Progress, table};
-use rival::{Ratios, Rivals};
+use rival::{LINKS, Ratios, Rivals};
 use show::{HEADER, Line, WORDS};
 use steps::{Source, lane};
 
@@ -81,7 +81,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         for (part, problem, parts) in [(Part::Whole, &whole, 1), (Part::Lane, &lane, lanes)] {
             progress.at(format!("{name}, {} kv heads", problem.geometry.kv_heads()));
             let (verdict, seconds) = measure(problem, args.repeats).with_context(|| source.words())?;
-            let ratios = rivals.ratios(&name, &verdict, parts, rates);
+            let ratios = match rivals.has(&name) {
+                true => {
+                    let linked = linked(problem, rates).with_context(|| source.words())?;
+                    rivals.ratios(&name, &verdict, &linked, parts, rates)
+                }
+                false => None,
+            };
             let tokens: usize = problem.documents.iter().map(|document| document.tokens()).sum();
             let planned = Planned {
                 step: name.clone(),
@@ -104,6 +110,15 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     output.say(&table.to_string())?;
     output.say("")?;
     show::targets(&targets::rows(&all), &mut output)
+}
+
+/// Judges the plans that are told how slow links are.
+fn linked(problem: &Problem, rates: Rates) -> anyhow::Result<[Verdict; 2]> {
+    let [fast, slow] = LINKS.map(|bytes_per_second| {
+        let rates = Some(Rates { bytes_per_second, ..rates });
+        measure(&Problem { rates, ..problem.clone() }, 1).map(|(verdict, _)| verdict)
+    });
+    Ok([fast?, slow?])
 }
 
 /// Plans a problem `repeats` times, which only takes time, and judges the plan.

@@ -64,19 +64,31 @@ impl Rivals {
         Ok(Rivals(rivals))
     }
 
-    /// Our plan of a step beside its. It cuts by query only, so that each of `lanes` equal lanes moves its part of the
-    /// bytes. `None` where it has no plan, or one that moves nothing.
-    pub(super) fn ratios(&self, step: &str, ours: &Verdict, lanes: usize, rates: Rates) -> Option<Ratios> {
+    /// Whether there is a plan of the step.
+    pub(super) fn has(&self, step: &str) -> bool {
+        self.0.get(step).is_some_and(|plans| balanced(plans).is_some())
+    }
+
+    /// Our plan of a step beside its, and those that were told of each of [`LINKS`]. It cuts by query only, so that each
+    /// of `lanes` equal lanes moves its part of the bytes. `None` where it has no plan, or one that moves nothing.
+    pub(super) fn ratios(
+        &self,
+        step: &str,
+        ours: &Verdict,
+        linked: &[Verdict; 2],
+        lanes: usize,
+        rates: Rates,
+    ) -> Option<Ratios> {
         let plans = self.0.get(step)?;
         let [forward, backward] =
             balanced(plans)?.passes(ours, lanes).map(|pass| (pass.bytes as f64, pass.busiest as f64));
-        let layer = LINKS.map(|bytes_per_second| {
-            let rates = Rates { bytes_per_second, ..rates };
+        let layer = [0, 1].map(|n: usize| {
+            let rates = Rates { bytes_per_second: LINKS[n], ..rates };
             let seconds =
                 |[forward, backward]: [PassVerdict; 2]| forward.seconds(rates) + backward.seconds(rates);
             let may = plans.iter().filter(|(at, plan)| plan.valid && TOLERANCES.contains(at));
             let best = may.map(|(_, plan)| seconds(plan.passes(ours, lanes))).reduce(f64::min);
-            seconds([ours.forward, ours.backward]) / best.unwrap_or(f64::NAN)
+            seconds([linked[n].forward, linked[n].backward]) / best.unwrap_or(f64::NAN)
         });
         let ratios = Ratios {
             forward: ours.forward.bytes as f64 / forward.0,

@@ -1,0 +1,119 @@
+//! Balance for bytes: where links are slow, a step ends sooner when its busiest slot computes more and its busiest link
+//! carries less.
+
+use std::collections::BTreeMap;
+
+use outboard_attention::{PlannedTask, Span};
+
+use crate::judge::needs::needs;
+use crate::judge::pieces::{Piece, Shelf};
+use crate::plan::{Effort, Tick};
+use crate::sheet::Strip;
+use crate::traffic::Ports;
+use crate::{PassVerdict, Rates};
+
+/// A backward pass takes so many times the FLOPs of a forward pass.
+const BACKWARD_FLOPS: f64 = 2.5;
+/// Tolerances tried at first are so far apart, as a factor,
+const STRIDE: f64 = 2.0;
+/// and at most so many, which takes 1% beyond any imbalance of 2^20 slots.
+const STRIDES: u32 = 28;
+/// After that, so many times both neighbours of the best one, ever closer.
+const REFINEMENTS: u32 = 3;
+
+/// The tolerance, no less than the problem's, at which a tick's layer time is least, as far as greedy plans tell. Layer
+/// time falls with the tolerance as long as links take longer than computing, and rises afterwards.
+pub(crate) fn tolerance(tick: &Tick<'_>, rates: Rates) -> f64 {
+    let time = |tolerance: f64| seconds(tick, rates, &tick.hold(tolerance, Effort::Greedy));
+    let least = tick.problem.tolerance.max(f64::MIN_POSITIVE);
+    let mut best = (time(least), least);
+    let mut at = least.max(1e-3);
+    for _ in 0..STRIDES {
+        at *= STRIDE;
+        let (computing, seconds) = (computing(tick, rates, 1.0 + at), time(at));
+        if seconds < best.0 {
+            best = (seconds, at);
+        }
+        // A slot that uses the whole tolerance alone would take longer.
+        if computing > best.0 {
+            break;
+        }
+    }
+    let mut step = STRIDE.sqrt();
+    for _ in 0..REFINEMENTS {
+        for at in [best.1 / step, best.1 * step] {
+            let seconds = time(at.max(least));
+            if seconds < best.0 {
+                best = (seconds, at.max(least));
+            }
+        }
+        step = step.sqrt();
+    }
+    best.1
+}
+
+/// Seconds of computing, forward and backward, of a slot with so many times the mean work.
+fn computing(tick: &Tick<'_>, rates: Rates, over_mean: f64) -> f64 {
+    let weights: f64 = tick.problem.slots.iter().map(|slot| slot.weight).sum();
+    let flops = flops_a_cell(tick) * tick.cells as f64 / weights * over_mean;
+    (1.0 + BACKWARD_FLOPS) * flops / rates.flops_per_second
+}
+
+/// FLOPs of a cell of one kv head, forward.
+fn flops_a_cell(tick: &Tick<'_>) -> f64 {
+    let geometry = &tick.problem.geometry;
+    2.0 * (geometry.head_dim() + geometry.v_head_dim()) as f64 * geometry.group() as f64
+}
+
+/// Layer time of what slots hold, forward and backward, in seconds.
+pub(crate) fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
+    let work = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>() as f64;
+    let slots = held.iter().zip(&tick.problem.slots);
+    let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);
+    let flops = flops_a_cell(tick) * busiest;
+    let [forward, backward] = busiest_links(tick, held);
+    let pass = |busiest: u64, flops: f64| PassVerdict { bytes: 0, busiest, flops }.seconds(rates);
+    pass(forward, flops) + pass(backward, BACKWARD_FLOPS * flops)
+}
+
+/// Bytes of the busiest link, forward and backward.
+fn busiest_links(tick: &Tick<'_>, held: &[Vec<Strip>]) -> [u64; 2] {
+    let ports = Ports::new(tick.problem);
+    let at_home = |slot: usize, strip: &Strip| {
+        let homes = tick.sheets[strip.sheet].document.homes();
+        homes.iter().all(|home| Some(home.rank) == tick.problem.slots[slot].rank)
+    };
+    // Documents that stay whole at home move nothing, and most do.
+    let mut moved: BTreeMap<usize, Vec<(usize, Strip)>> = BTreeMap::new();
+    let strips = || held.iter().enumerate().flat_map(|(n, strips)| strips.iter().map(move |s| (n, *s)));
+    for (slot, strip) in strips() {
+        if !at_home(slot, &strip) {
+            moved.entry(strip.sheet).or_default();
+        }
+    }
+    for (slot, strip) in strips() {
+        if let Some(all) = moved.get_mut(&strip.sheet) {
+            all.push((slot, strip));
+        }
+    }
+    let mut traffic = ports.idle();
+    for (sheet, strips) in moved {
+        let sheet = &tick.sheets[sheet];
+        let shelf = Shelf::new(&sheet.document.mask(tick.problem.geometry.kv_heads()));
+        let piece = |(slot, strip): &(usize, Strip)| -> Piece {
+            shelf.piece(&PlannedTask {
+                document: sheet.document.id(),
+                q: strip.q,
+                kv: Span::to(sheet.document.tokens()),
+                kv_heads: strip.kv_heads,
+                slot: *slot as u32,
+                group: 0,
+                position: 0,
+            })
+        };
+        let pieces: Vec<Piece> = strips.iter().map(piece).collect();
+        traffic.add(&ports, sheet.document.homes(), &needs(&pieces));
+    }
+    [&traffic.forward, &traffic.backward]
+        .map(|pass| pass.bytes_in.iter().chain(&pass.bytes_out).max().copied().unwrap_or(0))
+}
