@@ -4,17 +4,30 @@ use std::cmp::Reverse;
 
 use crate::cost::Cost;
 use crate::cut::{Cut, Edge, carve};
+use crate::search::{self, Rect, Terms};
 use crate::sheet::{Sheet, Strip};
 use crate::start::Share;
 
 /// What one round leaves over, through rounding, the next may move.
 const ROUNDS: usize = 4;
+/// Slices are shaped as if keys cost so many times as much: more where only the home sees them beside who takes them,
+/// less where nobody else does. The way that costs least is taken.
+const SHAPES: [f64; 4] = [1.4, 1.0, 0.67, 0.4];
+/// Where heads run out, keys that stay behind are worth so much more.
+const SCARCITIES: [f64; 2] = [0.0, 1.0];
+/// Exchanges tried for every slot.
+const TRIES_AT_ONE_HEAD: usize = 30;
+const TRIES_AT_MANY_HEADS: usize = 20;
+/// A link that carries more than this part of the busiest one's bytes is spared:
+const NEAR_BUSIEST: f64 = 0.9;
+/// a byte on it is worth so many others.
+const SCARCE: f64 = 4.0;
 /// A busy slot cuts its longest strips, as many as hold this many times what it gives.
 const ENOUGH: f64 = 1.3;
 
 /// Moves slices from slots above their cap to slots below, until none is above or nothing helps.
 pub(crate) fn balance(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], held: &mut [Vec<Strip>]) {
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
         let load: Vec<u64> = held.iter().map(|strips| strips.iter().map(Strip::cells).sum()).collect();
         let surplus = |n: usize| load[n].saturating_sub(shares[n].cap);
         let mut donors: Vec<usize> =
@@ -24,17 +37,25 @@ pub(crate) fn balance(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], held:
         for (n, share) in shares.iter().enumerate() {
             pool.put(n, share.cap.saturating_sub(load[n]), share);
         }
+        let deal = |&slot: &usize| {
+            let edges = pool.deal(surplus(slot), shares[slot].slack, shares);
+            Donor {
+                slot,
+                surplus: surplus(slot),
+                strips: longest(&mut held[slot], surplus(slot)),
+                edges,
+                scarce: 0.0,
+            }
+        };
+        let mut donors: Vec<Donor> = donors.iter().map(deal).collect();
+        if round == 0 {
+            exchange(sheets, cost, shares, &load, &mut donors);
+        }
         let mut moved = false;
         for donor in donors {
-            let edges = pool.deal(surplus(donor), shares[donor].slack, shares);
-            let cut = relieve(sheets, cost, &mut held[donor], surplus(donor), &edges);
-            for edge in &edges {
-                let got =
-                    cut.given.iter().filter(|(slot, _)| *slot == edge.slot).map(|(_, s)| s.cells()).sum();
-                let room = pool.taken(edge.slot).saturating_sub(got);
-                pool.put(edge.slot, room, &shares[edge.slot]);
-            }
+            let cut = relieve(sheets, cost, donor.strips, &donor.edges, donor.scarce);
             moved |= !cut.given.is_empty();
+            held[donor.slot].extend(cut.kept);
             for (slot, strip) in cut.given {
                 held[slot].push(strip);
             }
@@ -45,8 +66,71 @@ pub(crate) fn balance(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], held:
     }
 }
 
-/// Cuts what a slot holds to serve its edges; `held` becomes what it keeps.
-fn relieve(sheets: &[Sheet<'_>], cost: &Cost, held: &mut Vec<Strip>, surplus: u64, edges: &[Edge]) -> Cut {
+/// A slot that gives.
+struct Donor {
+    slot: usize,
+    /// Cells above its cap.
+    surplus: u64,
+    /// What it may cut.
+    strips: Vec<Strip>,
+    edges: Vec<Edge>,
+    /// How many bytes in all a byte on its link is worth.
+    scarce: f64,
+}
+
+/// Deals receivers out anew where that saves bytes.
+fn exchange(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], load: &[u64], donors: &mut [Donor]) {
+    let causal = |strip: &Strip| sheets[strip.sheet].is_causal();
+    let rect = |strip: &Strip| Rect {
+        heads: strip.kv_heads.len() as f64,
+        lo: strip.q.start() as f64,
+        hi: strip.q.end() as f64,
+    };
+    let mut room: Vec<f64> =
+        shares.iter().zip(load).map(|(share, load)| share.cap as f64 - *load as f64).collect();
+    for edge in donors.iter().flat_map(|donor| &donor.edges) {
+        room[edge.slot] -= edge.cells as f64;
+    }
+    let (mut which, mut searched) = (Vec::new(), Vec::new());
+    for (n, donor) in donors.iter().enumerate() {
+        if donor.strips.iter().all(causal) && !donor.edges.is_empty() {
+            which.push(n);
+            searched.push(search::Donor {
+                slot: donor.slot,
+                surplus: donor.surplus as f64,
+                strips: donor.strips.iter().map(rect).collect(),
+                edges: donor
+                    .edges
+                    .iter()
+                    .map(|edge| search::Edge { slot: edge.slot, cells: edge.cells as f64, sent: 0.0 })
+                    .collect(),
+            });
+        }
+    }
+    let grain = shares.iter().map(|share| share.slack).min().unwrap_or(0) as f64;
+    let many_heads = donors.iter().flat_map(|donor| &donor.strips).any(|strip| strip.kv_heads.len() > 1);
+    let tries = shares.len() * if many_heads { TRIES_AT_MANY_HEADS } else { TRIES_AT_ONE_HEAD };
+    let links =
+        search::improve(&mut searched, &mut room, &Terms { shape: cost.shape(), grain: 0.5 * grain, tries });
+    for &n in &which {
+        if links.out(donors[n].slot) > NEAR_BUSIEST {
+            donors[n].scarce = SCARCE;
+        }
+    }
+    for (n, found) in which.into_iter().zip(searched) {
+        let edge = |edge: &search::Edge| {
+            let Share { rank, slack, .. } = shares[edge.slot];
+            Edge { slot: edge.slot, rank, cells: edge.cells as u64, slack }
+        };
+        donors[n].edges = found.edges.iter().map(edge).collect();
+        if let Some(last) = donors[n].edges.last_mut() {
+            last.slack = last.slack.min(shares[donors[n].slot].slack);
+        }
+    }
+}
+
+/// The longest strips of what a slot holds, as many as hold what it gives and some more. The others stay.
+fn longest(held: &mut Vec<Strip>, surplus: u64) -> Vec<Strip> {
     held.sort_unstable_by_key(|strip| (Reverse(strip.cells()), strip.place()));
     let mut sum = 0.0;
     let enough = held.iter().position(|strip| {
@@ -54,18 +138,19 @@ fn relieve(sheets: &[Sheet<'_>], cost: &Cost, held: &mut Vec<Strip>, surplus: u6
         sum > ENOUGH * surplus as f64
     });
     let rest = held.split_off(enough.map_or(held.len(), |n| n + 1));
-    let many_heads = held.iter().any(|strip| strip.kv_heads.len() > 1);
-    let mut cut = carve(sheets, cost, held, edges, 0.0);
-    if many_heads {
-        // Where heads run out, later slices pay for what the first ones left.
-        let other = carve(sheets, cost, held, edges, 1.0);
-        if (other.missing, other.bytes) < (cut.missing, cut.bytes) {
-            cut = other;
-        }
-    }
-    *held = rest;
-    held.append(&mut cut.kept);
-    cut
+    std::mem::replace(held, rest)
+}
+
+/// Cuts strips to serve the edges, in the best of several ways.
+fn relieve(sheets: &[Sheet<'_>], cost: &Cost, strips: Vec<Strip>, edges: &[Edge], scarce: f64) -> Cut {
+    // What a key costs depends on who else sees it, and where heads run out, later slices pay for what the first ones left.
+    let many_heads = strips.iter().any(|strip| strip.kv_heads.len() > 1);
+    let scarcities = if many_heads { &SCARCITIES[..] } else { &SCARCITIES[..1] };
+    let ways = SHAPES.iter().flat_map(|&keys| scarcities.iter().map(move |&scarcity| (keys, scarcity)));
+    let cuts = ways.map(|(keys, scarcity)| carve(sheets, &cost.shaped(keys), &strips, edges, scarcity));
+    let grain = edges.iter().map(|edge| edge.slack).min().unwrap_or(0).saturating_mul(4).max(1);
+    cuts.min_by_key(|cut| (cut.missing / grain, cut.moved.bytes + (cut.moved.sent as f64 * scarce) as u64))
+        .unwrap_or_default()
 }
 
 /// Slots with room, in order of room.
@@ -73,8 +158,6 @@ fn relieve(sheets: &[Sheet<'_>], cost: &Cost, held: &mut Vec<Strip>, surplus: u6
 struct Pool {
     /// (room, slot), ascending.
     room: Vec<(u64, usize)>,
-    /// Slots dealt to the current donor, with the room they had.
-    out: Vec<(u64, usize)>,
 }
 
 impl Pool {
@@ -91,14 +174,13 @@ impl Pool {
     fn deal(&mut self, need: u64, crumb: u64, shares: &[Share]) -> Vec<Edge> {
         let mut edges = Vec::new();
         let mut left = need;
-        self.out.clear();
         while left > crumb && !self.room.is_empty() {
             let at = self.room.partition_point(|&(room, _)| room < left).min(self.room.len() - 1);
             let (room, slot) = self.room.remove(at);
             let (share, cells) = (&shares[slot], left.min(room));
             edges.push(Edge { slot, rank: share.rank, cells, slack: share.slack });
             left -= cells;
-            self.out.push((room, slot));
+            self.put(slot, room - cells, share);
         }
         // The last edge makes up for what the others were rounded, so it must not be coarser than the donor.
         edges.sort_unstable_by_key(|edge| (Reverse(edge.cells), edge.slot));
@@ -106,10 +188,5 @@ impl Pool {
             last.slack = last.slack.min(crumb);
         }
         edges
-    }
-
-    /// The room a dealt slot had.
-    fn taken(&self, slot: usize) -> u64 {
-        self.out.iter().find(|(_, s)| *s == slot).map_or(0, |&(room, _)| room)
     }
 }

@@ -2,6 +2,7 @@
 
 use outboard_attention::{HeadGeometry, Span};
 
+use crate::search::Shape;
 use crate::sheet::{Sheet, Strip};
 
 /// Bytes of one kv head that cross a link, by direction of travel.
@@ -61,13 +62,29 @@ impl Sizes {
     }
 }
 
+/// Of the price of a key that others see too, what a key costs on average.
+const KEY_PRICE: f64 = 0.7;
+
+/// Bytes of what a slot gives away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Moved {
+    /// In all, there and back, forward and backward.
+    pub(crate) bytes: u64,
+    /// To those who take it, forward.
+    pub(crate) sent: u64,
+}
+
 /// Bytes of a slice, and from them the shape of the cheapest one.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Cost {
     /// Of a query row of one kv head.
     row: u64,
-    /// Of a key of one kv head. Its gradient is a partial sum, since the rows that stay behind see the key too.
+    /// Of a key of one kv head that others see too, so that its gradient is a partial sum,
     key: u64,
+    /// and of one that nobody else sees.
+    own_key: u64,
+    /// Of a row and of a key, forward.
+    sent: [Price; 2],
     /// The cheapest causal slice of `w` cells ends at row `spread * sqrt(w)`.
     pub(crate) spread: f64,
     /// The cheapest bytes per cell are those of a tail of `tail_area * end * end` cells.
@@ -80,12 +97,75 @@ impl Cost {
         let keys = PassPrice::backward(geometry, true);
         let row = forward.row.there + forward.row.back + rows.row.there + rows.row.back;
         let key = forward.key.there + keys.key.back;
+        let own_key = forward.key.there + rows.key.back;
+        let sent = [forward.row, forward.key];
+        Cost { row, key, own_key, sent, spread: 0.0, tail_area: 0.0 }.shaped(1.0)
+    }
+
+    /// The same prices, with slices shaped as if keys cost `keys` times as much.
+    pub(crate) fn shaped(self, keys: f64) -> Cost {
         // Rows (p - x, p] with keys [0, p) hold p * x - x * x / 2 cells and cost row * x + key * p: minimised over x / p
         // at a fixed number of cells, and over bytes per cell at a fixed p.
-        let r = row as f64 / key as f64;
+        let r = self.row as f64 / (self.key as f64 * keys);
         let (middle, tail) = (1.0 / (1.0 + r), ((1.0 + 2.0 * r).sqrt() - 1.0) / r);
         let area = |x: f64| x - x * x / 2.0;
-        Cost { row, key, spread: 1.0 / area(middle).sqrt(), tail_area: area(tail) }
+        Cost { spread: 1.0 / area(middle).sqrt(), tail_area: area(tail), ..self }
+    }
+
+    /// Bytes that the slots `given` strips move, when `home` keeps the strips `kept`. No two slots have the same rows of
+    /// a kv head. Every token counts as the home's.
+    pub(crate) fn moved(&self, sheets: &[Sheet<'_>], given: &[(usize, Strip)], kept: &[Strip]) -> Moved {
+        let mut all = Moved::default();
+        let mut touched: Vec<usize> = given.iter().map(|(_, strip)| strip.sheet).collect();
+        touched.sort_unstable();
+        touched.dedup();
+        for sheet in touched {
+            let others = kept.iter().filter(|s| s.sheet == sheet).map(|s| (usize::MAX, s));
+            let strips: Vec<(usize, &Strip, Span)> = given
+                .iter()
+                .filter(|(_, s)| s.sheet == sheet)
+                .map(|(slot, s)| (*slot, s))
+                .chain(others)
+                .map(|(slot, s)| (slot, s, sheets[sheet].keys(s.q)))
+                .collect();
+            let mut heads: Vec<usize> =
+                strips.iter().flat_map(|(_, s, _)| [s.kv_heads.start(), s.kv_heads.end()]).collect();
+            heads.sort_unstable();
+            heads.dedup();
+            let mut here: Vec<(usize, &Strip, Span)> = Vec::new();
+            let mut borders = Vec::new();
+            for pair in heads.windows(2) {
+                here.clear();
+                here.extend(strips.iter().filter(|(_, s, _)| s.kv_heads.contains(pair[0])));
+                let (mut of_head, mut sent) = (0, 0);
+                borders.clear();
+                for (slot, strip, keys) in &here {
+                    if *slot != usize::MAX {
+                        of_head += strip.q.len() as u64 * self.row;
+                        sent += strip.q.len() as u64 * self.sent[0].there;
+                    }
+                    borders.extend([keys.start(), keys.end()]);
+                }
+                borders.sort_unstable();
+                borders.dedup();
+                for keys in borders.windows(2) {
+                    let sees = |n: usize| here[n].2.contains(keys[0]);
+                    // Each slot once, whatever strips it has.
+                    let first = |n: &usize| sees(*n) && !(0..*n).any(|m| here[m].0 == here[*n].0 && sees(m));
+                    let (mut slots, mut away) = (0, 0);
+                    for n in (0..here.len()).filter(first) {
+                        slots += 1;
+                        away += u64::from(here[n].0 != usize::MAX);
+                    }
+                    let price = if slots > 1 { self.key } else { self.own_key };
+                    of_head += away * (keys[1] - keys[0]) as u64 * price;
+                    sent += away * (keys[1] - keys[0]) as u64 * self.sent[1].there;
+                }
+                all.bytes += of_head * (pair[1] - pair[0]) as u64;
+                all.sent += sent * (pair[1] - pair[0]) as u64;
+            }
+        }
+        all
     }
 
     /// Bytes of the rows `q` of `kv_heads` kv heads on a slot of `rank`, which has the tokens it is home of. Keys count
@@ -108,6 +188,11 @@ impl Cost {
         };
         let (rows, keys) = (away(q) as u64 * self.row, away(keys) as u64 * self.key);
         kv_heads as f64 * (rows as f64 + keys as f64 * (1.0 + scarcity))
+    }
+
+    /// The same for causal strips in closed form.
+    pub(crate) fn shape(&self) -> Shape {
+        Shape::new(self.row as f64, KEY_PRICE * self.key as f64, self.sent)
     }
 
     /// How many kv heads of a strip should carry `cells` cells: this many, or one more.

@@ -2,15 +2,17 @@
 
 use outboard_attention::Span;
 
-use crate::cost::Cost;
+use crate::cost::{Cost, Moved};
 use crate::sheet::{Sheet, Strip};
 
 /// Rows are cut at multiples of this many tokens.
 const BLOCK: usize = 128;
 /// The smallest step that balance may force.
-const SMALLEST_STEP: usize = 16;
+const SMALLEST_STEP: usize = 1;
 /// Of all strips the longest are considered: short documents cost more bytes per cell, and they may be many.
 const CONSIDERED: usize = 16;
+/// What rounding left over is worth a slice of its own when it is this many times what may be misplaced.
+const CRUMB: i128 = 2;
 /// To meet a need on block borders, a slice may move by this many blocks,
 const NEARBY: usize = 16;
 /// and by this part of where it ends: that close to the cheapest place, bytes hardly change.
@@ -38,8 +40,7 @@ pub(crate) struct Cut {
     pub(crate) given: Vec<(usize, Strip)>,
     /// Cells asked for that no slice could provide.
     pub(crate) missing: u64,
-    /// Bytes that move, forward and backward.
-    pub(crate) bytes: f64,
+    pub(crate) moved: Moved,
 }
 
 /// Serves the edges in their order, each with the slices that cost the fewest bytes.
@@ -56,7 +57,8 @@ pub(crate) fn carve(
     let mut need = 0i128;
     for edge in edges {
         need += i128::from(edge.cells);
-        while need > i128::from(edge.slack) {
+        let crumb = i128::from(edge.slack) * CRUMB;
+        while need > crumb {
             let wanted = need as u64;
             let Some((n, slice)) = cheapest(sheets, cost, &cut.kept, edge, wanted, scarcity) else { break };
             let Some(strip) = cut.kept.get(n).copied() else { break };
@@ -68,7 +70,6 @@ pub(crate) fn carve(
             need -= i128::from(cells);
             cut.kept.remove(n);
             for part in &taken {
-                cut.bytes += cost.bytes(&sheets[part.sheet], part.q, part.kv_heads.len(), edge.rank, 0.0);
                 cut.given.push((edge.slot, *part));
             }
             for rest in without(sheets, &strip, &taken) {
@@ -79,6 +80,7 @@ pub(crate) fn carve(
         }
     }
     cut.missing = need.max(0) as u64;
+    cut.moved = cost.moved(sheets, &cut.given, &cut.kept);
     cut
 }
 

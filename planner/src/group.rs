@@ -15,14 +15,15 @@ pub(crate) fn tasks(
     pieces: &[Vec<Strip>],
     next_group: &mut u32,
 ) -> Result<Vec<PlannedTask>, PlanError> {
-    let of_slot = |(slot, strips): (u32, &Vec<Strip>)| {
-        strips.iter().map(move |&strip| (slot, strip)).collect::<Vec<_>>()
-    };
-    let mut placed: Vec<(u32, Strip)> = (0..).zip(pieces).flat_map(of_slot).collect();
-    let group_key = |slot: u32, strip: &Strip| (sheets[strip.sheet].document.id(), strip.kv_heads, slot);
+    let mut placed: Vec<(u32, Strip)> = Vec::with_capacity(pieces.iter().map(Vec::len).sum());
+    for (slot, strips) in (0..).zip(pieces) {
+        placed.extend(strips.iter().map(|strip| (slot, *strip)));
+    }
+    // Sheets lie in order of documents and heads.
+    let group_key = |slot: u32, strip: &Strip| (strip.sheet, strip.kv_heads, slot);
     placed.sort_unstable_by_key(|(slot, strip)| (group_key(*slot, strip), strip.q));
     let mut tasks = Vec::with_capacity(placed.len());
-    let mut current: Option<((_, Span, u32), u32, u32)> = None;
+    let mut current: Option<((usize, Span, u32), u32, u32)> = None;
     for (slot, strip) in &placed {
         let key = group_key(*slot, strip);
         let (group, position) = match current {

@@ -13,16 +13,16 @@
 //! - The plan is a function of documents, homes, geometry, slots and tolerance. The order in which documents come
 //!   does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations, so
 //!   any machine makes the same plan. Measured speeds and membership are no input.
-//! - Cuts are by query rows and by kv heads, never by keys. Rows are cut at multiples of 128 tokens, or of 64, 32 or 16
-//!   where a block of 128 is too much work to balance. Balance is then within the tolerance or one such block.
+//! - Cuts are by query rows and by kv heads, never by keys. Rows are cut at multiples of 128 tokens, or of 64, 32 and
+//!   so on where a block of 128 is too much work to balance. Balance is then within the tolerance or one row.
 //! - Tasks of one document on one slot share their kv-head ranges or have none in common; those of one range form a
 //!   reduction group.
 //! - No input makes it panic: what it cannot plan is a [`PlanError`] that names the field and the value.
 //!
 //! # How it works
 //! [`plan()`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
-//! where there is room; `balance` decides who gives how much to whom; `cut` chooses the slices that cost the fewest
-//! bytes (priced by `cost`); `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
+//! where there is room; `balance` decides who gives how much to whom, at first greedily, then by a `search` that deals
+//! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the
 //! reduction groups. [`Loads`] and [`Traffic`] judge any plan.
 //!
 //! # Rivals
@@ -63,6 +63,7 @@ mod plan;
 mod policy;
 mod problem;
 mod rows;
+mod search;
 mod sheet;
 mod split;
 mod start;

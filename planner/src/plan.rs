@@ -35,13 +35,12 @@ fn plan_tick(
     documents: &[&Document],
     next_group: &mut u32,
 ) -> Result<Vec<PlannedTask>, PlanError> {
-    let sheets: Vec<Sheet<'_>> =
-        documents.iter().flat_map(|d| Sheet::of(d, problem.geometry.kv_heads())).collect();
+    let sheets = Sheet::of(documents, problem.geometry.kv_heads());
     let work =
         |sheet: &Sheet<'_>| sheet.cells(Span::to(sheet.document.tokens())) * sheet.kv_heads.len() as u64;
     let shares = shares(problem, sheets.iter().map(work).sum());
     let mut held = start(&sheets, &shares);
     balance(&sheets, &Cost::new(&problem.geometry), &shares, &mut held);
-    let pieces: Vec<_> = held.iter().map(|strips| split(&sheets, strips)).collect();
+    let pieces: Vec<_> = held.iter_mut().map(|strips| split(&sheets, strips)).collect();
     group::tasks(&sheets, &pieces, next_group)
 }

@@ -73,12 +73,7 @@ impl Problem {
         let kv_heads = self.geometry.kv_heads();
         let mut cells = 0u128;
         for document in &self.documents {
-            let mask = document.mask(kv_heads);
-            cells += mask
-                .parts()
-                .iter()
-                .map(|p| u128::from(p.slice.cells()) * p.kv_heads.len() as u128)
-                .sum::<u128>();
+            cells += cells_of(document, kv_heads);
             if cells > u128::from(MAX_CELLS) {
                 return Err(PlanError::TooManyCells { cells, kv_heads, max: MAX_CELLS });
             }
@@ -113,4 +108,14 @@ impl Problem {
             Err(PlanError::WeightRange { total, smallest })
         }
     }
+}
+
+/// Cells of a document, summed over kv heads.
+fn cells_of(document: &Document, kv_heads: usize) -> u128 {
+    if document.is_causal() {
+        let tokens = document.tokens() as u128;
+        return tokens * (tokens + 1) / 2 * kv_heads as u128;
+    }
+    let mask = document.mask(kv_heads);
+    mask.parts().iter().map(|p| u128::from(p.slice.cells()) * p.kv_heads.len() as u128).sum()
 }

@@ -9,13 +9,27 @@ use crate::rows::Rows;
 pub(crate) struct Sheet<'a> {
     pub(crate) document: &'a Document,
     pub(crate) kv_heads: Span,
+    /// Empty where the document is causal.
     slices: Vec<BandSlice>,
     rows: Rows,
 }
 
 impl Sheet<'_> {
-    /// The sheets of a document, in order of heads. Heads that see nothing have none.
-    pub(crate) fn of(document: &Document, kv_heads: usize) -> Vec<Sheet<'_>> {
+    /// The sheets of documents, in their order and that of heads. Heads that see nothing have none.
+    pub(crate) fn of<'a>(documents: &[&'a Document], kv_heads: usize) -> Vec<Sheet<'a>> {
+        let mut sheets = Vec::with_capacity(documents.len());
+        for document in documents {
+            if document.is_causal() {
+                let rows = Rows::causal(document.tokens());
+                sheets.push(Sheet { document, kv_heads: Span::to(kv_heads), slices: Vec::new(), rows });
+            } else {
+                sheets.extend(Sheet::masked(document, kv_heads));
+            }
+        }
+        sheets
+    }
+
+    fn masked(document: &Document, kv_heads: usize) -> impl Iterator<Item = Sheet<'_>> {
         let mask = document.mask(kv_heads);
         let mut borders: Vec<usize> =
             mask.parts().iter().flat_map(|p| [p.kv_heads.start(), p.kv_heads.end()]).collect();
@@ -36,7 +50,7 @@ impl Sheet<'_> {
             let rows = Rows::new(&slices, document.tokens());
             Sheet { document, kv_heads, slices, rows }
         };
-        classes.into_iter().filter(|(_, slices)| !slices.is_empty()).map(sheet).collect()
+        classes.into_iter().filter(|(_, slices)| !slices.is_empty()).map(sheet)
     }
 
     /// Cells of the rows `q`, for one kv head.
@@ -51,6 +65,9 @@ impl Sheet<'_> {
 
     /// The smallest range of rows that holds all cells of the rows `q`.
     pub(crate) fn trim(&self, q: Span) -> Span {
+        if self.is_causal() {
+            return q.intersect(Span::to(self.document.tokens()));
+        }
         let (before, upto) = (self.rows.upto(q.start()), self.rows.upto(q.end()));
         if before == upto {
             return Span::at(q.start(), 0);
@@ -73,6 +90,9 @@ impl Sheet<'_> {
 
     /// From the first to the last key that the rows `q` see.
     pub(crate) fn keys(&self, q: Span) -> Span {
+        if self.is_causal() {
+            return if q.is_empty() { Span::default() } else { Span::to(q.end()) };
+        }
         let seen = |slice: &BandSlice| extent(slice, q).map(|(_, keys)| keys);
         self.slices.iter().filter_map(seen).reduce(Span::hull).unwrap_or_default()
     }

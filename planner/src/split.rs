@@ -1,7 +1,5 @@
 //! Pieces: what a slot holds, cut into tasks. Cutting what stays on one slot costs no bytes.
 
-use std::collections::BTreeMap;
-
 use outboard_attention::Span;
 
 use crate::cut::{round, step};
@@ -11,52 +9,56 @@ use crate::sheet::{Sheet, Strip};
 const PIECES: u64 = 8;
 
 /// The pieces of one slot. Pieces of one document have the same kv heads or none in common.
-pub(crate) fn split(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Strip> {
+pub(crate) fn split(sheets: &[Sheet<'_>], strips: &mut [Strip]) -> Vec<Strip> {
     let work: u64 = strips.iter().map(Strip::cells).sum();
     let parts =
         |cells: u64| (u128::from(cells) * u128::from(PIECES)).div_ceil(u128::from(work.max(1))) as usize;
-    let mut pieces = Vec::new();
-    for bundle in bundles(sheets, strips) {
-        let cells = bundle.iter().map(Strip::cells).sum();
-        let Some(kv_heads) = bundle.first().map(|strip| strip.kv_heads) else { continue };
-        // Heads first, since a cut between heads changes no bit; rows where heads do not suffice.
-        for heads in even(kv_heads, parts(cells)) {
-            for strip in &bundle {
-                let strip = Strip { kv_heads: heads, ..*strip };
-                pieces.extend(by_rows(sheets, &strip, parts(strip.cells())));
+    strips.sort_unstable_by_key(Strip::place);
+    let mut pieces = Vec::with_capacity(strips.len() + PIECES as usize);
+    for same in strips.chunk_by(|a, b| a.sheet == b.sheet) {
+        if let [strip] = same
+            && parts(strip.cells()) == 1
+        {
+            pieces.push(*strip);
+            continue;
+        }
+        for bundle in bundles(sheets, same) {
+            let cells = bundle.iter().map(Strip::cells).sum();
+            let Some(kv_heads) = bundle.first().map(|strip| strip.kv_heads) else { continue };
+            // Heads first, since a cut between heads changes no bit; rows where heads do not suffice.
+            for heads in even(kv_heads, parts(cells)) {
+                for strip in &bundle {
+                    let strip = Strip { kv_heads: heads, ..*strip };
+                    pieces.extend(by_rows(sheets, &strip, parts(strip.cells())));
+                }
             }
         }
     }
     pieces
 }
 
-/// What a slot holds of a sheet, parted where any strip's kv heads begin or end: strips of the same kv heads, rows
+/// What a slot holds of one sheet, parted where any strip's kv heads begin or end: strips of the same kv heads, rows
 /// ascending, neighbours joined.
 fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
-    let mut by_sheet: BTreeMap<usize, Vec<&Strip>> = BTreeMap::new();
-    for strip in strips {
-        by_sheet.entry(strip.sheet).or_default().push(strip);
-    }
+    let mut borders: Vec<usize> =
+        strips.iter().flat_map(|s| [s.kv_heads.start(), s.kv_heads.end()]).collect();
+    borders.sort_unstable();
+    borders.dedup();
     let mut bundles = Vec::new();
-    for (sheet, strips) in by_sheet {
-        let mut borders: Vec<usize> =
-            strips.iter().flat_map(|s| [s.kv_heads.start(), s.kv_heads.end()]).collect();
-        borders.sort_unstable();
-        borders.dedup();
-        for pair in borders.windows(2) {
-            let heads = Span::at(pair[0], pair[1] - pair[0]);
-            let mut rows: Vec<Span> =
-                strips.iter().filter(|s| s.kv_heads.covers(heads)).map(|s| s.q).collect();
-            rows.sort_unstable();
-            let joined = rows.into_iter().fold(Vec::new(), |mut joined: Vec<Span>, q| {
-                match joined.last_mut() {
-                    Some(last) if last.end() >= q.start() => *last = last.hull(q),
-                    _ => joined.push(q),
-                }
-                joined
-            });
-            bundles.push(joined.into_iter().filter_map(|q| Strip::new(sheets, sheet, heads, q)).collect());
-        }
+    for pair in borders.windows(2) {
+        let heads = Span::at(pair[0], pair[1] - pair[0]);
+        let here = strips.iter().filter(|s| s.kv_heads.covers(heads));
+        let Some(sheet) = here.clone().next().map(|strip| strip.sheet) else { continue };
+        let mut rows: Vec<Span> = here.map(|s| s.q).collect();
+        rows.sort_unstable();
+        let joined = rows.into_iter().fold(Vec::new(), |mut joined: Vec<Span>, q| {
+            match joined.last_mut() {
+                Some(last) if last.end() >= q.start() => *last = last.hull(q),
+                _ => joined.push(q),
+            }
+            joined
+        });
+        bundles.push(joined.into_iter().filter_map(|q| Strip::new(sheets, sheet, heads, q)).collect());
     }
     bundles
 }

@@ -255,7 +255,7 @@ impl Program for BackwardChunk<'_> {
                         steps.see(p, sight);
                     }
                 }
-                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
                 let mut finite = true;
                 for (p, own_finite) in finite_rows.iter().copied().enumerate().take(panels) {
                     steps.clear_unseen::<W>(p, lanes, weights, d_scores);
@@ -290,10 +290,10 @@ impl Program for BackwardChunk<'_> {
                             dq: dq_t.as_mut_ptr().add(p * lanes * padded),
                         };
                         if score::<W, MR, NV>(&panel, &block_keys, sight, &scratch.bounds, own_finite) {
-                            add_dq::<W, Open, MR, NV>(&panel, &block_keys, sight);
+                            add_dq::<W, Open, MR, NV>(&panel, &mut block_keys, sight);
                         } else {
                             finite = false;
-                            add_dq::<W, GuardLeft, MR, NV>(&panel, &block_keys, sight);
+                            add_dq::<W, GuardLeft, MR, NV>(&panel, &mut block_keys, sight);
                         }
                     }
                 }

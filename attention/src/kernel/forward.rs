@@ -197,13 +197,14 @@ impl Program for ForwardTile<'_> {
                 }
             }
             slices_near(&work.slices, work.positions(rows), work.kv, &mut scratch.near);
-            for block in work.blocks(rows).starts() {
+            let mut blocks = work.blocks(rows).starts().peekable();
+            while let Some(block) = blocks.next() {
                 let all = work.positions(rows);
                 slices_near(&scratch.near, all, Span::at(block, BLOCK), &mut scratch.here);
                 if scratch.here.is_empty() {
                     continue;
                 }
-                let block_keys = keys.block::<W, MR>(work, block, own_block);
+                let mut block_keys = keys.block::<W, MR>(work, block, own_block);
                 for p in 0..panels {
                     let own = panel_rows(p);
                     let positions = &scratch.positions[own.range()];
@@ -231,11 +232,14 @@ impl Program for ForwardTile<'_> {
                             },
                             scores: scores.as_mut_ptr(),
                         };
-                        let bounds = &scratch.bounds;
+                        let seen = Seen { sight, bounds: &scratch.bounds, guarded };
+                        // What the last panel asks for is used before anything else drives it from the caches.
+                        let next = blocks.peek().filter(|_| p + 1 == panels);
+                        let next = next.map(|block| Next { keys: &keys, work, block: *block });
                         if NV > 1 && vectors(p) == 1 {
-                            attend::<W, MR, 1>(&panel, &block_keys, sight, bounds, guarded);
+                            attend::<W, MR, 1>(&panel, &mut block_keys, &seen, next);
                         } else {
-                            attend::<W, MR, NV>(&panel, &block_keys, sight, bounds, guarded);
+                            attend::<W, MR, NV>(&panel, &mut block_keys, &seen, next);
                         }
                     }
                 }
@@ -326,28 +330,44 @@ pub(super) unsafe fn transpose<V: Vector>(from: *const f32, rows: usize, columns
     }
 }
 
-/// Takes the keys of `sight` in one block into a panel of `NV` vectors; `guarded` when V may hold values that are not
-/// finite.
+/// What a panel sees of a block.
+struct Seen<'a> {
+    sight: Sight,
+    /// [`lane_bounds`] where the sight is masked.
+    bounds: &'a [f32],
+    /// Whether V may hold values that are not finite.
+    guarded: bool,
+}
+
+/// The block of keys that comes after the one at hand.
+struct Next<'a> {
+    keys: &'a KeySource<'a>,
+    work: &'a HeadWork,
+    block: usize,
+}
+
+/// Takes the keys of one block into a panel of `NV` vectors. Memory delivers meanwhile what is used next: V during the
+/// product of Q and K, and the next block's K during the product of weights and V.
 ///
 /// # Safety
 /// The panel's pointers must be good for what they are documented to hold and distinct; `keys` must hold the keys of
-/// `sight`.
+/// the sight.
 #[inline(always)]
 unsafe fn attend<W: Words, const MR: usize, const NV: usize>(
     panel: &Panel,
-    keys: &BlockKeys,
-    sight: Sight,
-    bounds: &[f32],
-    guarded: bool,
+    keys: &mut BlockKeys<'_>,
+    seen: &Seen<'_>,
+    next: Option<Next<'_>>,
 ) {
     let lanes = NV * W::V::LANES;
-    let Sight { from, to, masked } = sight;
+    let Sight { from, to, masked } = seen.sight;
     let depth = words::<W>(panel.dim);
     for key in (from..to).step_by(MR) {
         let k = keys.k.first.wrapping_add(key * keys.k.stride);
         if keys.k.stride == depth {
             prefetch::<W::V>(k.wrapping_add(MR * depth), MR * depth);
         }
+        keys.ask_for_strips::<W::V>(Span::at(key, MR));
         // SAFETY: the caller vouches for the panel and the keys; steps of keys are whole tiles.
         unsafe {
             let p = Product {
@@ -367,14 +387,19 @@ unsafe fn attend<W: Words, const MR: usize, const NV: usize>(
     let factors = unsafe {
         panel.scoring.cap::<W::V, NV>(panel.scores, from, to);
         if masked {
-            hide::<W::V, NV>(panel.scores, sight, bounds);
+            hide::<W::V, NV>(panel.scores, seen.sight, seen.bounds);
         }
         soften::<W, NV>(&panel.running, panel.scores, panel.scoring.factor, from, to)
     };
+    let strips = keys.strips::<W, MR>();
     let (first, depth) = (from / W::PER_WORD, (to - from) / W::PER_WORD);
+    let rows_a_strip = BLOCK.div_ceil(panel.v_dim.div_ceil(MR));
     for (strip, d) in (0..panel.v_dim).step_by(MR).enumerate() {
-        let v = keys.strips.wrapping_add(strip * strip_len::<W, MR>() + first * MR);
+        let v = strips.wrapping_add(strip * strip_len::<W, MR>() + first * MR);
         prefetch::<W::V>(v.wrapping_add(strip_len::<W, MR>()), depth * MR);
+        if let Some(Next { keys, work, block }) = &next {
+            keys.ask_for_rows::<W::V>(work, Span::at(block + strip * rows_a_strip, rows_a_strip));
+        }
         // SAFETY: the caller vouches for the panel and the keys; strips are whole tiles, and O is padded to vectors.
         unsafe {
             let p = Product {
@@ -387,7 +412,7 @@ unsafe fn attend<W: Words, const MR: usize, const NV: usize>(
                 depth,
                 segments: 1,
             };
-            if guarded {
+            if seen.guarded {
                 product::<W, Strips, GuardLeft, MR, NV>(p, Rescale(factors));
             } else {
                 product::<W, Strips, Open, MR, NV>(p, Rescale(factors));

@@ -89,7 +89,7 @@ pub(super) struct Panel {
 #[inline(always)]
 pub(super) unsafe fn score<W: Words, const MR: usize, const NV: usize>(
     panel: &Panel,
-    keys: &BlockKeys,
+    keys: &BlockKeys<'_>,
     sight: Sight,
     bounds: &[f32],
     finite: bool,
@@ -214,14 +214,15 @@ unsafe fn weigh<W: Words, const NV: usize, const GUARDED: bool, const CAPPED: bo
 #[inline(always)]
 pub(super) unsafe fn add_dq<W: Words, G: Guard, const MR: usize, const NV: usize>(
     panel: &Panel,
-    keys: &BlockKeys,
+    keys: &mut BlockKeys<'_>,
     sight: Sight,
 ) {
     let lanes = NV * W::V::LANES;
     let d_scores = if W::PER_WORD == 1 { panel.d_scores } else { panel.scores };
     let (first, depth) = (sight.from / W::PER_WORD, (sight.to - sight.from) / W::PER_WORD);
+    let strips = keys.strips::<W, MR>();
     for (strip, d) in (0..panel.dim).step_by(MR).enumerate() {
-        let k = keys.strips.wrapping_add(strip * strip_len::<W, MR>() + first * MR);
+        let k = strips.wrapping_add(strip * strip_len::<W, MR>() + first * MR);
         prefetch::<W::V>(k.wrapping_add(strip_len::<W, MR>()), depth * MR);
         // SAFETY: the caller vouches for the panel and the keys; strips are whole tiles, and dQ is padded to vectors.
         unsafe {

@@ -3,7 +3,8 @@
 //! Products need K as rows, for the scores; the forward pass V as strips; the backward pass V as rows and K as strips.
 
 use super::pack::{Form, block_len, pack_block, words};
-use super::simd::{Program, Words};
+use super::row::Row;
+use super::simd::{Program, Vector, Words};
 use super::visibility::BLOCK;
 use super::work::{Blocks, HeadWork};
 use crate::{AnyTensor, Direction, Span, TensorView};
@@ -46,12 +47,23 @@ pub(super) enum KeySource<'a> {
 }
 
 /// The keys of one block, for products. Pointers are good for the keys that the block holds.
-pub(super) struct BlockKeys {
+pub(super) struct BlockKeys<'a> {
     pub(super) k: KeyRows,
     /// Backward only.
     pub(super) v: KeyRows,
     /// Of V forward, of K backward.
-    pub(super) strips: *const f32,
+    strips: KeyStrips<'a>,
+}
+
+enum KeyStrips<'a> {
+    Packed(*const f32),
+    /// What they will be made of can be asked for while the rows are in use.
+    Unpacked {
+        work: &'a HeadWork,
+        tensors: &'a KeyTensors<'a>,
+        block: usize,
+        to: &'a mut [f32],
+    },
 }
 
 /// Key `n` of a block has its words at `n * stride`.
@@ -80,12 +92,11 @@ impl BlockLayout {
         BlockLayout { v, strips, end: strips + block_len::<W>(Form::Strips, strip_dim) }
     }
 
-    /// The parts of a block packed at `at`.
+    /// K and V of a block whose rows are packed at `at`.
     #[inline(always)]
-    fn keys<W: Words>(&self, work: &HeadWork, at: &[f32]) -> BlockKeys {
+    fn rows<W: Words>(&self, work: &HeadWork, at: &[f32]) -> [KeyRows; 2] {
         let rows = |from: usize, dim| KeyRows { first: at[from..].as_ptr(), stride: words::<W>(dim) };
-        let (dim, v_dim) = (work.geometry.head_dim(), work.geometry.v_head_dim());
-        BlockKeys { k: rows(0, dim), v: rows(self.v, v_dim), strips: at[self.strips..].as_ptr() }
+        [rows(0, work.geometry.head_dim()), rows(self.v, work.geometry.v_head_dim())]
     }
 }
 
@@ -112,7 +123,8 @@ impl Program for Pack<'_> {
         let Pack { work, tensors, blocks, to } = self;
         for (block, to) in blocks.starts().zip(to.chunks_exact_mut(own_block_len::<W>(work))) {
             pack_rows::<W, MR>(work, &tensors, blocks, block, to);
-            pack_strips::<W, MR>(work, &tensors, blocks, block, to);
+            let layout = BlockLayout::of::<W>(work);
+            pack_strips::<W, MR>(work, &tensors, blocks, block, &mut to[layout.strips..layout.end]);
         }
     }
 }
@@ -132,6 +144,7 @@ fn pack_rows<W: Words, const MR: usize>(
     }
 }
 
+/// `to` has room for the strips alone.
 #[inline(always)]
 fn pack_strips<W: Words, const MR: usize>(
     work: &HeadWork,
@@ -140,50 +153,99 @@ fn pack_strips<W: Words, const MR: usize>(
     block: usize,
     to: &mut [f32],
 ) {
-    let layout = BlockLayout::of::<W>(work);
-    let tensor = match work.direction {
-        Direction::Forward => &tensors.v,
-        Direction::Backward => &tensors.k,
-    };
-    pack_block::<W, MR>(work, tensor, blocks, block, Form::Strips, &mut to[layout.strips..layout.end]);
+    pack_block::<W, MR>(work, tensors.of_strips(work), blocks, block, Form::Strips, to);
 }
 
-impl KeySource<'_> {
+impl<'a> KeyTensors<'a> {
+    /// The tensor that strips are made of.
+    fn of_strips(&self, work: &HeadWork) -> &AnyTensor<'a> {
+        match work.direction {
+            Direction::Forward => &self.v,
+            Direction::Backward => &self.k,
+        }
+    }
+}
+
+impl BlockKeys<'_> {
+    /// The strips, which are packed now if they are not yet.
+    #[inline(always)]
+    pub(super) fn strips<W: Words, const MR: usize>(&mut self) -> *const f32 {
+        match &mut self.strips {
+            KeyStrips::Packed(first) => *first,
+            KeyStrips::Unpacked { work, tensors, block, to } => {
+                let blocks = Blocks::of(work.kv.intersect(Span::at(*block, BLOCK)));
+                pack_strips::<W, MR>(work, tensors, blocks, *block, to);
+                let first = to.as_ptr();
+                self.strips = KeyStrips::Packed(first);
+                first
+            }
+        }
+    }
+
+    /// Asks for what the strips of `keys`, counted from the block's start, will be made of.
+    #[inline(always)]
+    pub(super) fn ask_for_strips<V: Vector>(&self, keys: Span) {
+        if let KeyStrips::Unpacked { work, tensors, block, .. } = &self.strips {
+            ask_for::<V>(work, tensors.of_strips(work), Span::at(block + keys.start(), keys.len()));
+        }
+    }
+}
+
+/// Asks for the rows of the keys at some positions, as far as they are there.
+#[inline(always)]
+fn ask_for<V: Vector>(work: &HeadWork, tensor: &AnyTensor<'_>, keys: Span) {
+    for key in keys.intersect(work.kv).iter() {
+        Row::of(tensor, key - work.kv.start(), work.kv_head).prefetch::<V>();
+    }
+}
+
+impl<'a> KeySource<'a> {
+    /// Asks for the rows of K at some positions, if they are yet to be packed or read where they lie.
+    #[inline(always)]
+    pub(super) fn ask_for_rows<V: Vector>(&self, work: &HeadWork, keys: Span) {
+        if let KeySource::Tensors(tensors) = self {
+            ask_for::<V>(work, &tensors.k, keys);
+        }
+    }
+
     /// The keys of the block that starts at key `block`. `own` has room for one that must be packed; what is returned
     /// points there, or into the source, and is good until `own` is written again.
     #[inline(always)]
-    pub(super) fn block<W: Words, const MR: usize>(
-        &self,
-        work: &HeadWork,
+    pub(super) fn block<'b, W: Words, const MR: usize>(
+        &'b self,
+        work: &'b HeadWork,
         block: usize,
-        own: &mut [f32],
-    ) -> BlockKeys {
+        own: &'b mut [f32],
+    ) -> BlockKeys<'b> {
         let layout = BlockLayout::of::<W>(work);
         match self {
             KeySource::Packed { blocks, words } => {
                 let packed = &words[(block - blocks.base()) / BLOCK * layout.end..][..layout.end];
-                layout.keys::<W>(work, packed)
+                let [k, v] = layout.rows::<W>(work, packed);
+                BlockKeys { k, v, strips: KeyStrips::Packed(packed[layout.strips..].as_ptr()) }
             }
             KeySource::Tensors(tensors) => {
                 let held = Span::at(block, BLOCK);
-                let blocks = Blocks::of(work.kv.intersect(held));
-                pack_strips::<W, MR>(work, tensors, blocks, block, own);
+                let (rows, strips) = own[..layout.end].split_at_mut(layout.strips);
                 // Rows of f32 one after another need no packing, unless padding must stand in for keys that are not there.
                 // Rows far apart do: at a distance of a power of two they would drive each other from the caches.
-                if let (AnyTensor::F32(k), AnyTensor::F32(v)) = (&tensors.k, &tensors.v)
-                    && W::PER_WORD == 1
-                    && work.kv.covers(held)
-                    && [k, v].iter().all(|tensor| tensor.stride() == tensor.shape()[2])
-                {
-                    let mut keys = layout.keys::<W>(work, own);
-                    for (rows, tensor) in [(&mut keys.k, k), (&mut keys.v, v)] {
-                        let first = from_row(tensor, block - work.kv.start(), work.kv_head).as_ptr();
-                        *rows = KeyRows { first, stride: tensor.stride() };
+                let [k, v] = match (&tensors.k, &tensors.v) {
+                    (AnyTensor::F32(k), AnyTensor::F32(v))
+                        if W::PER_WORD == 1
+                            && work.kv.covers(held)
+                            && [k, v].iter().all(|tensor| tensor.stride() == tensor.shape()[2]) =>
+                    {
+                        [k, v].map(|tensor| KeyRows {
+                            first: from_row(tensor, block - work.kv.start(), work.kv_head).as_ptr(),
+                            stride: tensor.stride(),
+                        })
                     }
-                    return keys;
-                }
-                pack_rows::<W, MR>(work, tensors, blocks, block, own);
-                layout.keys::<W>(work, own)
+                    _ => {
+                        pack_rows::<W, MR>(work, tensors, Blocks::of(work.kv.intersect(held)), block, rows);
+                        layout.rows::<W>(work, rows)
+                    }
+                };
+                BlockKeys { k, v, strips: KeyStrips::Unpacked { work, tensors, block, to: strips } }
             }
         }
     }

@@ -129,8 +129,7 @@ fn plan_ticks(
     let mut ticks = Vec::with_capacity(by_tick.len());
     for (tick, mut documents) in by_tick {
         documents.sort_unstable_by_key(|document| document.id());
-        let sheets: Vec<Sheet<'_>> =
-            documents.iter().flat_map(|d| Sheet::of(d, problem.geometry.kv_heads())).collect();
+        let sheets = Sheet::of(&documents, problem.geometry.kv_heads());
         ticks.push(TickPlan { tick, tasks: group::tasks(&sheets, &place(&sheets), &mut next_group)? });
     }
     Ok(StepPlan { ticks, slots: problem.slots.len() as u32 })

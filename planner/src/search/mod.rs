@@ -1,0 +1,310 @@
+//! Search: who relieves whom, anew and anew, while bytes fall.
+//!
+//! A donor's surplus is served by receivers; an [`Edge`] says how much each takes. A slice of `w` cells costs about
+//! `sqrt(w)`, so that few large unequal slices cost least, and which receivers go to which donor is a packing problem.
+//! An exchange takes a few donors, pools their receivers, and deals these out again; it is kept when bytes, and a toll
+//! on links near the busiest, fall. A lower bound turns most exchanges down before any slice is laid out.
+
+mod pool;
+mod random;
+mod shape;
+
+use pool::Pool;
+use random::Random;
+use shape::Moved;
+pub(crate) use shape::{Rect, Shape};
+
+/// What a receiver takes from a donor.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Edge {
+    pub(crate) slot: usize,
+    pub(crate) cells: f64,
+    /// Bytes to the receiver, forward.
+    pub(crate) sent: f64,
+}
+
+/// A slot with too much work.
+#[derive(Clone, Debug)]
+pub(crate) struct Donor {
+    pub(crate) slot: usize,
+    /// Cells to give away.
+    pub(crate) surplus: f64,
+    /// What may be cut, the longest first.
+    pub(crate) strips: Vec<Rect>,
+    /// Who takes how much, in descending order of cells.
+    pub(crate) edges: Vec<Edge>,
+}
+
+/// What the search knows besides the donors.
+#[derive(Debug)]
+pub(crate) struct Terms {
+    pub(crate) shape: Shape,
+    /// Cells that may be misplaced.
+    pub(crate) grain: f64,
+    /// Exchanges to try.
+    pub(crate) tries: usize,
+}
+
+/// Donors in an exchange, at most.
+const DONORS: usize = 12;
+/// The toll and who has room are taken anew after so many exchanges.
+const PERIOD: usize = 256;
+/// What the whole of the busiest link is worth, as a part of all bytes.
+const TOLL: f64 = 0.1 / 32.0;
+/// Bytes that an exchange must save: what is below is rounding.
+const LEAST_SAVING: f64 = 1.0;
+
+/// A way to relieve one donor.
+#[derive(Clone, Debug, Default)]
+struct Relief {
+    edges: Vec<Edge>,
+    moved: Moved,
+}
+
+/// Improves the donors' edges. `room` is what slots could take besides, in cells; it is kept up to date. Donors whose
+/// strips cannot serve their edges keep them. The outcome is the same on every machine.
+pub(crate) fn improve(donors: &mut [Donor], room: &mut [f64], terms: &Terms) -> Links {
+    let mut search = Search::new(donors, room, terms);
+    let (mut random, mut fresh) = (Random::new(1), vec![Relief::default(); DONORS]);
+    search.start();
+    if !search.able.is_empty() {
+        for round in 0..terms.tries {
+            if round % PERIOD == 0 {
+                search.survey();
+            }
+            search.exchange(&mut random, &mut fresh);
+        }
+    }
+    search.links
+}
+
+struct Search<'a> {
+    donors: &'a mut [Donor],
+    room: &'a mut [f64],
+    terms: &'a Terms,
+    moved: Vec<Moved>,
+    /// Donors to exchange between, in order of surplus.
+    able: Vec<usize>,
+    /// Which of these a slot serves.
+    users: Vec<Vec<usize>>,
+    links: Links,
+    /// Slots with room to spare.
+    roomy: Vec<usize>,
+    pool: Pool,
+    /// Donors of the exchange at hand.
+    some: Vec<usize>,
+    /// Working memory of [`Shape::serve`].
+    left: Vec<Rect>,
+    /// Changes of links' bytes by slot: in, out.
+    changes: Vec<(usize, f64, f64)>,
+}
+
+/// Bytes on every slot's link, forward, Q, K and V alone.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Links {
+    /// Into and out of each slot.
+    loads: Vec<(f64, f64)>,
+    busiest: f64,
+    /// Bytes in all that the whole of the busiest link is worth.
+    price: f64,
+}
+
+impl Links {
+    /// What a link costs besides its bytes.
+    fn toll(&self, into: f64, out: f64) -> f64 {
+        let mut share = into.max(out) / self.busiest;
+        // To the 32nd power.
+        for _ in 0..5 {
+            share *= share;
+        }
+        self.price * share
+    }
+
+    /// What leaves a slot, as a part of what crosses the busiest link.
+    pub(crate) fn out(&self, slot: usize) -> f64 {
+        match self.loads.get(slot) {
+            Some(load) if self.busiest > 0.0 => load.1 / self.busiest,
+            _ => 0.0,
+        }
+    }
+}
+
+impl<'a> Search<'a> {
+    fn new(donors: &'a mut [Donor], room: &'a mut [f64], terms: &'a Terms) -> Search<'a> {
+        let slots = room.len();
+        Search {
+            moved: vec![Moved::default(); donors.len()],
+            able: Vec::new(),
+            users: vec![Vec::new(); slots],
+            links: Links { loads: vec![(0.0, 0.0); slots], ..Links::default() },
+            roomy: Vec::new(),
+            pool: Pool::default(),
+            some: Vec::new(),
+            left: Vec::new(),
+            changes: Vec::new(),
+            donors,
+            room,
+            terms,
+        }
+    }
+
+    /// Lays out what the donors begin with.
+    fn start(&mut self) {
+        for (n, donor) in self.donors.iter_mut().enumerate() {
+            let Donor { slot, strips, edges, .. } = donor;
+            let served =
+                self.terms.shape.serve(strips, edges, self.terms.grain, f64::INFINITY, &mut self.left);
+            let Some(moved) = served.filter(|_| !edges.is_empty()) else { continue };
+            self.moved[n] = moved;
+            self.able.push(n);
+            for edge in edges.iter() {
+                self.users[edge.slot].push(n);
+                self.links.loads[edge.slot].0 += edge.sent;
+                self.links.loads[*slot].1 += edge.sent;
+            }
+        }
+    }
+
+    /// Room worth dealing out.
+    fn crumb(&self) -> f64 {
+        4.0 * self.terms.grain
+    }
+
+    fn survey(&mut self) {
+        let busiest = self.links.loads.iter().map(|load| load.0.max(load.1)).fold(1.0, f64::max);
+        self.links.busiest = busiest;
+        self.links.price = TOLL * self.moved.iter().map(|moved| moved.bytes).sum::<f64>();
+        let crumb = self.crumb();
+        self.roomy.clear();
+        self.roomy.extend((0..self.room.len()).filter(|&slot| self.room[slot] > crumb));
+    }
+
+    /// Tries one exchange, and keeps it if it pays.
+    fn exchange(&mut self, random: &mut Random, fresh: &mut [Relief]) {
+        self.choose(random);
+        self.gather(random);
+        if let Some(spare) = self.deal(random, fresh)
+            && self.lay_out(spare, fresh)
+        {
+            self.keep(fresh);
+        }
+    }
+
+    /// Chooses donors: one, and others that share a receiver with one of them, or any.
+    fn choose(&mut self, random: &mut Random) {
+        self.some.clear();
+        self.some.push(self.able[random.below(self.able.len())]);
+        for _ in 0..random.below(DONORS) {
+            let edges = &self.donors[self.some[random.below(self.some.len())]].edges;
+            let near = &self.users[edges[random.below(edges.len())].slot];
+            let other = match random.below(2) {
+                0 => near[random.below(near.len())],
+                _ => self.able[random.below(self.able.len())],
+            };
+            if !self.some.contains(&other) {
+                self.some.push(other);
+            }
+        }
+        // Donors lie in order of surplus: the largest is served first, most of the time.
+        self.some.sort_unstable();
+        if random.below(2) == 0 {
+            let (a, b) = (random.below(self.some.len()), random.below(self.some.len()));
+            self.some.swap(a, b);
+        }
+    }
+
+    /// Pools the receivers of the chosen donors, and a few with room.
+    fn gather(&mut self, random: &mut Random) {
+        self.pool.clear();
+        for &n in &self.some {
+            for edge in &self.donors[n].edges {
+                self.pool.add(edge.slot, edge.cells, self.room[edge.slot]);
+            }
+        }
+        for _ in 0..2.min(self.roomy.len()) {
+            let slot = self.roomy[random.below(self.roomy.len())];
+            if self.room[slot] > self.crumb() {
+                self.pool.add(slot, 0.0, self.room[slot]);
+            }
+        }
+        self.pool.sort();
+    }
+
+    /// Deals the pool out. Returns what the exchange may still cost above its lower bound, `None` when it cannot pay.
+    fn deal(&mut self, random: &mut Random, fresh: &mut [Relief]) -> Option<f64> {
+        let toll = |slot: usize| self.links.toll(self.links.loads[slot].0, self.links.loads[slot].1);
+        let cost = |n: &usize| self.moved[*n].bytes + toll(self.donors[*n].slot);
+        let mut spare = self.some.iter().map(cost).sum::<f64>() - LEAST_SAVING;
+        let (wild, crumb) = (random.below(4), self.crumb());
+        for (relief, &n) in fresh.iter_mut().zip(&self.some) {
+            let donor = &self.donors[n];
+            if !self.pool.deal(donor.surplus, crumb, wild, random, &mut relief.edges) {
+                return None;
+            }
+            let whole = donor.strips.first().map(|longest| Rect { lo: 0.0, ..*longest })?;
+            relief.moved.bytes =
+                relief.edges.iter().map(|edge| self.terms.shape.least(&whole, edge.cells)).sum();
+            spare -= relief.moved.bytes;
+            if spare < 0.0 {
+                return None;
+            }
+        }
+        Some(spare)
+    }
+
+    /// Lays the slices out and says whether bytes and tolls fall.
+    fn lay_out(&mut self, mut spare: f64, fresh: &mut [Relief]) -> bool {
+        for (relief, &n) in fresh.iter_mut().zip(&self.some) {
+            let (strips, limit) = (&self.donors[n].strips, spare + relief.moved.bytes);
+            let served =
+                self.terms.shape.serve(strips, &mut relief.edges, self.terms.grain, limit, &mut self.left);
+            let Some(moved) = served else { return false };
+            spare = limit - moved.bytes;
+            relief.moved = moved;
+        }
+        self.changes.clear();
+        let mut saved = -LEAST_SAVING;
+        for (relief, &n) in fresh.iter().zip(&self.some) {
+            let donor = &self.donors[n];
+            saved += self.moved[n].bytes - relief.moved.bytes;
+            for (sign, edges) in [(-1.0, &donor.edges), (1.0, &relief.edges)] {
+                for edge in edges {
+                    change(&mut self.changes, edge.slot, sign * edge.sent, 0.0);
+                    change(&mut self.changes, donor.slot, 0.0, sign * edge.sent);
+                }
+            }
+        }
+        for &(slot, into, out) in &self.changes {
+            let (old_in, old_out) = self.links.loads[slot];
+            saved += self.links.toll(old_in, old_out) - self.links.toll(old_in + into, old_out + out);
+        }
+        saved > 0.0
+    }
+
+    fn keep(&mut self, fresh: &mut [Relief]) {
+        for (relief, &n) in fresh.iter_mut().zip(&self.some) {
+            let donor = &mut self.donors[n];
+            for edge in &donor.edges {
+                self.room[edge.slot] += edge.cells;
+                self.users[edge.slot].retain(|&user| user != n);
+            }
+            for edge in &relief.edges {
+                self.room[edge.slot] -= edge.cells;
+                self.users[edge.slot].push(n);
+            }
+            std::mem::swap(&mut donor.edges, &mut relief.edges);
+            self.moved[n] = relief.moved;
+        }
+        for &(slot, into, out) in &self.changes {
+            self.links.loads[slot].0 += into;
+            self.links.loads[slot].1 += out;
+        }
+    }
+}
+
+fn change(changes: &mut Vec<(usize, f64, f64)>, slot: usize, into: f64, out: f64) {
+    match changes.iter_mut().find(|change| change.0 == slot) {
+        Some(change) => (change.1, change.2) = (change.1 + into, change.2 + out),
+        None => changes.push((slot, into, out)),
+    }
+}
