@@ -30,8 +30,9 @@ pub(crate) struct Args {
 
 static TOLERANCE: LazyLock<String> = LazyLock::new(|| {
     format!(
-        "Of the mean, for outboard how far the busiest server may lie above it [default: {DEFAULT_TOLERANCE}], for \
-         distca how much a server may lack when it gets no more [default: {DISTCA_TOLERANCE}]. More moves fewer bytes"
+        "With outboard, how far the busiest server may lie above the mean, as a fraction of it [default: \
+         {DEFAULT_TOLERANCE}]; with distca, how far below the mean a server may stay [default: {DISTCA_TOLERANCE}]. \
+         More moves fewer bytes"
     )
 });
 
