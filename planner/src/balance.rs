@@ -18,7 +18,7 @@ const SHAPES: [f64; 4] = [1.4, 1.0, 0.67, 0.4];
 const SCARCITIES: [f64; 2] = [0.0, 1.0];
 /// Exchanges tried for every slot.
 const TRIES_AT_ONE_HEAD: usize = 30;
-const TRIES_AT_MANY_HEADS: usize = 20;
+const TRIES_AT_MANY_HEADS: usize = 24;
 /// A link that carries more than this part of the busiest one's bytes is spared:
 const NEAR_BUSIEST: f64 = 0.9;
 /// a byte on it is worth so many others besides its own.
@@ -88,11 +88,8 @@ struct Donor {
 /// Deals receivers out anew where that saves bytes.
 fn exchange(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], load: &[u64], donors: &mut [Donor]) {
     let causal = |strip: &Strip| sheets[strip.sheet].is_causal();
-    let rect = |strip: &Strip| Rect {
-        heads: strip.kv_heads.len() as f64,
-        lo: strip.q.start() as f64,
-        hi: strip.q.end() as f64,
-    };
+    let rect =
+        |strip: &Strip| Rect::new(strip.kv_heads.len() as f64, strip.q.start() as f64, strip.q.end() as f64);
     let mut room: Vec<f64> =
         shares.iter().zip(load).map(|(share, load)| share.cap as f64 - *load as f64).collect();
     for edge in donors.iter().flat_map(|donor| &donor.edges) {

@@ -66,11 +66,10 @@ impl<'a> Tick<'a> {
     }
 
     fn plan(&self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
-        let tolerance = match self.problem.rates {
-            Some(rates) => trade::tolerance(self, rates),
-            None => self.problem.tolerance,
+        let mut held = match self.problem.rates {
+            Some(rates) => trade::hold(self, rates),
+            None => self.hold(self.problem.tolerance, Effort::Search),
         };
-        let mut held = self.hold(tolerance, Effort::Search);
         let pieces: Vec<_> = held.iter_mut().map(|strips| split(&self.sheets, strips)).collect();
         group::tasks(&self.sheets, &pieces, next_group)
     }

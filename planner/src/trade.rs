@@ -16,40 +16,58 @@ use crate::{PassVerdict, Rates};
 const BACKWARD_FLOPS: f64 = 2.5;
 /// Tolerances tried at first are so far apart, as a factor,
 const STRIDE: f64 = 2.0;
+/// from here on,
+const LEAST_STRIDE: f64 = 1e-3;
 /// and at most so many, which takes 1% beyond any imbalance of 2^20 slots.
 const STRIDES: u32 = 28;
-/// After that, so many times both neighbours of the best one, ever closer.
+/// No imbalance of a million slots is beyond it.
+const ANY: f64 = 1e6;
+/// After that, so many times both neighbours of the best one, ever closer, with all effort.
 const REFINEMENTS: u32 = 3;
 
-/// The tolerance, no less than the problem's, at which a tick's layer time is least, as far as greedy plans tell. Layer
-/// time falls with the tolerance as long as links take longer than computing, and rises afterwards.
-pub(crate) fn tolerance(tick: &Tick<'_>, rates: Rates) -> f64 {
-    let time = |tolerance: f64| seconds(tick, rates, &tick.hold(tolerance, Effort::Greedy));
+/// What slots hold at the tolerance, no less than the problem's, at which a tick's layer time is least, as far as was
+/// tried. Layer time falls with the tolerance as long as links take longer than computing, and rises afterwards.
+pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
     let least = tick.problem.tolerance.max(f64::MIN_POSITIVE);
-    let mut best = (time(least), least);
-    let mut at = least.max(1e-3);
+    let first = seconds(tick, rates, &tick.hold(least, Effort::Greedy));
+    let mut best = (first, least);
+    let mut at = least.max(LEAST_STRIDE);
     for _ in 0..STRIDES {
         at *= STRIDE;
-        let (computing, seconds) = (computing(tick, rates, 1.0 + at), time(at));
+        // A slot that uses all of it would take longer.
+        if computing(tick, rates, 1.0 + at) > best.0 {
+            break;
+        }
+        let seconds = seconds(tick, rates, &tick.hold(at, Effort::Greedy));
         if seconds < best.0 {
             best = (seconds, at);
         }
-        // A slot that uses the whole tolerance alone would take longer.
-        if computing > best.0 {
+    }
+    // So much that nothing moves.
+    let still = tick.hold(ANY, Effort::Greedy);
+    let still = (seconds(tick, rates, &still), ANY, still);
+    let search = |tolerance: f64| {
+        let held = tick.hold(tolerance, Effort::Search);
+        (seconds(tick, rates, &held), tolerance, held)
+    };
+    let mut best = search(best.1);
+    let mut step = STRIDE;
+    for _ in 0..REFINEMENTS {
+        step = step.sqrt();
+        // Where computing takes longer than links at the least tolerance, there is nothing to trade.
+        if best.0 <= computing(tick, rates, 1.0 + least) {
             break;
         }
-    }
-    let mut step = STRIDE.sqrt();
-    for _ in 0..REFINEMENTS {
         for at in [best.1 / step, best.1 * step] {
-            let seconds = time(at.max(least));
-            if seconds < best.0 {
-                best = (seconds, at.max(least));
+            if at > least {
+                let other = search(at);
+                if other.0 < best.0 {
+                    best = other;
+                }
             }
         }
-        step = step.sqrt();
     }
-    best.1
+    if still.0 < best.0 { still.2 } else { best.2 }
 }
 
 /// Seconds of computing, forward and backward, of a slot with so many times the mean work.
@@ -66,7 +84,7 @@ fn flops_a_cell(tick: &Tick<'_>) -> f64 {
 }
 
 /// Layer time of what slots hold, forward and backward, in seconds.
-pub(crate) fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
+fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
     let work = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>() as f64;
     let slots = held.iter().zip(&tick.problem.slots);
     let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use outboard_attention::{BandSlice, Document, DocumentId, Mask, MaskPart, PlannedTask, Span, StepPlan};
-use outboard_planner::{Loads, PlanError, Problem, Slot, Traffic, plan};
+use outboard_planner::{Loads, PlanError, Policy, Problem, Rates, Slot, Traffic, judge, plan, plan_by};
 use proptest::prelude::*;
 
 mod common;
@@ -228,4 +228,62 @@ fn more_tolerance_moves_fewer_bytes() {
     };
     let totals = [0.0, 0.01, 0.1, 0.5].map(moved);
     assert!(totals.windows(2).all(|pair| pair[0] > pair[1]), "{totals:?}");
+}
+
+/// Layer time of a plan by the judge, forward and backward, in seconds.
+fn layer_time(problem: &Problem, plan: &StepPlan, rates: Rates) -> f64 {
+    let verdict = judge(plan, problem).expect("a valid plan");
+    verdict.forward.seconds(rates) + verdict.backward.seconds(rates)
+}
+
+/// Rates at which computing a causal document of 10,000 tokens takes from much longer to much shorter than moving it.
+fn any_rates() -> impl Strategy<Value = Rates> {
+    (6i32..14, 3i32..11).prop_map(|(flops, bytes)| Rates {
+        flops_per_second: 10f64.powi(flops),
+        bytes_per_second: 10f64.powi(bytes),
+    })
+}
+
+proptest! {
+    #[test]
+    fn no_layer_takes_longer_than_without_a_pool(problem in any_problem(), rates in any_rates()) {
+        // The judge adds ticks up before it compares computing with links.
+        let documents = problem.documents.iter().map(|d| d.clone().with_tick(0)).collect();
+        let problem = Problem { documents, ..problem };
+        let told = Problem { rates: Some(rates), ..problem.clone() };
+        let fixed = plan_by(&problem, Policy::Fixed).expect("a plan");
+        let ours = plan(&told).expect("a plan");
+        check_tasks(&told, &ours);
+        let (ours, fixed) = (layer_time(&told, &ours, rates), layer_time(&problem, &fixed, rates));
+        let homeless = problem.documents.iter().flat_map(|d| d.homes())
+            .any(|home| problem.slots.iter().all(|slot| slot.rank != Some(home.rank)));
+        // Rows of ranks without a slot have no place where they would stay.
+        prop_assert!(homeless || ours <= fixed * (1.0 + 1e-9), "{ours} against {fixed}");
+    }
+}
+
+#[test]
+fn slow_links_leave_work_at_home() {
+    let documents: Vec<_> = (0..8).map(|rank| document(rank, 0, 8_000 * (rank as usize + 1))).collect();
+    let problem = Problem::new(geometry(4), documents, in_place(8));
+    let told = |bytes_per_second| {
+        let rates = Some(Rates { flops_per_second: 1e14, bytes_per_second });
+        let problem = Problem { rates, ..problem.clone() };
+        let verdict = judge(&plan(&problem).expect("a plan"), &problem).expect("a valid plan");
+        (verdict.max_over_mean, verdict.forward.bytes)
+    };
+    let plans = [1e15, 1e10, 1e9, 1e3].map(told);
+    assert!(plans[0].0 <= 1.01, "free links allow balance: {plans:?}");
+    assert!(plans.windows(2).all(|pair| pair[0].0 <= pair[1].0 && pair[0].1 >= pair[1].1), "{plans:?}");
+    assert_eq!(plans[3].1, 0, "nothing is worth moving: {plans:?}");
+}
+
+#[test]
+fn rates_must_be_sound() {
+    for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        let rates = Some(Rates { bytes_per_second: bad, ..Rates::default() });
+        let problem = Problem { rates, ..Problem::new(geometry(1), vec![document(0, 0, 100)], in_place(2)) };
+        let says = plan(&problem).expect_err("no sound rate").to_string();
+        assert_eq!(says, format!("rates.bytes_per_second is {bad}; it must be finite and above zero"));
+    }
 }

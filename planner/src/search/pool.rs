@@ -49,7 +49,7 @@ impl Pool {
             edges.push(Edge { slot, cells, sent: 0.0 });
             need -= cells;
             let left = room - cells;
-            if left >= crumb {
+            if left > 0.0 && left >= crumb {
                 let at = self.0.partition_point(|entry| entry.1 < left);
                 self.0.insert(at, (slot, left));
             }

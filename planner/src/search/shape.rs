@@ -9,15 +9,21 @@ use crate::cost::Price;
 /// Rows `[lo, hi)` of `heads` kv heads of a causal document.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Rect {
-    pub(crate) heads: f64,
-    pub(crate) lo: f64,
-    pub(crate) hi: f64,
+    heads: f64,
+    lo: f64,
+    hi: f64,
+    /// Cells of one kv head.
+    unit: f64,
 }
 
 impl Rect {
-    /// Cells of one kv head.
-    fn unit(&self) -> f64 {
-        cells(self.hi - self.lo, self.hi)
+    pub(crate) fn new(heads: f64, lo: f64, hi: f64) -> Rect {
+        Rect { heads, lo, hi, unit: cells(hi - lo, hi) }
+    }
+
+    /// All rows up to where it ends.
+    pub(super) fn whole(&self) -> Rect {
+        Rect::new(self.heads, 0.0, self.hi)
     }
 }
 
@@ -74,12 +80,11 @@ impl Shape {
     /// The cheapest slice of about `need` cells of some strip; its bytes as if it held them all.
     #[inline]
     fn cheapest(&self, strip: &Rect, need: f64) -> (f64, Slice) {
-        let unit = strip.unit();
         // Cut off rather than rounded down by a call to libm.
         let few = ((need / (self.tail_area * strip.hi * strip.hi)) as u32 as f64).clamp(1.0, strip.heads);
-        let mut best = self.slice(strip, unit, few, need);
+        let mut best = self.slice(strip, few, need);
         if few < strip.heads {
-            let more = self.slice(strip, unit, few + 1.0, need);
+            let more = self.slice(strip, few + 1.0, need);
             if more.0 < best.0 {
                 best = more;
             }
@@ -88,11 +93,11 @@ impl Shape {
     }
 
     #[inline]
-    fn slice(&self, strip: &Rect, unit: f64, heads: f64, need: f64) -> (f64, Slice) {
+    fn slice(&self, strip: &Rect, heads: f64, need: f64) -> (f64, Slice) {
         let w = need / heads;
         let height = strip.hi - strip.lo;
-        if w >= unit {
-            let bytes = heads * (self.row * height + self.key * strip.hi) * (w / unit);
+        if w >= strip.unit {
+            let bytes = heads * (self.row * height + self.key * strip.hi) * (w / strip.unit);
             return (bytes, Slice { heads, p: strip.hi, x: height });
         }
         let p = (self.spread * w.sqrt()).min(strip.hi);
@@ -152,10 +157,10 @@ impl Shape {
                 }
                 // Less than a row is no strip.
                 if p - x >= strip.lo + 1.0 {
-                    left.push(Rect { heads, hi: p - x, ..strip });
+                    left.push(Rect::new(heads, strip.lo, p - x));
                 }
                 if p + 1.0 <= strip.hi {
-                    left.push(Rect { heads, lo: p, ..strip });
+                    left.push(Rect::new(heads, p, strip.hi));
                 }
                 if heads < strip.heads {
                     left.push(Rect { heads: strip.heads - heads, ..strip });
