@@ -31,7 +31,7 @@ pub(crate) struct Args {
 static TOLERANCE: LazyLock<String> = LazyLock::new(|| {
     format!(
         "With outboard, how far the busiest server may lie above the mean, as a fraction of it [default: \
-         {DEFAULT_TOLERANCE}]; with distca, how far below the mean a server may stay [default: {DISTCA_TOLERANCE}]. \
+         {DEFAULT_TOLERANCE}, or whatever takes the least layer time if the step has bytes_per_second]; with distca, how far below the mean a server may stay [default: {DISTCA_TOLERANCE}]. \
          More moves fewer bytes"
     )
 });
@@ -62,9 +62,13 @@ fn with_tolerance(policy: Policy, tolerance: Option<f64>) -> anyhow::Result<(Pol
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let Args { step, output, policy, tolerance } = args;
+    let balance = policy == Policy::Outboard && tolerance.is_some();
     let (policy, tolerance) = with_tolerance(policy, tolerance)?;
     let Step { mut problem, servers, documents, unused, .. } = read(&step)?;
     problem.tolerance = tolerance;
+    if balance {
+        problem.rates = None;
+    }
     for note in unused {
         eprintln!("outboard: {}: {note}", step.display());
     }

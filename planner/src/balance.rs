@@ -19,9 +19,9 @@ const SCARCITIES: [f64; 2] = [0.0, 1.0];
 /// Exchanges tried for every slot.
 const TRIES_AT_ONE_HEAD: usize = 30;
 const TRIES_AT_MANY_HEADS: usize = 24;
-/// A link that carries more than this part of the busiest one's bytes is spared:
+/// A link that carries more than this part of the busiest one's bytes is spared.
 const NEAR_BUSIEST: f64 = 0.9;
-/// a byte on it is worth so many others besides its own.
+/// There, a byte on it is worth so many others besides its own.
 const SCARCE: f64 = 1.0;
 /// A busy slot cuts its longest strips, as many as hold this many times what it gives.
 const ENOUGH: f64 = 1.3;
@@ -153,8 +153,10 @@ fn relieve(sheets: &[Sheet<'_>], cost: &Cost, strips: Vec<Strip>, edges: &[Edge]
     let ways = SHAPES.iter().flat_map(|&keys| scarcities.iter().map(move |&scarcity| (keys, scarcity)));
     let cuts = ways.map(|(keys, scarcity)| carve(sheets, &cost.shaped(keys), &strips, edges, scarcity));
     let grain = edges.iter().map(|edge| edge.slack).min().unwrap_or(0).saturating_mul(4).max(1);
-    cuts.min_by_key(|cut| (cut.missing / grain, cut.moved.bytes + (cut.moved.sent as f64 * scarce) as u64))
-        .unwrap_or_default()
+    cuts.min_by_key(|cut| {
+        (cut.missing / grain, cut.moved.bytes.saturating_add((cut.moved.sent as f64 * scarce) as u64))
+    })
+    .unwrap_or_default()
 }
 
 /// Slots with room, in order of room.

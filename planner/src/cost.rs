@@ -62,6 +62,9 @@ impl Sizes {
     }
 }
 
+/// Stands for the home among slots.
+const HOME: usize = usize::MAX;
+
 /// Of the price of a key that others see too, what a key costs on average.
 const KEY_PRICE: f64 = 0.7;
 
@@ -79,9 +82,9 @@ pub(crate) struct Moved {
 pub(crate) struct Cost {
     /// Of a query row of one kv head.
     row: u64,
-    /// Of a key of one kv head that others see too, so that its gradient is a partial sum,
+    /// Of a key of one kv head that others see too, so that its gradient is a partial sum.
     key: u64,
-    /// and of one that nobody else sees.
+    /// Of a key that nobody else sees.
     own_key: u64,
     /// Of a row and of a key, forward.
     sent: [Price; 2],
@@ -112,60 +115,72 @@ impl Cost {
         Cost { spread: 1.0 / area(middle).sqrt(), tail_area: area(tail), ..self }
     }
 
-    /// Bytes that the slots `given` strips move, when `home` keeps the strips `kept`. No two slots have the same rows of
-    /// a kv head. Every token counts as the home's.
+    /// Bytes that the slots which are `given` strips move, when the home of all tokens keeps the strips `kept` and nobody
+    /// else has any. No two slots have the same rows of a kv head. Saturates.
     pub(crate) fn moved(&self, sheets: &[Sheet<'_>], given: &[(usize, Strip)], kept: &[Strip]) -> Moved {
+        let mut strips: Vec<(usize, &Strip)> = given.iter().map(|(slot, strip)| (*slot, strip)).collect();
+        strips.extend(kept.iter().map(|strip| (HOME, strip)));
+        strips.sort_unstable_by_key(|(slot, strip)| (strip.sheet, *slot, strip.place()));
         let mut all = Moved::default();
-        let mut touched: Vec<usize> = given.iter().map(|(_, strip)| strip.sheet).collect();
-        touched.sort_unstable();
-        touched.dedup();
-        for sheet in touched {
-            let others = kept.iter().filter(|s| s.sheet == sheet).map(|s| (usize::MAX, s));
-            let strips: Vec<(usize, &Strip, Span)> = given
-                .iter()
-                .filter(|(_, s)| s.sheet == sheet)
-                .map(|(slot, s)| (*slot, s))
-                .chain(others)
-                .map(|(slot, s)| (slot, s, sheets[sheet].keys(s.q)))
-                .collect();
+        for same in strips.chunk_by(|a, b| a.1.sheet == b.1.sheet) {
+            if same.iter().all(|(slot, _)| *slot == HOME) {
+                continue;
+            }
             let mut heads: Vec<usize> =
-                strips.iter().flat_map(|(_, s, _)| [s.kv_heads.start(), s.kv_heads.end()]).collect();
+                same.iter().flat_map(|(_, s)| [s.kv_heads.start(), s.kv_heads.end()]).collect();
             heads.sort_unstable();
             heads.dedup();
-            let mut here: Vec<(usize, &Strip, Span)> = Vec::new();
-            let mut borders = Vec::new();
             for pair in heads.windows(2) {
-                here.clear();
-                here.extend(strips.iter().filter(|(_, s, _)| s.kv_heads.contains(pair[0])));
-                let (mut of_head, mut sent) = (0, 0);
-                borders.clear();
-                for (slot, strip, keys) in &here {
-                    if *slot != usize::MAX {
-                        of_head += strip.q.len() as u64 * self.row;
-                        sent += strip.q.len() as u64 * self.sent[0].there;
-                    }
-                    borders.extend([keys.start(), keys.end()]);
-                }
-                borders.sort_unstable();
-                borders.dedup();
-                for keys in borders.windows(2) {
-                    let sees = |n: usize| here[n].2.contains(keys[0]);
-                    // Each slot once, whatever strips it has.
-                    let first = |n: &usize| sees(*n) && !(0..*n).any(|m| here[m].0 == here[*n].0 && sees(m));
-                    let (mut slots, mut away) = (0, 0);
-                    for n in (0..here.len()).filter(first) {
-                        slots += 1;
-                        away += u64::from(here[n].0 != usize::MAX);
-                    }
-                    let price = if slots > 1 { self.key } else { self.own_key };
-                    of_head += away * (keys[1] - keys[0]) as u64 * price;
-                    sent += away * (keys[1] - keys[0]) as u64 * self.sent[1].there;
-                }
-                all.bytes += of_head * (pair[1] - pair[0]) as u64;
-                all.sent += sent * (pair[1] - pair[0]) as u64;
+                let here = same.iter().filter(|(_, strip)| strip.kv_heads.contains(pair[0]));
+                let sheet = |strip: &Strip| &sheets[strip.sheet];
+                let spans = here.map(|(slot, strip)| (*slot, strip.q, sheet(strip).keys(strip.q)));
+                let of_head = self.moved_of_head(spans);
+                let heads = (pair[1] - pair[0]) as u64;
+                all.bytes = all.bytes.saturating_add(of_head.bytes.saturating_mul(heads));
+                all.sent = all.sent.saturating_add(of_head.sent.saturating_mul(heads));
             }
         }
         all
+    }
+
+    /// The same of one kv head: rows and keys by slot, in order of slots.
+    fn moved_of_head(&self, spans: impl Iterator<Item = (usize, Span, Span)>) -> Moved {
+        let (mut rows, mut borders) = (0u64, Vec::new());
+        let mut keys: Vec<(usize, Span)> = Vec::new();
+        for (slot, q, of_q) in spans {
+            if slot != HOME {
+                rows += q.len() as u64;
+            }
+            keys.push((slot, of_q));
+        }
+        keys.sort_unstable();
+        // A slot has each key once, whatever strips need it.
+        let mut reached = (HOME, 0);
+        for (slot, span) in keys {
+            let from = if reached.0 == slot { span.start().max(reached.1) } else { span.start() };
+            if from < span.end() {
+                let away = i64::from(slot != HOME);
+                borders.extend([(from, 1, away), (span.end(), -1, -away)]);
+                reached = (slot, span.end());
+            }
+        }
+        borders.sort_unstable();
+        let (mut at, mut slots, mut away) = (0, 0, 0i64);
+        let (mut shared, mut alone) = (0u64, 0u64);
+        for (border, more_slots, more_away) in borders {
+            let tokens = (border - at) as u64 * away as u64;
+            *(if slots > 1 { &mut shared } else { &mut alone }) += tokens;
+            (at, slots, away) = (border, slots + more_slots, away + more_away);
+        }
+        let bytes = |prices: [(u64, u64); 3]| {
+            let bytes = prices.map(|(tokens, price)| tokens.saturating_mul(price));
+            bytes.into_iter().fold(0, u64::saturating_add)
+        };
+        let [row, key] = self.sent.map(|price| price.there);
+        Moved {
+            bytes: bytes([(rows, self.row), (shared, self.key), (alone, self.own_key)]),
+            sent: bytes([(rows, row), (shared, key), (alone, key)]),
+        }
     }
 
     /// Bytes of the rows `q` of `kv_heads` kv heads on a slot of `rank`, which has the tokens it is home of. Keys count
@@ -190,7 +205,7 @@ impl Cost {
         kv_heads as f64 * (rows as f64 + keys as f64 * (1.0 + scarcity))
     }
 
-    /// The same for causal strips in closed form.
+    /// What slices of causal strips cost, in closed form.
     pub(crate) fn shape(&self) -> Shape {
         Shape::new(self.row as f64, KEY_PRICE * self.key as f64, self.sent)
     }

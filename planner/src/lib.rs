@@ -1,7 +1,8 @@
 //! The planner: who computes which piece of a step's core attention. `plan(problem) -> plan`, pure.
 //!
 //! # Goals
-//! 1. Balance. In every tick, cells over weight of the busiest slot stay within `1 + tolerance` of the mean.
+//! 1. Balance. In every tick, cells over weight of the busiest slot stay within `1 + tolerance` of the mean. Where rates
+//!    are given, the least layer time instead.
 //! 2. Few bytes. Work starts where its queries live; only the excess of busy slots moves, in few, large slices.
 //! 3. Pieces. A slot's work in a tick comes as at least 8 tasks, none above a quarter of it, so that the work of a
 //!    server that dies spreads over all that are left. Excepted are slots with less work than 512 rows as heavy as
@@ -10,11 +11,12 @@
 //! # What is guaranteed
 //! - Every cell of every document lies in exactly one task ([`outboard_attention::StepPlan::check`]); no task is
 //!   empty, and no task's queries or keys reach beyond the first and last that its part of the mask uses.
-//! - The plan is a function of documents, homes, geometry, slots and tolerance. The order in which documents come
+//! - The plan is a function of documents, homes, geometry, slots, tolerance and rates. The order in which documents come
 //!   does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations, so
 //!   any machine makes the same plan. Measured speeds and membership are no input.
 //! - Cuts are by query rows and by kv heads, never by keys. Rows are cut at multiples of 128 tokens, or of 64, 32 and
-//!   so on where a block of 128 is too much work to balance. Balance is then within the tolerance or one row.
+//!   so on where a block of 128 is too much work to balance. Without rates, balance is then within
+//!   the tolerance or one row.
 //! - Tasks of one document on one slot share their kv-head ranges or have none in common; those of one range form a
 //!   reduction group.
 //! - No input makes it panic: what it cannot plan is a [`PlanError`] that names the field and the value.
@@ -24,7 +26,8 @@
 //! where there is room; `balance` decides who gives how much to whom, at first greedily, then by a `search` that deals
 //! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split`
 //! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
-//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot.
+//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot. Where rates are given,
+//! `trade` does this at several tolerances and keeps what takes the least layer time.
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above

@@ -34,6 +34,8 @@ pub fn plan(problem: &Problem) -> Result<StepPlan, PlanError> {
 /// How hard to look for who relieves whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effort {
+    /// All work stays where it is at first.
+    Nothing,
     /// Receivers are dealt once.
     Greedy,
     /// They are dealt out anew while bytes fall.
@@ -61,7 +63,9 @@ impl<'a> Tick<'a> {
     pub(crate) fn hold(&self, tolerance: f64, effort: Effort) -> Vec<Vec<Strip>> {
         let shares = shares(&self.problem.slots, tolerance, self.cells);
         let mut held = start(&self.sheets, &shares);
-        balance(&self.sheets, &Cost::new(&self.problem.geometry), &shares, &mut held, effort);
+        if effort != Effort::Nothing {
+            balance(&self.sheets, &Cost::new(&self.problem.geometry), &shares, &mut held, effort);
+        }
         held
     }
 

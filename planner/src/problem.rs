@@ -48,8 +48,9 @@ pub struct Problem {
     pub slots: Vec<Slot>,
     /// How far the busiest slot may lie above the mean, as a fraction of it: 0 to 1. More tolerance moves fewer bytes.
     pub tolerance: f64,
-    /// How fast slots compute and links carry. When given, layer time is what counts: where links are slow, a slot may
-    /// have more than the tolerance allows. Without, the plan balances, and moves the fewest bytes that allow it.
+    /// How fast slots compute and links carry. When given, layer time is what counts, and the tolerance does not: slow
+    /// links leave work at home, fast ones spread it evenly. Without, the plan balances within the tolerance, and moves
+    /// the fewest bytes that allow it.
     pub rates: Option<Rates>,
 }
 

@@ -20,9 +20,9 @@ pub(crate) struct Share {
 }
 
 /// Of the tolerance, this much is planned for; the rest absorbs rounding.
-const USED_TOLERANCE: f64 = 0.93;
+const USED_TOLERANCE: f64 = 0.86;
 /// Of the tolerance, this much may be lost in rounding at one slot.
-const SLACK: f64 = 0.03;
+const SLACK: f64 = 0.07;
 /// The least of a slot's share that is worth moving, whatever the tolerance.
 const LEAST_SLACK: f64 = 1e-4;
 /// Documents below this part of a mean share are spread by their tokens rather than their work.

@@ -14,24 +14,20 @@ use crate::{PassVerdict, Rates};
 
 /// A backward pass takes so many times the FLOPs of a forward pass.
 const BACKWARD_FLOPS: f64 = 2.5;
-/// Tolerances tried at first are so far apart, as a factor,
+/// The least tolerance tried: where links are fast, balance is all that counts.
+const LEAST: f64 = 1e-3;
+/// At first, tolerances are tried that are so far apart, as a factor.
 const STRIDE: f64 = 2.0;
-/// from here on,
-const LEAST_STRIDE: f64 = 1e-3;
-/// and at most so many, which takes 1% beyond any imbalance of 2^20 slots.
+/// At most so many of these are tried: with the last, a slot may have 2^18 times its share.
 const STRIDES: u32 = 28;
-/// No imbalance of a million slots is beyond it.
-const ANY: f64 = 1e6;
-/// After that, so many times both neighbours of the best one, ever closer, with all effort.
+/// After that, both neighbours of the best one are tried so many times, ever closer, with all effort.
 const REFINEMENTS: u32 = 3;
 
-/// What slots hold at the tolerance, no less than the problem's, at which a tick's layer time is least, as far as was
-/// tried. Layer time falls with the tolerance as long as links take longer than computing, and rises afterwards.
+/// What slots hold at the tolerance at which a tick's layer time is least, as far as was tried. Layer time falls with the tolerance as long as links take longer than computing, and rises afterwards.
 pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
-    let least = tick.problem.tolerance.max(f64::MIN_POSITIVE);
-    let first = seconds(tick, rates, &tick.hold(least, Effort::Greedy));
-    let mut best = (first, least);
-    let mut at = least.max(LEAST_STRIDE);
+    let first = seconds(tick, rates, &tick.hold(LEAST, Effort::Greedy));
+    let mut best = (first, LEAST);
+    let mut at = LEAST;
     for _ in 0..STRIDES {
         at *= STRIDE;
         // A slot that uses all of it would take longer.
@@ -43,9 +39,7 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
             best = (seconds, at);
         }
     }
-    // So much that nothing moves.
-    let still = tick.hold(ANY, Effort::Greedy);
-    let still = (seconds(tick, rates, &still), ANY, still);
+    let still = tick.hold(LEAST, Effort::Nothing);
     let search = |tolerance: f64| {
         let held = tick.hold(tolerance, Effort::Search);
         (seconds(tick, rates, &held), tolerance, held)
@@ -55,11 +49,11 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
     for _ in 0..REFINEMENTS {
         step = step.sqrt();
         // Where computing takes longer than links at the least tolerance, there is nothing to trade.
-        if best.0 <= computing(tick, rates, 1.0 + least) {
+        if best.0 <= computing(tick, rates, 1.0 + LEAST) {
             break;
         }
         for at in [best.1 / step, best.1 * step] {
-            if at > least {
+            if at > LEAST {
                 let other = search(at);
                 if other.0 < best.0 {
                     best = other;
@@ -67,7 +61,7 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
             }
         }
     }
-    if still.0 < best.0 { still.2 } else { best.2 }
+    if seconds(tick, rates, &still) < best.0 { still } else { best.2 }
 }
 
 /// Seconds of computing, forward and backward, of a slot with so many times the mean work.

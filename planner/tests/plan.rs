@@ -287,3 +287,20 @@ fn rates_must_be_sound() {
         assert_eq!(says, format!("rates.bytes_per_second is {bad}; it must be finite and above zero"));
     }
 }
+
+#[test]
+fn a_slot_of_hardly_any_weight_is_planned() {
+    // No cell of its share may be misplaced, and receivers do not quite cover what it gives.
+    let tokens = [1414, 4244, 4472, 4472, 4472, 4472];
+    let documents = (0..).zip(tokens).map(|(rank, tokens)| document(rank, 0, tokens)).collect();
+    let weight = |rank: u32| if rank == 0 { 1e-6 } else { 1.0 };
+    let slots = (0..6).map(|rank| Slot { weight: weight(rank), ..Slot::in_place(rank) }).collect();
+    check(&Problem { tolerance: 0.0, ..Problem::new(geometry(1), documents, slots) });
+}
+
+#[test]
+fn one_document_spreads_over_very_many_slots() {
+    for slots in [63, 64, 65, 200] {
+        check(&Problem::new(geometry(1), vec![document(0, 0, 500_000)], in_place(slots)));
+    }
+}

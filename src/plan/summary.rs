@@ -34,8 +34,8 @@ pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> Stri
     table.set_header(["server", "rank", "cells / mean", "tasks", "MB in", "MB out"]);
     for &n in order.iter().take(ROWS) {
         let rank = slots[n].rank.map_or("-".to_owned(), |rank| rank.to_string());
-        let bytes_in = traffic.forward.bytes_in[n] + traffic.backward.bytes_in[n];
-        let bytes_out = traffic.forward.bytes_out[n] + traffic.backward.bytes_out[n];
+        let bytes_in = traffic.forward.bytes_in[n].saturating_add(traffic.backward.bytes_in[n]);
+        let bytes_out = traffic.forward.bytes_out[n].saturating_add(traffic.backward.bytes_out[n]);
         let [bytes_in, bytes_out] = [bytes_in, bytes_out].map(|bytes| format!("{:.1}", bytes as f64 / 1e6));
         table.add_row([
             servers[n].to_string(),

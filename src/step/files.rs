@@ -168,6 +168,9 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     for (name, value) in rates {
         positive(name, value)?;
     }
+    if file.flops_per_second.is_some() && file.bytes_per_second.is_none() {
+        unused.push("flops_per_second makes no difference to the plan without bytes_per_second".to_owned());
+    }
     if let Some(slack) = file.token_slack {
         bail!(
             "token_slack is {slack}, but homes are not chosen yet: give every document its home and leave token_slack out"

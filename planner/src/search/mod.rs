@@ -11,7 +11,6 @@ mod shape;
 
 use pool::Pool;
 use random::Random;
-use shape::Moved;
 pub(crate) use shape::{Rect, Shape};
 
 /// What a receiver takes from a donor.
@@ -47,6 +46,8 @@ pub(crate) struct Terms {
 
 /// Donors in an exchange, at most.
 const DONORS: usize = 12;
+/// A donor with more edges is left as it is: an exchange takes the square of their number, and many edges are alike.
+const EDGES: usize = 64;
 /// The toll and who has room are taken anew after so many exchanges.
 const PERIOD: usize = 256;
 /// What the whole of the busiest link is worth, as a part of all bytes.
@@ -58,11 +59,12 @@ const LEAST_SAVING: f64 = 1.0;
 #[derive(Clone, Debug, Default)]
 struct Relief {
     edges: Vec<Edge>,
-    moved: Moved,
+    /// Bytes of all slices; before they are laid out, no more than these.
+    bytes: f64,
 }
 
 /// Improves the donors' edges. `room` is what slots could take besides, in cells; it is kept up to date. Donors whose
-/// strips cannot serve their edges keep them. The outcome is the same on every machine.
+/// strips cannot serve their edges keep them, and so do those with very many. The outcome is the same on every machine.
 pub(crate) fn improve(donors: &mut [Donor], room: &mut [f64], terms: &Terms) -> Links {
     let mut search = Search::new(donors, room, terms);
     let (mut random, mut fresh) = (Random::new(1), vec![Relief::default(); DONORS]);
@@ -82,7 +84,10 @@ struct Search<'a> {
     donors: &'a mut [Donor],
     room: &'a mut [f64],
     terms: &'a Terms,
-    moved: Vec<Moved>,
+    /// Bytes that each donor moves.
+    bytes: Vec<f64>,
+    /// What each donor can give, at best.
+    hulls: Vec<Rect>,
     /// Donors to exchange between, in order of surplus.
     able: Vec<usize>,
     /// Which of these a slot serves.
@@ -133,7 +138,8 @@ impl<'a> Search<'a> {
     fn new(donors: &'a mut [Donor], room: &'a mut [f64], terms: &'a Terms) -> Search<'a> {
         let slots = room.len();
         Search {
-            moved: vec![Moved::default(); donors.len()],
+            bytes: vec![0.0; donors.len()],
+            hulls: donors.iter().map(|donor| Rect::hull(&donor.strips)).collect(),
             able: Vec::new(),
             users: vec![Vec::new(); slots],
             links: Links { loads: vec![(0.0, 0.0); slots], ..Links::default() },
@@ -152,10 +158,13 @@ impl<'a> Search<'a> {
     fn start(&mut self) {
         for (n, donor) in self.donors.iter_mut().enumerate() {
             let Donor { slot, strips, edges, .. } = donor;
+            if edges.is_empty() || edges.len() > EDGES {
+                continue;
+            }
             let served =
                 self.terms.shape.serve(strips, edges, self.terms.grain, f64::INFINITY, &mut self.left);
-            let Some(moved) = served.filter(|_| !edges.is_empty()) else { continue };
-            self.moved[n] = moved;
+            let Some(bytes) = served else { continue };
+            self.bytes[n] = bytes;
             self.able.push(n);
             for edge in edges.iter() {
                 self.users[edge.slot].push(n);
@@ -173,7 +182,7 @@ impl<'a> Search<'a> {
     fn survey(&mut self) {
         let busiest = self.links.loads.iter().map(|load| load.0.max(load.1)).fold(1.0, f64::max);
         self.links.busiest = busiest;
-        self.links.price = TOLL * self.moved.iter().map(|moved| moved.bytes).sum::<f64>();
+        self.links.price = TOLL * self.bytes.iter().sum::<f64>();
         let crumb = self.crumb();
         self.roomy.clear();
         self.roomy.extend((0..self.room.len()).filter(|&slot| self.room[slot] > crumb));
@@ -233,7 +242,7 @@ impl<'a> Search<'a> {
     /// Deals the pool out. Returns what the exchange may still cost above its lower bound, `None` when it cannot pay.
     fn deal(&mut self, random: &mut Random, fresh: &mut [Relief]) -> Option<f64> {
         let toll = |slot: usize| self.links.toll(self.links.loads[slot].0, self.links.loads[slot].1);
-        let cost = |n: &usize| self.moved[*n].bytes + toll(self.donors[*n].slot);
+        let cost = |n: &usize| self.bytes[*n] + toll(self.donors[*n].slot);
         let mut spare = self.some.iter().map(cost).sum::<f64>() - LEAST_SAVING;
         let (wild, crumb) = (random.below(4), self.crumb());
         for (relief, &n) in fresh.iter_mut().zip(&self.some) {
@@ -241,10 +250,9 @@ impl<'a> Search<'a> {
             if !self.pool.deal(donor.surplus, crumb, wild, random, &mut relief.edges) {
                 return None;
             }
-            let whole = donor.strips.first()?.whole();
-            relief.moved.bytes =
-                relief.edges.iter().map(|edge| self.terms.shape.least(&whole, edge.cells)).sum();
-            spare -= relief.moved.bytes;
+            let least = |edge: &Edge| self.terms.shape.least(&self.hulls[n], edge.cells);
+            relief.bytes = relief.edges.iter().map(least).sum();
+            spare -= relief.bytes;
             if spare < 0.0 {
                 return None;
             }
@@ -255,18 +263,18 @@ impl<'a> Search<'a> {
     /// Lays the slices out and says whether bytes and tolls fall.
     fn lay_out(&mut self, mut spare: f64, fresh: &mut [Relief]) -> bool {
         for (relief, &n) in fresh.iter_mut().zip(&self.some) {
-            let (strips, limit) = (&self.donors[n].strips, spare + relief.moved.bytes);
+            let (strips, limit) = (&self.donors[n].strips, spare + relief.bytes);
             let served =
                 self.terms.shape.serve(strips, &mut relief.edges, self.terms.grain, limit, &mut self.left);
-            let Some(moved) = served else { return false };
-            spare = limit - moved.bytes;
-            relief.moved = moved;
+            let Some(bytes) = served else { return false };
+            spare = limit - bytes;
+            relief.bytes = bytes;
         }
         self.changes.clear();
         let mut saved = -LEAST_SAVING;
         for (relief, &n) in fresh.iter().zip(&self.some) {
             let donor = &self.donors[n];
-            saved += self.moved[n].bytes - relief.moved.bytes;
+            saved += self.bytes[n] - relief.bytes;
             for (sign, edges) in [(-1.0, &donor.edges), (1.0, &relief.edges)] {
                 for edge in edges {
                     change(&mut self.changes, edge.slot, sign * edge.sent, 0.0);
@@ -293,7 +301,7 @@ impl<'a> Search<'a> {
                 self.users[edge.slot].push(n);
             }
             std::mem::swap(&mut donor.edges, &mut relief.edges);
-            self.moved[n] = relief.moved;
+            self.bytes[n] = relief.bytes;
         }
         for &(slot, into, out) in &self.changes {
             self.links.loads[slot].0 += into;
@@ -364,7 +372,7 @@ mod tests {
                     let mut edges = donor.edges.clone();
                     terms.shape.serve(&donor.strips, &mut edges, grain, f64::INFINITY, &mut left)
                 });
-                bytes.map(|moved| moved.bytes).sum::<f64>()
+                bytes.sum::<f64>()
             };
             let (old, mut again) = (donors.clone(), donors.clone());
             improve(&mut donors, &mut room, &terms);

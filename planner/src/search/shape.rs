@@ -21,9 +21,10 @@ impl Rect {
         Rect { heads, lo, hi, unit: cells(hi - lo, hi) }
     }
 
-    /// All rows up to where it ends.
-    pub(super) fn whole(&self) -> Rect {
-        Rect::new(self.heads, 0.0, self.hi)
+    /// A strip that no slice of any of `strips` is cheaper on: as many heads, as late an end.
+    pub(super) fn hull(strips: &[Rect]) -> Rect {
+        let most = |of: fn(&Rect) -> f64| strips.iter().map(of).fold(1.0, f64::max);
+        Rect::new(most(|strip| strip.heads), 0.0, most(|strip| strip.hi))
     }
 }
 
@@ -46,8 +47,10 @@ pub(crate) struct Shape {
     key: f64,
     /// Bytes to the server, forward.
     sent: [f64; 2],
-    /// The cheapest slice of `w` cells ends at row `spread * sqrt(w)`.
+    /// The cheapest slice of `w` cells ends at row `spread * sqrt(w)`,
     spread: f64,
+    /// and this part of the rows up to there are its rows.
+    middle: f64,
     /// The cheapest bytes per cell are those of a tail of `tail_area * hi * hi` cells.
     tail_area: f64,
 }
@@ -60,12 +63,6 @@ struct Slice {
     x: f64,
 }
 
-/// Bytes of what moves, in all.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(super) struct Moved {
-    pub(super) bytes: f64,
-}
-
 impl Shape {
     /// `row` and `key` are the bytes of a row and a key in all; `sent` those to the server in the forward pass.
     pub(crate) fn new(row: f64, key: f64, sent: [Price; 2]) -> Shape {
@@ -74,7 +71,7 @@ impl Shape {
         let (middle, tail) = (1.0 / (1.0 + r), ((1.0 + 2.0 * r).sqrt() - 1.0) / r);
         let area = |x: f64| x - x * x / 2.0;
         let sent = sent.map(|price| price.there as f64);
-        Shape { row, key, sent, spread: 1.0 / area(middle).sqrt(), tail_area: area(tail) }
+        Shape { row, key, sent, spread: 1.0 / area(middle).sqrt(), middle, tail_area: area(tail) }
     }
 
     /// The cheapest slice of about `need` cells of some strip; its bytes as if it held them all.
@@ -100,8 +97,11 @@ impl Shape {
             let bytes = heads * (self.row * height + self.key * strip.hi) * (w / strip.unit);
             return (bytes, Slice { heads, p: strip.hi, x: height });
         }
-        let p = (self.spread * w.sqrt()).min(strip.hi);
-        let x = rows(w, p).min(height);
+        let ideal = self.spread * w.sqrt();
+        let (p, x) = match ideal < strip.hi {
+            true => (ideal, self.middle * ideal),
+            false => (strip.hi, rows(w, strip.hi).min(height)),
+        };
         let (p, x) = if p - x >= strip.lo {
             (p, x)
         } else {
@@ -113,13 +113,13 @@ impl Shape {
         (heads * (self.row * x + self.key * p), Slice { heads, p, x })
     }
 
-    /// No way to take `need` cells from strips that end at `hi` or before costs less.
-    pub(crate) fn least(&self, whole: &Rect, need: f64) -> f64 {
-        self.cheapest(whole, need).0
+    /// No way to take `need` cells from strips costs less, if `hull` is their hull.
+    pub(super) fn least(&self, hull: &Rect, need: f64) -> f64 {
+        self.cheapest(hull, need).0
     }
 
-    /// Serves edges in their order, each with the cheapest slices that are left, and notes what is sent to each. `None`
-    /// when strips run out, or as soon as it costs more than `limit` bytes. `left` is working memory.
+    /// Serves edges in their order, each with the cheapest slices that are left, and notes what is sent to each. Returns
+    /// the bytes of all; `None` when strips run out, or as soon as they are more than `limit`. `left` is working memory.
     pub(super) fn serve(
         &self,
         strips: &[Rect],
@@ -127,10 +127,10 @@ impl Shape {
         grain: f64,
         limit: f64,
         left: &mut Vec<Rect>,
-    ) -> Option<Moved> {
+    ) -> Option<f64> {
         left.clear();
         left.extend_from_slice(strips);
-        let mut moved = Moved::default();
+        let mut bytes = 0.0;
         for edge in edges {
             let mut need = edge.cells;
             edge.sent = 0.0;
@@ -151,8 +151,8 @@ impl Shape {
                 }
                 need -= taken;
                 edge.sent += heads * (self.sent[0] * x + self.sent[1] * p);
-                moved.bytes += heads * (self.row * x + self.key * p);
-                if moved.bytes > limit {
+                bytes += heads * (self.row * x + self.key * p);
+                if bytes > limit {
                     return None;
                 }
                 // Less than a row is no strip.
@@ -167,6 +167,6 @@ impl Shape {
                 }
             }
         }
-        Some(moved)
+        Some(bytes)
     }
 }

@@ -44,7 +44,9 @@ impl Source {
             Source::File { path, .. } => {
                 let step = read(path)?;
                 let flops_per_second = step.flops_per_second.unwrap_or(rates.flops_per_second);
-                Ok((step.problem, Rates { flops_per_second, ..rates }))
+                let rates = step.problem.rates.unwrap_or(Rates { flops_per_second, ..rates });
+                // Balance and bytes are judged of plans that are told nothing of links.
+                Ok((Problem { rates: None, ..step.problem }, rates))
             }
         }
     }
