@@ -21,8 +21,8 @@ use steps::{Source, lane};
 /// Arguments of `outboard bench plan`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
-    /// Plan every *.step.json of this folder, instead of steps drawn from two mixes of document lengths. Where the folder
-    /// has a distca.json, plans are compared with those of another planner that are judged there.
+    /// Plan every *.step.json of this folder, instead of steps drawn from two mixes of document lengths. Plans are
+    /// compared with DistCA's: those of the folder's distca.json, or else those that our policy of that name makes.
     #[arg(long, value_name = "DIR")]
     steps: Option<PathBuf>,
     /// Only steps with this text in their name.
@@ -81,13 +81,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         for (part, problem, parts) in [(Part::Whole, &whole, 1), (Part::Lane, &lane, lanes)] {
             progress.at(format!("{name}, {} kv heads", problem.geometry.kv_heads()));
             let (verdict, seconds) = measure(problem, args.repeats).with_context(|| source.words())?;
-            let ratios = match rivals.has(&name) {
-                true => {
-                    let linked = linked(problem, rates).with_context(|| source.words())?;
-                    rivals.ratios(&name, &verdict, &linked, parts, rates)
-                }
-                false => None,
+            let linked = linked(problem, rates).with_context(|| source.words())?;
+            let (plans, lanes) = match rivals.of(&name) {
+                Some(plans) => (plans, parts),
+                None => (rival::plans(problem).with_context(|| source.words())?, 1),
             };
+            let ratios = rival::ratios(&plans, &verdict, &linked, lanes, rates);
             let tokens: usize = problem.documents.iter().map(|document| document.tokens()).sum();
             let planned = Planned {
                 step: name.clone(),

@@ -1,10 +1,10 @@
-//! Plans of another planner, DistCA's, as they were judged and written down.
+//! Plans of another planner, DistCA's: as they were judged and written down, or made by our policy of that name.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::Context;
-use outboard_planner::{PassVerdict, Rates, Verdict};
+use outboard_planner::{PassVerdict, Policy, Problem, Rates, Verdict, judge, plan_by};
 use serde::Deserialize;
 
 /// The file beside the steps: figures by `STEP@TOLERANCE`.
@@ -18,7 +18,7 @@ pub(super) const LINKS: [f64; 2] = [12.5e9, 3e9];
 
 /// The figures of one of its plans. There are others, which are not needed here.
 #[derive(Clone, Debug, Deserialize)]
-struct Entry {
+pub(super) struct Entry {
     valid: bool,
     max_over_mean: f64,
     forward_gb: f64,
@@ -64,41 +64,48 @@ impl Rivals {
         Ok(Rivals(rivals))
     }
 
-    /// Whether there is a plan of the step.
-    pub(super) fn has(&self, step: &str) -> bool {
-        self.0.get(step).is_some_and(|plans| balanced(plans).is_some())
+    /// The plans of a step, if there are any.
+    pub(super) fn of(&self, step: &str) -> Option<Vec<(f64, Entry)>> {
+        self.0.get(step).filter(|plans| balanced(plans).is_some()).cloned()
     }
+}
 
-    /// Our plan of a step beside its, and those that were told of each of [`LINKS`]. It cuts by query only, so that each
-    /// of `lanes` equal lanes moves its part of the bytes. `None` where it has no plan, or one that moves nothing.
-    pub(super) fn ratios(
-        &self,
-        step: &str,
-        ours: &Verdict,
-        linked: &[Verdict; 2],
-        lanes: usize,
-        rates: Rates,
-    ) -> Option<Ratios> {
-        let plans = self.0.get(step)?;
-        let [forward, backward] =
-            balanced(plans)?.passes(ours, lanes).map(|pass| (pass.bytes as f64, pass.busiest as f64));
-        let layer = [0, 1].map(|n: usize| {
-            let rates = Rates { bytes_per_second: LINKS[n], ..rates };
-            let seconds =
-                |[forward, backward]: [PassVerdict; 2]| forward.seconds(rates) + backward.seconds(rates);
-            let may = plans.iter().filter(|(at, plan)| plan.valid && TOLERANCES.contains(at));
-            let best = may.map(|(_, plan)| seconds(plan.passes(ours, lanes))).reduce(f64::min);
-            seconds([linked[n].forward, linked[n].backward]) / best.unwrap_or(f64::NAN)
-        });
-        let ratios = Ratios {
-            forward: ours.forward.bytes as f64 / forward.0,
-            busiest: ours.forward.busiest as f64 / forward.1,
-            both: (ours.forward.bytes as f64 + ours.backward.bytes as f64) / (forward.0 + backward.0),
-            layer,
-        };
-        let all = [ratios.forward, ratios.busiest, ratios.both, layer[0], layer[1]];
-        all.iter().all(|ratio| ratio.is_finite()).then_some(ratios)
-    }
+/// Plans that our own policy makes of a problem.
+pub(super) fn plans(problem: &Problem) -> anyhow::Result<Vec<(f64, Entry)>> {
+    let plan = |tolerance: f64| {
+        let plan = plan_by(problem, Policy::Distca { tolerance })?;
+        Ok((tolerance, Entry::of(&judge(&plan, problem)?)))
+    };
+    TOLERANCES.into_iter().map(plan).collect()
+}
+
+/// Our plan of a step beside `plans`, and those that were told of each of [`LINKS`]. DistCA cuts by query only, so that
+/// each of `lanes` equal lanes moves its part of the bytes. `None` where it moves nothing.
+pub(super) fn ratios(
+    plans: &[(f64, Entry)],
+    ours: &Verdict,
+    linked: &[Verdict; 2],
+    lanes: usize,
+    rates: Rates,
+) -> Option<Ratios> {
+    let [forward, backward] =
+        balanced(plans)?.passes(ours, lanes).map(|pass| (pass.bytes as f64, pass.busiest as f64));
+    let layer = [0, 1].map(|n: usize| {
+        let rates = Rates { bytes_per_second: LINKS[n], ..rates };
+        let seconds =
+            |[forward, backward]: [PassVerdict; 2]| forward.seconds(rates) + backward.seconds(rates);
+        let may = plans.iter().filter(|(at, plan)| plan.valid && TOLERANCES.contains(at));
+        let best = may.map(|(_, plan)| seconds(plan.passes(ours, lanes))).reduce(f64::min);
+        seconds([linked[n].forward, linked[n].backward]) / best.unwrap_or(f64::NAN)
+    });
+    let ratios = Ratios {
+        forward: ours.forward.bytes as f64 / forward.0,
+        busiest: ours.forward.busiest as f64 / forward.1,
+        both: (ours.forward.bytes as f64 + ours.backward.bytes as f64) / (forward.0 + backward.0),
+        layer,
+    };
+    let all = [ratios.forward, ratios.busiest, ratios.both, layer[0], layer[1]];
+    all.iter().all(|ratio| ratio.is_finite()).then_some(ratios)
 }
 
 fn balanced(plans: &[(f64, Entry)]) -> Option<&Entry> {
@@ -106,6 +113,18 @@ fn balanced(plans: &[(f64, Entry)]) -> Option<&Entry> {
 }
 
 impl Entry {
+    fn of(verdict: &Verdict) -> Entry {
+        let (forward, backward) = (&verdict.forward, &verdict.backward);
+        Entry {
+            valid: true,
+            max_over_mean: verdict.max_over_mean,
+            forward_gb: forward.bytes as f64 / 1e9,
+            backward_gb: backward.bytes as f64 / 1e9,
+            busiest_mb: forward.busiest as f64 / 1e6,
+            busiest_backward_mb: backward.busiest as f64 / 1e6,
+        }
+    }
+
     /// Its passes in one of `lanes` lanes. The mean work of a step is the same in any valid plan, ours included.
     fn passes(&self, ours: &Verdict, lanes: usize) -> [PassVerdict; 2] {
         let lane = |bytes: f64| (bytes / lanes.max(1) as f64) as u64;
