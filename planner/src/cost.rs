@@ -2,65 +2,9 @@
 
 use outboard_attention::{HeadGeometry, Span};
 
+use crate::judge::price::{Fare, Price};
 use crate::search::Shape;
 use crate::sheet::{Sheet, Strip};
-
-/// Bytes of one kv head that cross a link, by direction of travel.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Price {
-    /// To the server.
-    pub(crate) there: u64,
-    /// From the server.
-    pub(crate) back: u64,
-}
-
-/// What a query row or a key costs in one pass.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct PassPrice {
-    pub(crate) row: Price,
-    pub(crate) key: Price,
-}
-
-impl PassPrice {
-    /// Forward: Q, K, V out; O and LSE back. `partial`: the result travels in f32, since others hold parts of it.
-    pub(crate) fn forward(geometry: &HeadGeometry, partial: bool) -> PassPrice {
-        let Sizes { group, head, v_head, element, result } = Sizes::new(geometry, partial);
-        PassPrice {
-            row: Price { there: group * head * element, back: group * (v_head * result + 4) },
-            key: Price { there: (head + v_head) * element, back: 0 },
-        }
-    }
-
-    /// Backward, by a server that still has Q, K, V: dO, LSE and D out; dQ, dK, dV back.
-    pub(crate) fn backward(geometry: &HeadGeometry, partial: bool) -> PassPrice {
-        let Sizes { group, head, v_head, element, result } = Sizes::new(geometry, partial);
-        PassPrice {
-            row: Price { there: group * (v_head * element + 8), back: group * head * result },
-            key: Price { there: 0, back: (head + v_head) * result },
-        }
-    }
-}
-
-struct Sizes {
-    group: u64,
-    head: u64,
-    v_head: u64,
-    element: u64,
-    result: u64,
-}
-
-impl Sizes {
-    fn new(geometry: &HeadGeometry, partial: bool) -> Sizes {
-        let element = geometry.dtype().bytes() as u64;
-        Sizes {
-            group: geometry.group() as u64,
-            head: geometry.head_dim() as u64,
-            v_head: geometry.v_head_dim() as u64,
-            element,
-            result: if partial { 4 } else { element },
-        }
-    }
-}
 
 /// Stands for the home among slots.
 const HOME: usize = usize::MAX;
@@ -96,12 +40,11 @@ pub(crate) struct Cost {
 
 impl Cost {
     pub(crate) fn new(geometry: &HeadGeometry) -> Cost {
-        let (forward, rows) = (PassPrice::forward(geometry, false), PassPrice::backward(geometry, false));
-        let keys = PassPrice::backward(geometry, true);
-        let row = forward.row.there + forward.row.back + rows.row.there + rows.row.back;
-        let key = forward.key.there + keys.key.back;
-        let own_key = forward.key.there + rows.key.back;
-        let sent = [forward.row, forward.key];
+        let [row, own_key] = [Fare::of_row(geometry, false), Fare::of_key(geometry, false)];
+        let sent = [row.forward, own_key.forward];
+        let bytes =
+            |Fare { forward, backward }: Fare| forward.there + forward.back + backward.there + backward.back;
+        let [row, own_key, key] = [row, own_key, Fare::of_key(geometry, true)].map(bytes);
         Cost { row, key, own_key, sent, spread: 0.0, tail_area: 0.0 }.shaped(1.0)
     }
 

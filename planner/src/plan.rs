@@ -16,6 +16,18 @@ use crate::{PlanError, Problem, group, trade};
 /// # Errors
 /// A [`PlanError`] when the problem makes no sense.
 pub fn plan(problem: &Problem) -> Result<StepPlan, PlanError> {
+    by_tick(problem, |documents, next_group| Tick::new(problem, documents).plan(next_group))
+}
+
+/// A plan whose ticks are planned one by one, each from its documents in order of their ids. Group numbers go on from
+/// tick to tick.
+///
+/// # Errors
+/// When the problem makes no sense, or a tick's.
+pub(crate) fn by_tick<'a>(
+    problem: &'a Problem,
+    mut tasks: impl FnMut(&[&'a Document], &mut u32) -> Result<Vec<PlannedTask>, PlanError>,
+) -> Result<StepPlan, PlanError> {
     problem.check()?;
     let mut by_tick: BTreeMap<u32, Vec<&Document>> = BTreeMap::new();
     for document in &problem.documents {
@@ -23,10 +35,9 @@ pub fn plan(problem: &Problem) -> Result<StepPlan, PlanError> {
     }
     let mut next_group = 0;
     let mut ticks = Vec::with_capacity(by_tick.len());
-    for (number, mut documents) in by_tick {
+    for (tick, mut documents) in by_tick {
         documents.sort_unstable_by_key(|document| document.id());
-        let tick = Tick::new(problem, &documents);
-        ticks.push(TickPlan { tick: number, tasks: tick.plan(&mut next_group)? });
+        ticks.push(TickPlan { tick, tasks: tasks(&documents, &mut next_group)? });
     }
     Ok(StepPlan { ticks, slots: problem.slots.len() as u32 })
 }

@@ -4,12 +4,12 @@
 //! exactly once, is a function of the problem alone, and does not depend on the order of documents. None of them
 //! promises balance or a number of pieces a slot.
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
-use outboard_attention::{Document, StepPlan, TickPlan};
+use outboard_attention::StepPlan;
 
+use crate::plan::by_tick;
 use crate::sheet::{Sheet, Strip};
 use crate::{PlanError, Problem, group, plan};
 
@@ -120,17 +120,8 @@ fn plan_ticks(
     problem: &Problem,
     place: impl Fn(&[Sheet<'_>]) -> Vec<Vec<Strip>>,
 ) -> Result<StepPlan, PlanError> {
-    problem.check()?;
-    let mut by_tick: BTreeMap<u32, Vec<&Document>> = BTreeMap::new();
-    for document in &problem.documents {
-        by_tick.entry(document.tick()).or_default().push(document);
-    }
-    let mut next_group = 0;
-    let mut ticks = Vec::with_capacity(by_tick.len());
-    for (tick, mut documents) in by_tick {
-        documents.sort_unstable_by_key(|document| document.id());
-        let sheets = Sheet::of(&documents, problem.geometry.kv_heads());
-        ticks.push(TickPlan { tick, tasks: group::tasks(&sheets, &place(&sheets), &mut next_group)? });
-    }
-    Ok(StepPlan { ticks, slots: problem.slots.len() as u32 })
+    by_tick(problem, |documents, next_group| {
+        let sheets = Sheet::of(documents, problem.geometry.kv_heads());
+        group::tasks(&sheets, &place(&sheets), next_group)
+    })
 }

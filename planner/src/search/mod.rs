@@ -322,7 +322,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::cost::Price;
+    use crate::judge::price::Price;
 
     fn terms(grain: f64) -> Terms {
         let sent = [Price { there: 1024, back: 0 }, Price { there: 512, back: 0 }];

@@ -4,7 +4,7 @@
 //! cost `row x + key p` bytes. Sizes are real numbers here; [`carve`](crate::cut::carve) puts the cuts on blocks.
 
 use super::Edge;
-use crate::cost::Price;
+use crate::judge::price::Price;
 
 /// Rows `[lo, hi)` of `heads` kv heads of a causal document.
 #[derive(Clone, Copy, Debug, PartialEq)]
