@@ -196,6 +196,34 @@ fn a_profile_has_an_efficiency_for_each_size() {
 }
 
 #[test]
+fn slow_links_keep_work_at_home_unless_a_tolerance_is_asked_for() {
+    let folder = temporary_folder();
+    let document = |rank: u64, tokens: u64| json!({ "id": rank, "tokens": tokens, "home": [{ "rank": rank, "start": 0, "end": tokens }] });
+    let planned = |rate: &str, value: f64, more: &[&str]| {
+        let step = folder.path().join("step.json");
+        let content = json!({
+            "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+            "servers": [{ "id": 0, "rank": 0 }, { "id": 1, "rank": 1 }],
+            "documents": [document(0, 9001), document(1, 700)],
+            rate: value,
+        });
+        std::fs::write(&step, content.to_string()).unwrap();
+        let plan = outboard(&[&["plan", step.to_str().unwrap()], more].concat());
+        let plan: Value = serde_json::from_str(&plan).unwrap();
+        plan["tasks"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .filter(|task| task["document"] == 0 && task["server"] == 1)
+            .count()
+    };
+    assert_eq!(planned("bytes_per_second", 1e3, &[]), 0);
+    assert!(planned("bytes_per_second", 1e3, &["--tolerance", "0.01"]) > 0);
+    assert!(planned("bytes_per_second", 1e15, &[]) > 0);
+    assert!(planned("flops_per_second", 1e3, &[]) > 0, "without links only balance counts");
+}
+
+#[test]
 fn the_plan_benchmark_judges_every_step_whole_and_as_a_lane() {
     let folder = temporary_folder();
     let write =

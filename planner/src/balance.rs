@@ -147,7 +147,8 @@ fn longest(held: &mut Vec<Strip>, surplus: u64) -> Vec<Strip> {
 
 /// Cuts strips to serve the edges, in the best of several ways.
 fn relieve(sheets: &[Sheet<'_>], cost: &Cost, strips: Vec<Strip>, edges: &[Edge], scarce: f64) -> Cut {
-    // What a key costs depends on who else sees it, and where heads run out, later slices pay for what the first ones left.
+    // What a key costs depends on who else sees it, and where heads run out, later slices pay for what the first ones
+    // left.
     let many_heads = strips.iter().any(|strip| strip.kv_heads.len() > 1);
     let scarcities = if many_heads { &SCARCITIES[..] } else { &SCARCITIES[..1] };
     let ways = SHAPES.iter().flat_map(|&keys| scarcities.iter().map(move |&scarcity| (keys, scarcity)));

@@ -63,7 +63,7 @@ impl Cost {
     pub(crate) fn moved(&self, sheets: &[Sheet<'_>], given: &[(usize, Strip)], kept: &[Strip]) -> Moved {
         let mut strips: Vec<(usize, &Strip)> = given.iter().map(|(slot, strip)| (*slot, strip)).collect();
         strips.extend(kept.iter().map(|strip| (HOME, strip)));
-        strips.sort_unstable_by_key(|(slot, strip)| (strip.sheet, *slot, strip.place()));
+        strips.sort_unstable_by_key(|(_, strip)| strip.sheet);
         let mut all = Moved::default();
         for same in strips.chunk_by(|a, b| a.1.sheet == b.1.sheet) {
             if same.iter().all(|(slot, _)| *slot == HOME) {
@@ -86,7 +86,7 @@ impl Cost {
         all
     }
 
-    /// The same of one kv head: rows and keys by slot, in order of slots.
+    /// The same of one kv head, from the rows and keys of each slot.
     fn moved_of_head(&self, spans: impl Iterator<Item = (usize, Span, Span)>) -> Moved {
         let (mut rows, mut borders) = (0u64, Vec::new());
         let mut keys: Vec<(usize, Span)> = Vec::new();
@@ -161,5 +161,59 @@ impl Cost {
             false => unit,
         };
         ((cells as f64 / best) as usize).clamp(1, strip.kv_heads.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use outboard_attention::{
+        DType, Document, DocumentId, HeadShape, HomeRange, PlannedTask, StepPlan, TickPlan,
+    };
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::{Problem, Slot, Traffic};
+
+    proptest! {
+        /// Documents of rank 0, each cut by rows and heads and given to slots; slot 0 keeps.
+        #[test]
+        fn what_moves_is_what_the_traffic_counts(
+            documents in prop::collection::vec((1usize..3000, 0usize..3, prop::collection::vec((1usize..900, 0usize..4), 1..6)), 1..4),
+        ) {
+            let shape = HeadShape { q_heads: 6, kv_heads: 2, head_dim: 32, v_head_dim: 48, scale: 0.2, dtype: DType::Bf16, softcap: None };
+            let geometry = HeadGeometry::try_from(shape).unwrap();
+            let slots = (0..4).map(Slot::in_place).collect();
+            let of = |(index, (tokens, ..)): (u32, &(usize, usize, Vec<_>))| {
+                let home = HomeRange { rank: 0, tokens: Span::to(*tokens) };
+                Document::new(DocumentId { rank: 0, index }, *tokens, vec![home]).unwrap()
+            };
+            let problem = Problem::new(geometry, (0..).zip(&documents).map(of).collect(), slots);
+            let all: Vec<&Document> = problem.documents.iter().collect();
+            let sheets = Sheet::of(&all, 2);
+            let (mut given, mut kept, mut tasks) = (Vec::new(), Vec::new(), Vec::new());
+            for (sheet, (tokens, heads, cuts)) in documents.iter().enumerate() {
+                // All heads alike, or the second one left at home whole.
+                let (cut, whole) = if *heads == 0 { (Span::to(1), Some(Span::at(1, 1))) } else { (Span::to(2), None) };
+                let (mut at, mut pieces) = (0, Vec::new());
+                for (rows, slot) in cuts.iter().chain([&(usize::MAX, 0)]) {
+                    let q = Span::at(at, (*rows).min(tokens - at));
+                    at = q.end();
+                    pieces.extend(Strip::new(&sheets, sheet, cut, q).map(|strip| (*slot, strip)));
+                }
+                pieces.extend(whole.and_then(|heads| Strip::new(&sheets, sheet, heads, Span::to(*tokens))).map(|s| (0, s)));
+                for (slot, strip) in pieces {
+                    let task = PlannedTask {
+                        document: problem.documents[sheet].id(), q: strip.q, kv: sheets[sheet].keys(strip.q),
+                        kv_heads: strip.kv_heads, slot: slot as u32, group: 0, position: 0,
+                    };
+                    tasks.push(task);
+                    if slot == 0 { kept.push(strip) } else { given.push((slot, strip)) }
+                }
+            }
+            let moved = Cost::new(&geometry).moved(&sheets, &given, &kept);
+            let traffic = Traffic::of(&StepPlan { ticks: vec![TickPlan { tick: 0, tasks }], slots: 4 }, &problem);
+            prop_assert_eq!(moved.bytes, traffic.forward.total + traffic.backward.total);
+            prop_assert_eq!(moved.sent, traffic.forward.bytes_out[0]);
+        }
     }
 }

@@ -12,8 +12,6 @@ use crate::sheet::Strip;
 use crate::traffic::Ports;
 use crate::{PassVerdict, Rates};
 
-/// A backward pass takes so many times the FLOPs of a forward pass.
-const BACKWARD_FLOPS: f64 = 2.5;
 /// The least tolerance tried: where links are fast, balance is all that counts.
 const LEAST: f64 = 1e-3;
 /// At first, tolerances are tried that are so far apart, as a factor.
@@ -23,7 +21,8 @@ const STRIDES: u32 = 28;
 /// After that, both neighbours of the best one are tried so many times, ever closer, with all effort.
 const REFINEMENTS: u32 = 3;
 
-/// What slots hold at the tolerance at which a tick's layer time is least, as far as was tried. Layer time falls with the tolerance as long as links take longer than computing, and rises afterwards.
+/// What slots hold at the tolerance at which a tick's layer time is least, as far as was tried. Layer time falls with the
+/// tolerance as long as links take longer than computing, and rises afterwards.
 pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
     let first = seconds(tick, rates, &tick.hold(LEAST, Effort::Greedy));
     let mut best = (first, LEAST);
@@ -67,14 +66,9 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
 /// Seconds of computing, forward and backward, of a slot with so many times the mean work.
 fn computing(tick: &Tick<'_>, rates: Rates, over_mean: f64) -> f64 {
     let weights: f64 = tick.problem.slots.iter().map(|slot| slot.weight).sum();
-    let flops = flops_a_cell(tick) * tick.cells as f64 / weights * over_mean;
-    (1.0 + BACKWARD_FLOPS) * flops / rates.flops_per_second
-}
-
-/// FLOPs of a cell of one kv head, forward.
-fn flops_a_cell(tick: &Tick<'_>) -> f64 {
     let geometry = &tick.problem.geometry;
-    2.0 * (geometry.head_dim() + geometry.v_head_dim()) as f64 * geometry.group() as f64
+    let flops = geometry.forward_flops(1) + geometry.backward_flops(1);
+    flops * tick.cells as f64 / weights * over_mean / rates.flops_per_second
 }
 
 /// Layer time of what slots hold, forward and backward, in seconds.
@@ -82,10 +76,12 @@ fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
     let work = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>() as f64;
     let slots = held.iter().zip(&tick.problem.slots);
     let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);
-    let flops = flops_a_cell(tick) * busiest;
     let [forward, backward] = busiest_links(tick, held);
-    let pass = |busiest: u64, flops: f64| PassVerdict { bytes: 0, busiest, flops }.seconds(rates);
-    pass(forward, flops) + pass(backward, BACKWARD_FLOPS * flops)
+    let pass = |bytes: u64, flops_a_cell: f64| {
+        PassVerdict { bytes: 0, busiest: bytes, flops: busiest * flops_a_cell }.seconds(rates)
+    };
+    let geometry = &tick.problem.geometry;
+    pass(forward, geometry.forward_flops(1)) + pass(backward, geometry.backward_flops(1))
 }
 
 /// Bytes of the busiest link, forward and backward.

@@ -279,6 +279,22 @@ fn slow_links_leave_work_at_home() {
 }
 
 #[test]
+fn some_work_moves_where_all_or_nothing_takes_longer() {
+    let documents: Vec<_> = (0..8).map(|rank| document(rank, 0, 8_000 * (rank as usize + 1))).collect();
+    let problem = Problem::new(geometry(1), documents, in_place(8));
+    let gain = |bytes_per_second| {
+        let rates = Rates { flops_per_second: 1e14, bytes_per_second };
+        let told = Problem { rates: Some(rates), ..problem.clone() };
+        let time = |problem: &Problem, policy| {
+            layer_time(problem, &plan_by(problem, policy).expect("a plan"), rates)
+        };
+        time(&told, Policy::Outboard) / time(&problem, Policy::Outboard).min(time(&problem, Policy::Fixed))
+    };
+    let gains = [1e9, 2e9, 4e9, 8e9, 1.6e10].map(gain);
+    assert!(gains.iter().any(|&gain| gain < 0.8), "{gains:?}");
+}
+
+#[test]
 fn rates_must_be_sound() {
     for bad in [0.0, -1.0, f64::NAN, f64::INFINITY] {
         let rates = Some(Rates { bytes_per_second: bad, ..Rates::default() });

@@ -76,6 +76,7 @@ pub(crate) fn improve(donors: &mut [Donor], room: &mut [f64], terms: &Terms) -> 
             }
             search.exchange(&mut random, &mut fresh);
         }
+        search.survey();
     }
     search.links
 }
@@ -243,7 +244,9 @@ impl<'a> Search<'a> {
     fn deal(&mut self, random: &mut Random, fresh: &mut [Relief]) -> Option<f64> {
         let toll = |slot: usize| self.links.toll(self.links.loads[slot].0, self.links.loads[slot].1);
         let cost = |n: &usize| self.bytes[*n] + toll(self.donors[*n].slot);
-        let mut spare = self.some.iter().map(cost).sum::<f64>() - LEAST_SAVING;
+        // No link of those touched can end up cheaper than free.
+        let tolls: f64 = self.pool.slots().map(toll).sum();
+        let mut spare = tolls + self.some.iter().map(cost).sum::<f64>() - LEAST_SAVING;
         let (wild, crumb) = (random.below(4), self.crumb());
         for (relief, &n) in fresh.iter_mut().zip(&self.some) {
             let donor = &self.donors[n];
@@ -353,6 +356,29 @@ mod tests {
             });
         }
         (donors, room)
+    }
+
+    /// Two donors, each dealt parts of what would serve the other whole.
+    fn crossed(terms: &Terms) -> (Vec<Donor>, f64) {
+        let edge = |slot, cells| Edge { slot, cells, sent: 0.0 };
+        let donor = |slot, edges: Vec<Edge>| Donor {
+            slot,
+            surplus: edges.iter().map(|edge| edge.cells).sum(),
+            strips: vec![Rect::new(1.0, 0.0, 100_000.0)],
+            edges,
+        };
+        let mut donors =
+            vec![donor(0, vec![edge(3, 6e8), edge(2, 4e8)]), donor(1, vec![edge(2, 5e8), edge(4, 1e8)])];
+        let room = &mut [0.0, 0.0, 1e8, 0.0, 0.0];
+        improve(&mut donors, room, terms);
+        (donors, room.iter().sum())
+    }
+
+    #[test]
+    fn crossed_donors_are_sorted_out() {
+        let (donors, room) = crossed(&terms(1e4));
+        let slots = |n: usize| donors[n].edges.iter().map(|edge| edge.slot).collect::<Vec<_>>();
+        assert_eq!((slots(0), slots(1), room), (vec![2], vec![3], 1e8), "{donors:?}");
     }
 
     proptest! {

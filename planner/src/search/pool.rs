@@ -20,6 +20,10 @@ impl Pool {
         }
     }
 
+    pub(super) fn slots(&self) -> impl Iterator<Item = usize> {
+        self.0.iter().map(|entry| entry.0)
+    }
+
     /// To be called when all are added.
     pub(super) fn sort(&mut self) {
         self.0.sort_unstable_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));

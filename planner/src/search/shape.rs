@@ -47,9 +47,9 @@ pub(crate) struct Shape {
     key: f64,
     /// Bytes to the server, forward.
     sent: [f64; 2],
-    /// The cheapest slice of `w` cells ends at row `spread * sqrt(w)`,
+    /// The cheapest slice of `w` cells ends at row `spread * sqrt(w)`.
     spread: f64,
-    /// and this part of the rows up to there are its rows.
+    /// The rows of that slice, as a part of where it ends.
     middle: f64,
     /// The cheapest bytes per cell are those of a tail of `tail_area * hi * hi` cells.
     tail_area: f64,

@@ -95,7 +95,7 @@ impl Draw {
         format!("{mix}-{}k-n{}", self.context / 1024, self.servers)
     }
 
-    /// The step: the same documents in every run, heads of an 8B model.
+    /// The step: the same documents in every run on one machine, heads of an 8B model.
     pub(super) fn problem(&self) -> anyhow::Result<Problem> {
         let (head_dim, v_head_dim, scale) = (128, 128, 1.0 / 128f32.sqrt());
         let geometry = HeadShape {

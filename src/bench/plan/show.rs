@@ -46,7 +46,7 @@ pub(super) struct Line<'a> {
     backward_gb: f64,
     busiest_mb: f64,
     busiest_backward_mb: f64,
-    /// Of one layer, on links of 50 GB/s.
+    /// Of one layer, on links as fast as the step says, or of 50 GB/s.
     layer_ms_forward: f64,
     layer_ms_backward: f64,
     plan_ms: f64,
