@@ -153,6 +153,13 @@ impl Case {
         Case { geometry, task, q, k, v, d_o, lse, d }
     }
 
+    /// With the LSE of the task's own keys, after its tensors have changed.
+    pub fn with_own_lse(mut self) -> Self {
+        let lse = self.reference(Direction::Forward).remove(1);
+        self.lse.data = lse.into_iter().map(|x| x as f32).collect();
+        self
+    }
+
     pub fn operands(&self, direction: Direction) -> Operands<'_> {
         let (q, k, v) = (self.q.any(), self.k.any(), self.v.any());
         match direction {

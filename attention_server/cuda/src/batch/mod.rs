@@ -1,0 +1,12 @@
+//! A batch of tasks as calls of cuDNN. Pure: nothing here touches a device.
+
+mod layout;
+mod pieces;
+mod tables;
+
+pub(crate) use layout::{
+    BatchLayout, BatchTables, Call, CallTables, LaidTask, MoveTable, OperandPlace, Regions, TaskOperands,
+    call_geometry,
+};
+pub(crate) use pieces::{Cut, Shape};
+pub(crate) use tables::{KeyHead, MadeUp, Move, RowHead, RowMove};

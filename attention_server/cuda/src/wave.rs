@@ -1,0 +1,324 @@
+//! A wave: what is uploaded, computed and downloaded as one.
+//!
+//! Three streams take turns on it, so that one wave is computed while the next is uploaded and the one before downloaded.
+//! Uploads and downloads of different waves use different memory, a *lane* each; the work memory is shared, since waves
+//! are computed one after the other.
+
+use std::sync::Arc;
+
+use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
+use outboard_attention::{DType, Direction};
+
+use crate::CudaError;
+use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape};
+use crate::cudnn::{self, Handle, Raw};
+use crate::gpu::driver;
+use crate::gpu::memory::{DeviceMemory, PinnedMemory, download, upload};
+use crate::gpu::movers::{Movers, Places};
+use crate::graph::Ids;
+use crate::plan::Plan;
+
+/// Operands start at a multiple of this after the tables, in bytes.
+const OPERANDS: usize = 256;
+
+/// Memory for what a wave brings in and takes out.
+#[derive(Debug)]
+pub(crate) struct Lane {
+    staging: PinnedMemory,
+    input: DeviceMemory,
+    output: DeviceMemory,
+    results: PinnedMemory,
+}
+
+/// The streams of a device, and what runs on them.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    pub(crate) context: Arc<CudaContext>,
+    pub(crate) upload: Arc<CudaStream>,
+    pub(crate) compute: Arc<CudaStream>,
+    pub(crate) download: Arc<CudaStream>,
+    /// Enqueues on `compute`.
+    pub(crate) handle: Handle,
+    /// Where sequences lie while they are computed.
+    pub(crate) work: DeviceMemory,
+    /// What cuDNN works in.
+    pub(crate) workspace: DeviceMemory,
+    bf16: Movers,
+    f16: Movers,
+}
+
+/// A wave whose tables and operands lie in its lane's staging memory.
+#[derive(Debug)]
+pub(crate) struct StagedWave {
+    layout: BatchLayout,
+    tables: BatchTables,
+    plans: Vec<Arc<Plan>>,
+    scale: f32,
+    lane: Lane,
+    operands: usize,
+}
+
+/// A wave on its way through the device.
+#[derive(Debug)]
+pub(crate) struct RunningWave {
+    begun: CudaEvent,
+    computed: CudaEvent,
+    /// Before the memory, so that it is dropped first.
+    downloaded: Passed,
+    staged: StagedWave,
+}
+
+/// An event that is waited for when it is dropped: the device must be through with memory before that goes.
+#[derive(Debug)]
+struct Passed(CudaEvent);
+
+impl Lane {
+    pub(crate) fn new(context: &Arc<CudaContext>) -> Lane {
+        Lane {
+            staging: PinnedMemory::new(context),
+            input: DeviceMemory::new(context),
+            output: DeviceMemory::new(context),
+            results: PinnedMemory::new(context),
+        }
+    }
+
+    /// Bytes of device memory held.
+    pub(crate) fn device_bytes(&self) -> usize {
+        self.input.bytes() + self.output.bytes()
+    }
+}
+
+impl Streams {
+    pub(crate) fn new(
+        context: &Arc<CudaContext>,
+        compute_capability: (i32, i32),
+        handle: Handle,
+    ) -> Result<Streams, CudaError> {
+        let stream = || context.new_stream().map_err(driver("cuStreamCreate"));
+        let compute = stream()?;
+        // SAFETY: the stream belongs to the context that the handle was made in, and lives in the same value.
+        unsafe { handle.set_stream(compute.cu_stream().cast())? };
+        Ok(Streams {
+            upload: stream()?,
+            compute,
+            download: stream()?,
+            handle,
+            work: DeviceMemory::new(context),
+            workspace: DeviceMemory::new(context),
+            bf16: Movers::new(context, DType::Bf16, compute_capability)?,
+            f16: Movers::new(context, DType::F16, compute_capability)?,
+            context: Arc::clone(context),
+        })
+    }
+
+    fn movers(&self, dtype: DType) -> &Movers {
+        match dtype {
+            DType::F16 => &self.f16,
+            _ => &self.bf16,
+        }
+    }
+}
+
+impl StagedWave {
+    /// Makes room in `lane` and writes the tables. The operands are left to be written: see [`StagedWave::operands`].
+    /// `plans` has one for each call of the layout.
+    pub(crate) fn new(
+        layout: BatchLayout,
+        plans: Vec<Arc<Plan>>,
+        scale: f32,
+        mut lane: Lane,
+    ) -> Result<StagedWave, (Lane, CudaError)> {
+        let capacities: Vec<usize> = plans.iter().map(|plan| plan.sequences).collect();
+        let tables = layout.tables(&capacities);
+        let operands = tables.tables.bytes().len().next_multiple_of(OPERANDS);
+        let input = operands + layout.operand_bytes;
+        let output = layout.result_len * size_of::<f32>();
+        let reserved = lane
+            .staging
+            .reserve(input)
+            .and_then(|()| lane.input.reserve(input))
+            .and_then(|()| lane.output.reserve(output))
+            .and_then(|()| lane.results.reserve(output));
+        if let Err(error) = reserved {
+            return Err((lane, error));
+        }
+        // SAFETY: a lane that is not part of a running wave is not used by the device.
+        let staging = unsafe { lane.staging.slice_mut() };
+        staging[..tables.tables.bytes().len()].copy_from_slice(tables.tables.bytes());
+        Ok(StagedWave { layout, tables, plans, scale, lane, operands })
+    }
+
+    /// The bytes of all operands, to be written before the wave is started.
+    pub(crate) fn operands(&mut self) -> &mut [u8] {
+        let (start, bytes) = (self.operands, self.layout.operand_bytes);
+        // SAFETY: the device does not use a staged wave's memory.
+        let staging = unsafe { self.lane.staging.slice_mut() };
+        &mut staging[start..start + bytes]
+    }
+
+    pub(crate) fn layout(&self) -> &BatchLayout {
+        &self.layout
+    }
+
+    /// Enqueues everything.
+    pub(crate) fn start(mut self, streams: &mut Streams) -> Result<RunningWave, CudaError> {
+        match self.enqueue(streams) {
+            Ok([begun, computed, downloaded]) => {
+                Ok(RunningWave { begun, computed, downloaded: Passed(downloaded), staged: self })
+            }
+            Err(error) => {
+                // What was enqueued before the failure may still use the memory that goes now.
+                let _ = streams.context.synchronize();
+                Err(error)
+            }
+        }
+    }
+
+    fn enqueue(&mut self, streams: &mut Streams) -> Result<[CudaEvent; 3], CudaError> {
+        streams.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
+        let workspace = self.plans.iter().map(|plan| plan.workspace).max().unwrap_or(0);
+        // Growing frees, and freeing waits for what is enqueued, so no running wave loses its work memory.
+        streams.work.reserve(self.layout.work_bytes)?;
+        streams.workspace.reserve(workspace)?;
+        let timed = Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC);
+        let event = |stream: &CudaStream| stream.record_event(timed).map_err(driver("cuEventRecord"));
+        let input = self.operands + self.layout.operand_bytes;
+        // SAFETY: staging and input hold `input` bytes, and stay with the running wave.
+        unsafe { upload(&streams.upload, &self.lane.staging, &self.lane.input, input)? };
+        let uploaded = event(&streams.upload)?;
+        streams.compute.wait(&uploaded).map_err(driver("cuStreamWaitEvent"))?;
+        let begun = event(&streams.compute)?;
+        self.compute(streams)?;
+        let computed = event(&streams.compute)?;
+        streams.download.wait(&computed).map_err(driver("cuStreamWaitEvent"))?;
+        let output = self.layout.result_len * size_of::<f32>();
+        // SAFETY: output and results hold `output` bytes, and stay with the running wave, which nobody reads from until
+        // the event has passed.
+        unsafe { download(&streams.download, &self.lane.output, &mut self.lane.results, output)? };
+        Ok([begun, computed, event(&streams.download)?])
+    }
+
+    /// Enqueues the kernels.
+    fn compute(&self, streams: &Streams) -> Result<(), CudaError> {
+        let places = Places {
+            tables: self.lane.input.at(0),
+            tensors: self.lane.input.at(self.operands),
+            work: streams.work.at(0),
+            output: self.lane.output.at(0),
+        };
+        let movers = streams.movers(self.layout.geometry.dtype);
+        // SAFETY: tables and places are those of this wave; its memory stays with it.
+        unsafe { movers.bring_in(&streams.compute, &self.tables, places)? };
+        for (tables, (call, plan)) in self.tables.calls.iter().zip(self.layout.calls.iter().zip(&self.plans))
+        {
+            self.call(streams, places, (call, tables), plan)?;
+        }
+        let regions = &self.layout.regions;
+        // SAFETY: as above.
+        unsafe {
+            match self.layout.direction {
+                Direction::Forward => movers.merge_forward(&streams.compute, &self.tables, places, regions),
+                Direction::Backward => movers.merge_backward(&streams.compute, &self.tables, places, regions),
+            }
+        }
+    }
+
+    /// Enqueues one call of cuDNN.
+    fn call(
+        &self,
+        streams: &Streams,
+        places: Places,
+        (call, tables): (&Call, &CallTables),
+        plan: &Plan,
+    ) -> Result<(), CudaError> {
+        let at = |base: sys::CUdeviceptr, offset: usize| (base + offset as sys::CUdeviceptr) as Raw;
+        let table = |offset: usize| at(places.tables, offset);
+        let work = |offset: usize| at(places.work, offset);
+        let (hidden, one) = (f32::NEG_INFINITY, 1.0f32);
+        let scalar = |value: &f32| std::ptr::from_ref(value).cast_mut().cast::<std::ffi::c_void>();
+        let regions = &self.layout.regions;
+        let mut tensors = vec![
+            (Ids::Q, work(regions.q)),
+            (Ids::K, work(regions.k)),
+            (Ids::V, work(regions.v)),
+            (Ids::O, work(regions.o)),
+            (Ids::LSE, work(regions.lse)),
+            (Ids::ROWS, table(tables.rows)),
+            (Ids::KEYS, table(tables.keys)),
+            (Ids::Q_OFFSETS, table(tables.q_offsets)),
+            (Ids::KV_OFFSETS, table(tables.kv_offsets)),
+            (Ids::ROW_OFFSETS, table(tables.row_offsets)),
+            (Ids::LSE_OFFSETS, table(tables.lse_offsets)),
+            (Ids::SCALE, scalar(&self.scale)),
+            (Ids::HIDDEN, scalar(&hidden)),
+        ];
+        if call.shape == Shape::Causal {
+            tensors.push((Ids::HIDDEN_CAUSAL, scalar(&hidden)));
+        }
+        if self.layout.direction == Direction::Backward {
+            tensors.extend([
+                (Ids::D_O, work(regions.d_o)),
+                (Ids::DQ, work(regions.dq)),
+                (Ids::DQ_SUMS, work(regions.dq_sums)),
+                (Ids::DK, work(regions.dk)),
+                (Ids::DV, work(regions.dv)),
+                (Ids::D, work(regions.d)),
+                (Ids::KEY_OFFSETS, table(tables.key_offsets)),
+                (Ids::ONE, scalar(&one)),
+            ]);
+        }
+        let (ids, addresses): (Vec<i64>, Vec<Raw>) = tensors.into_iter().unzip();
+        let workspace = at(streams.workspace.at(0), 0);
+        // SAFETY: every tensor of the graph is here, in memory of the wave laid out for it; scalars live until the call
+        // returns; the workspace is as large as the largest plan says.
+        unsafe { cudnn::execute(&streams.handle, &plan.descriptor, (&ids, &addresses), workspace) }
+    }
+}
+
+impl RunningWave {
+    /// Waits until the results are on the host.
+    pub(crate) fn wait(&self) -> Result<(), CudaError> {
+        self.downloaded.0.synchronize().map_err(driver("cuEventSynchronize"))
+    }
+
+    /// True when [`RunningWave::wait`] would not wait, or would fail.
+    pub(crate) fn is_done(&self) -> bool {
+        self.downloaded.0.try_is_complete().unwrap_or(true)
+    }
+
+    /// Seconds of the kernels. After [`RunningWave::wait`].
+    pub(crate) fn seconds(&self) -> Result<f64, CudaError> {
+        let milliseconds = self.begun.elapsed_ms(&self.computed).map_err(driver("cuEventElapsedTime"))?;
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    pub(crate) fn layout(&self) -> &BatchLayout {
+        &self.staged.layout
+    }
+
+    /// All results. After [`RunningWave::wait`].
+    pub(crate) fn results(&self) -> &[f32] {
+        let bytes = self.staged.layout.result_len * size_of::<f32>();
+        // SAFETY: the download has passed, and nothing writes there until the lane is used again.
+        let results = unsafe { self.staged.lane.results.slice() };
+        // Pinned memory starts at a page.
+        bytemuck::cast_slice(&results[..bytes])
+    }
+
+    /// The wave's operands, tables and plans, to be started once more. After [`RunningWave::wait`].
+    pub(crate) fn again(self) -> StagedWave {
+        self.staged
+    }
+
+    /// The lane, for another wave. After [`RunningWave::wait`].
+    pub(crate) fn into_lane(self) -> Lane {
+        self.staged.lane
+    }
+}
+
+impl Drop for Passed {
+    fn drop(&mut self) {
+        // On a lost device this fails at once, and nothing is under way any more.
+        let _ = self.0.synchronize();
+    }
+}
