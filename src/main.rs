@@ -9,6 +9,7 @@ use tracing_subscriber::EnvFilter;
 
 mod attention_server;
 mod bench;
+mod compute;
 mod coordinator;
 mod cores;
 mod lifetime;
@@ -38,6 +39,8 @@ enum Role {
     Coordinator(coordinator::Args),
     /// Plan a step: read STEP.json, print PLAN.json.
     Plan(plan::Args),
+    /// Compute a batch of attention tasks that is stored in files, on a device.
+    Compute(compute::Args),
     /// Measure speed on this machine.
     Bench(bench::Args),
     /// Measure what this machine reaches on tasks of each size, for the cost model: print or write PROFILE.json.
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Role::AttentionServer(args) => attention_server::run(args),
         Role::Coordinator(args) => coordinator::run(args),
         Role::Plan(args) => plan::run(args),
+        Role::Compute(args) => compute::run(args),
         Role::Bench(args) => bench::run(args),
         Role::Profile(args) => profile::run(args),
         Role::TrainRank => return train::rank::run(),

@@ -19,7 +19,7 @@ pub(crate) fn read(path: &Path) -> anyhow::Result<Step> {
 }
 
 /// What stands before a place in a file, as far as it fits a message: it shows the field at fault.
-fn near(text: &[u8], line: usize, column: usize) -> String {
+pub(crate) fn near(text: &[u8], line: usize, column: usize) -> String {
     const SHOWN: usize = 40;
     let line = text.split(|&byte| byte == b'\n').nth(line.saturating_sub(1)).unwrap_or_default();
     let end = column.min(line.len());
