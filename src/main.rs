@@ -12,6 +12,8 @@ mod bench;
 mod compute;
 mod coordinator;
 mod cores;
+mod cuda;
+mod device;
 mod lifetime;
 mod plan;
 mod profile;

@@ -12,7 +12,7 @@ pub(crate) struct Args {
 
 #[derive(Debug, clap::Subcommand)]
 enum Subject {
-    /// Speed of the CPU attention kernel, and the share of this machine's peak that it reaches.
+    /// Speed of the attention kernel, of the CPU beside this machine's peak, or of a GPU.
     Kernel(kernel::Args),
     /// What plans are worth, by a judge that knows no planner, and how long planning takes.
     Plan(plan::Args),

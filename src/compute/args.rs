@@ -4,14 +4,15 @@ use std::path::PathBuf;
 
 use outboard_attention::kernel::Isa;
 
-use super::backend::Device;
+use crate::cuda::CudaArgs;
+use crate::device::Device;
 
 /// Arguments of `outboard compute`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
     /// Folder of batch.json and the tasks' tensors. Results are written there, beside them.
     pub(super) dir: PathBuf,
-    /// What computes: cpu.
+    /// What computes: cpu, or cuda:N.
     #[arg(long, value_name = "DEVICE", default_value_t)]
     pub(super) device: Device,
     /// With --device cpu: threads that compute; they change no bit [default: one a core].
@@ -26,4 +27,6 @@ pub(crate) struct Args {
     /// Print one JSON object a line instead of words.
     #[arg(long)]
     pub(super) json: bool,
+    #[command(flatten)]
+    pub(super) cuda: CudaArgs,
 }

@@ -1,8 +1,5 @@
-//! What computes a batch. Another backend is added here and nowhere else: a [`Device`] with its name, a [`Backend`],
-//! and a line in [`Device::open`].
+//! What computes a batch. Another backend is added here and nowhere else: a [`Backend`], and a line in [`open`].
 
-use std::fmt;
-use std::str::FromStr;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
@@ -10,13 +7,8 @@ use outboard_attention::DType;
 use outboard_attention::kernel::{CpuKernel, Isa, KernelConfig, KernelTask, Results};
 
 use crate::cores;
-
-/// A device by its name on the command line.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(super) enum Device {
-    #[default]
-    Cpu,
-}
+use crate::cuda::CudaArgs;
+use crate::device::Device;
 
 /// How to use a CPU, where the command line says so.
 #[derive(Clone, Copy, Debug)]
@@ -37,31 +29,35 @@ pub(super) trait Backend {
     fn run(&mut self, batch: Vec<KernelTask<'_>>) -> anyhow::Result<Vec<Results>>;
 }
 
-impl fmt::Display for Device {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Device::Cpu => f.write_str("cpu"),
+/// Gets a device ready.
+pub(super) fn open(device: Device, cpu: CpuOptions, cuda: &CudaArgs) -> anyhow::Result<Box<dyn Backend>> {
+    match device {
+        Device::Cpu => Ok(Box::new(Cpu::new(cpu)?)),
+        #[cfg(feature = "cuda")]
+        Device::Cuda(number) => Ok(Box::new(Cuda(cuda.open(number)?))),
+        #[cfg(not(feature = "cuda"))]
+        Device::Cuda(number) => {
+            let _ = cuda;
+            Err(crate::cuda::absent(number))
         }
     }
 }
 
-impl FromStr for Device {
-    type Err = String;
+#[cfg(feature = "cuda")]
+struct Cuda(outboard_cuda::CudaKernel);
 
-    fn from_str(name: &str) -> Result<Self, String> {
-        match name {
-            "cpu" => Ok(Device::Cpu),
-            _ => Err("this build computes on cpu only".into()),
-        }
+#[cfg(feature = "cuda")]
+impl Backend for Cuda {
+    fn describe(&self) -> String {
+        format!("{}, cuDNN {}", self.0.device(), self.0.cudnn_version())
     }
-}
 
-impl Device {
-    /// Gets the device ready.
-    pub(super) fn open(self, cpu: CpuOptions) -> anyhow::Result<Box<dyn Backend>> {
-        match self {
-            Device::Cpu => Ok(Box::new(Cpu::new(cpu)?)),
-        }
+    fn numerics_id(&self, dtype: DType) -> String {
+        self.0.numerics_id(dtype)
+    }
+
+    fn run(&mut self, batch: Vec<KernelTask<'_>>) -> anyhow::Result<Vec<Results>> {
+        in_order(batch.len(), |done| Ok(self.0.run(batch, done)?))
     }
 }
 

@@ -22,10 +22,10 @@ use files::{BATCH_FILE, Entry};
 use tensors::Inputs;
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let Args { dir, device, threads, isa, alone, json } = args;
+    let Args { dir, device, threads, isa, alone, json, cuda } = args;
     let entries = files::read(&dir)?;
     fits(&entries)?;
-    let mut backend = device.open(CpuOptions { threads, isa })?;
+    let mut backend = backend::open(device, CpuOptions { threads, isa }, &cuda)?;
     let inputs = entries.iter().map(|entry| Inputs::read(&dir, entry)).collect::<anyhow::Result<Vec<_>>>()?;
     let tasks: Vec<_> = entries.iter().zip(&inputs).collect();
     let batch_of = if alone { 1 } else { tasks.len().max(1) };

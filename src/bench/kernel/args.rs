@@ -10,9 +10,15 @@ use outboard_attention::{
     DType, Direction, DocumentId, HeadGeometry, HeadShape, MAX_TOKENS, Mask, Span, Task,
 };
 
+use crate::cuda::CudaArgs;
+use crate::device::Device;
+
 /// Arguments of `outboard bench kernel`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Args {
+    /// What computes: cpu, or cuda:N.
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    pub(crate) device: Device,
     /// Measure everything the kernel has a target for, and say what passes. It takes a few minutes.
     #[arg(long, conflicts_with_all = [
         "tokens", "queries", "heads", "kv_heads", "head_dim", "v_head_dim", "softcap", "dtype", "mask", "directions",
@@ -66,6 +72,8 @@ pub(crate) struct Args {
     /// Write one JSON object a line to FILE instead of a table; `-` is stdout.
     #[arg(long, value_name = "FILE")]
     pub(crate) json: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) cuda: CudaArgs,
 }
 
 /// Which cells of a document count.

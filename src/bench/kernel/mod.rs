@@ -1,9 +1,11 @@
-//! `outboard bench kernel`: the CPU kernel's speed against the peak of this machine's multiply-adds.
+//! `outboard bench kernel`: the CPU kernel's speed against the peak of this machine's multiply-adds, or a GPU's.
 
 use anyhow::Context;
 
 mod accuracy;
 pub(crate) mod args;
+#[cfg(feature = "cuda")]
+mod cuda;
 pub(crate) mod measure;
 pub(crate) mod show;
 pub(crate) mod subject;
@@ -15,9 +17,17 @@ use measure::{Cores, Meter, measure};
 use show::{Measurement, Output, Peak, Progress, table};
 use subject::{Batch, Subject};
 
+use crate::device::Device;
+
 const REPEATS: u32 = 5;
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    if let Device::Cuda(device) = args.device {
+        #[cfg(feature = "cuda")]
+        return cuda::run(&args, device, &mut Output::new(args.json.as_deref())?);
+        #[cfg(not(feature = "cuda"))]
+        return Err(crate::cuda::absent(device));
+    }
     let isa = args::isa(args.simd)?;
     let cores = Cores::claim()?;
     let mut output = Output::new(args.json.as_deref())?;

@@ -1,0 +1,294 @@
+//! `outboard bench kernel --device cuda:N`: the speed of a GPU's kernels, and of the way in and out.
+//!
+//! Kernel times are those of a whole batch on the device: moving tasks into the order of sequences, cuDNN's calls, and
+//! merging. Batches are in pinned memory, and uploaded and downloaded each time while others are computed.
+
+use anyhow::{Context, ensure};
+use half::{bf16, f16};
+use outboard_attention::kernel::{KernelTask, Operands, Results};
+use outboard_attention::{
+    AnyTensor, DType, Direction, DocumentId, Element, HeadGeometry, Mask, Span, Task, TensorView,
+};
+use outboard_cuda::{CudaKernel, Measured};
+use serde::Serialize;
+
+use super::args::{self, Args};
+use super::show::{Output, Progress, table};
+use super::subject::Noise;
+
+const REPEATS: usize = 7;
+
+/// A task with its tensors.
+struct CudaSubject {
+    geometry: HeadGeometry,
+    task: Task,
+    tensors: Tensors,
+    lse: Vec<f32>,
+    d: Vec<f32>,
+}
+
+enum Tensors {
+    Bf16([Vec<bf16>; 4]),
+    F16([Vec<f16>; 4]),
+}
+
+/// One measured batch; the field names are those of the JSON lines.
+#[derive(Debug, Serialize)]
+struct Row {
+    kind: &'static str,
+    case: String,
+    device: String,
+    cudnn: String,
+    numerics_id: String,
+    direction: String,
+    dtype: String,
+    mask: String,
+    n_q: usize,
+    n_kv: usize,
+    q_heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    /// Useful work by the kernels' time, median.
+    tflops: f64,
+    /// Of all kernels of a batch, median.
+    ms: f64,
+    /// From the start of a batch to that of the next, transfers included, mean.
+    wall_ms: f64,
+    /// Part of the time that kernels ran.
+    busy: f64,
+    /// Of the host, to enqueue a batch, median.
+    enqueue_us: f64,
+}
+
+pub(super) fn run(args: &Args, device: usize, output: &mut Output) -> anyhow::Result<()> {
+    let mut kernel = args.cuda.open(device)?;
+    if args.suite {
+        return suite(args, &mut kernel, output);
+    }
+    let dtypes: Vec<DType> = args.dtype.iter().copied().filter(|dtype| *dtype != DType::F32).collect();
+    ensure!(!dtypes.is_empty(), "a GPU computes bf16 and f16; name them with --dtype");
+    let shapes = args.head_dim.len() * args.tokens.len() * args.directions.len();
+    let progress = Progress::new(dtypes.len() * shapes)?;
+    let mut rows = Vec::new();
+    for &dtype in &dtypes {
+        for &head_dim in &args.head_dim {
+            for &tokens in &args.tokens {
+                let geometry = args.geometry(head_dim, dtype)?;
+                let queries = args.queries.unwrap_or(tokens);
+                let task = args.mask.task(tokens, queries, geometry.kv_heads())?;
+                progress.at(format!("{queries} x {tokens}, {dtype}, head dim {head_dim}"));
+                let subject = CudaSubject::new(geometry, task)?;
+                for &direction in &args.directions {
+                    let case = Case {
+                        name: format!("{queries} x {tokens}"),
+                        mask: args.mask.to_string(),
+                        direction,
+                    };
+                    let row = measure(&mut kernel, &case, std::slice::from_ref(&subject), repeats(args))?;
+                    output.write(&row)?;
+                    rows.push(row);
+                    progress.step();
+                }
+            }
+        }
+    }
+    drop(progress);
+    show(&kernel, &rows, output)
+}
+
+/// What a row is called.
+struct Case {
+    name: String,
+    mask: String,
+    direction: Direction,
+}
+
+fn repeats(args: &Args) -> usize {
+    args.repeats.map_or(REPEATS, |n| n as usize)
+}
+
+/// The rows that the backend has targets for.
+fn suite(args: &Args, kernel: &mut CudaKernel, output: &mut Output) -> anyhow::Result<()> {
+    let geometry = args::geometry(32, 8, 128, DType::Bf16)?;
+    let causal = |rows: usize, keys: usize, document: u32| -> anyhow::Result<CudaSubject> {
+        let (q, kv, heads) = (Span::at(keys - rows, rows), Span::to(keys), Span::to(8));
+        let document = DocumentId { rank: 0, index: document };
+        CudaSubject::new(geometry, Task::new(document, q, kv, heads, &Mask::causal(keys, 8))?)
+    };
+    let mut rows = Vec::new();
+    let mut batches: Vec<(String, Vec<CudaSubject>)> = Vec::new();
+    for tokens in [16, 32, 64] {
+        batches.push((format!("{tokens}k causal"), vec![causal(tokens << 10, tokens << 10, 0)?]));
+    }
+    batches.push(("128 x 128k".to_owned(), vec![causal(128, 128 << 10, 0)?]));
+    let mixed = mixed_lengths();
+    let subjects = mixed.iter().zip(0..).map(|(&(rows, keys), n)| causal(rows, keys, n));
+    let subjects = subjects.collect::<anyhow::Result<Vec<_>>>()?;
+    let cells: u64 = subjects.iter().map(|subject| subject.task.cells()).sum::<u64>() / 8;
+    let tokens = ((2 * cells) as f64).sqrt() as usize;
+    batches.push(("mixed shards".to_owned(), subjects));
+    batches.push(("their work as one".to_owned(), vec![causal(tokens, tokens, 0)?]));
+    batches.push(("one small task".to_owned(), vec![causal(128, 1024, 0)?]));
+    let wanted = |name: &str| args.only.as_ref().is_none_or(|text| name.contains(text.as_str()));
+    for (name, subjects) in &batches {
+        for direction in [Direction::Forward, Direction::Backward] {
+            if !wanted(name) {
+                continue;
+            }
+            let case = Case { name: name.clone(), mask: "causal".to_owned(), direction };
+            let row = measure(kernel, &case, subjects, repeats(args))?;
+            output.write(&row)?;
+            rows.push(row);
+        }
+    }
+    show(kernel, &rows, output)
+}
+
+/// Shards of 128 to 8192 queries with 1k to 256k keys, the same in every run.
+fn mixed_lengths() -> Vec<(usize, usize)> {
+    let mut noise = Noise(9);
+    (0..12)
+        .map(|_| {
+            let rows = 128usize << (noise.bits() % 7);
+            (rows, (rows.max(1024) << (noise.bits() % 9)).min(256 << 10))
+        })
+        .collect()
+}
+
+fn measure(
+    kernel: &mut CudaKernel,
+    case: &Case,
+    subjects: &[CudaSubject],
+    repeats: usize,
+) -> anyhow::Result<Row> {
+    let first = subjects.first().context("nothing is measured")?;
+    let tasks = subjects.iter().map(|subject| subject.task(case.direction)).collect::<anyhow::Result<_>>()?;
+    let Measured { seconds, mut kernel_seconds, mut enqueue_seconds } = kernel.measure(tasks, repeats)?;
+    let flops: f64 = subjects.iter().map(|s| s.task.flops(&s.geometry, case.direction)).sum();
+    let busy = kernel_seconds.iter().sum::<f64>() / seconds;
+    let typical = median(&mut kernel_seconds);
+    let most = |len: fn(&Task) -> usize| subjects.iter().map(|s| len(&s.task)).max().unwrap_or(0);
+    let geometry = &first.geometry;
+    Ok(Row {
+        kind: "measurement",
+        case: case.name.clone(),
+        device: kernel.device().name.clone(),
+        cudnn: kernel.cudnn_version().to_owned(),
+        numerics_id: kernel.numerics_id(geometry.dtype()),
+        direction: case.direction.to_string(),
+        dtype: geometry.dtype().to_string(),
+        mask: case.mask.clone(),
+        n_q: most(|task| task.q().len()),
+        n_kv: most(|task| task.kv().len()),
+        q_heads: geometry.q_heads(),
+        kv_heads: geometry.kv_heads(),
+        head_dim: geometry.head_dim(),
+        tflops: flops / typical / 1e12,
+        ms: typical * 1e3,
+        wall_ms: seconds / repeats.max(1) as f64 * 1e3,
+        busy,
+        enqueue_us: median(&mut enqueue_seconds) * 1e6,
+    })
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn show(kernel: &CudaKernel, rows: &[Row], output: &Output) -> anyhow::Result<()> {
+    output.say(&format!(
+        "{}, cuDNN {}, backward sums {}",
+        kernel.device(),
+        kernel.cudnn_version(),
+        if kernel.is_deterministic() { "in a fixed order" } else { "by atomics" }
+    ))?;
+    let header = [
+        "case",
+        "direction",
+        "dtype",
+        "heads",
+        "dim",
+        "TFLOP/s",
+        "kernels ms",
+        "wall ms",
+        "busy",
+        "enqueue us",
+    ];
+    let mut table = table(header, 3);
+    for row in rows {
+        table.add_row([
+            row.case.clone(),
+            row.direction.clone(),
+            row.dtype.clone(),
+            format!("{}/{}", row.q_heads, row.kv_heads),
+            row.head_dim.to_string(),
+            format!("{:.0}", row.tflops),
+            format!("{:.3}", row.ms),
+            format!("{:.3}", row.wall_ms),
+            format!("{:.2}", row.busy),
+            format!("{:.0}", row.enqueue_us),
+        ]);
+    }
+    output.say(&table.to_string())
+}
+
+impl CudaSubject {
+    fn new(geometry: HeadGeometry, task: Task) -> anyhow::Result<CudaSubject> {
+        let shapes = task.shapes(&geometry);
+        let lens = [shapes.q, shapes.k, shapes.v, shapes.o].map(|shape| shape.iter().product::<usize>());
+        let tensors = match geometry.dtype() {
+            DType::Bf16 => Tensors::Bf16(lens.map(noise)),
+            DType::F16 => Tensors::F16(lens.map(noise)),
+            other => anyhow::bail!("a GPU computes bf16 and f16, not {other}"),
+        };
+        // About the LSE of keys of noise, so that weights are what they would be.
+        let first = task.q().start() + 1;
+        let lse = (0..shapes.row.iter().product())
+            .map(|i: usize| ((first + i / shapes.row[1]) as f32).ln() + 0.5)
+            .collect();
+        let d = vec![0.0; shapes.row.iter().product()];
+        Ok(CudaSubject { geometry, task, tensors, lse, d })
+    }
+
+    fn task(&self, direction: Direction) -> anyhow::Result<KernelTask<'_>> {
+        fn views<E: Element>(
+            data: &[Vec<E>; 4],
+            shapes: [[usize; 3]; 4],
+        ) -> anyhow::Result<[AnyTensor<'_>; 4]> {
+            let view = |i: usize| TensorView::contiguous("tensor", &data[i], shapes[i]).map(E::erase);
+            Ok([view(0)?, view(1)?, view(2)?, view(3)?])
+        }
+        let shapes = self.task.shapes(&self.geometry);
+        let all = [shapes.q, shapes.k, shapes.v, shapes.o];
+        let [q, k, v, d_o] = match &self.tensors {
+            Tensors::Bf16(data) => views(data, all)?,
+            Tensors::F16(data) => views(data, all)?,
+        };
+        let row = |data| TensorView::contiguous("row", data, shapes.row);
+        let operands = match direction {
+            Direction::Forward => Operands::Forward { q: q.into(), k, v },
+            Direction::Backward => {
+                Operands::Backward { q, k, v, d_o: d_o.into(), lse: row(&self.lse)?, d: row(&self.d)? }
+            }
+        };
+        let results = Results::zeroed(&self.task, &self.geometry, direction);
+        Ok(KernelTask { geometry: self.geometry, task: &self.task, operands, results })
+    }
+}
+
+/// About normal noise. A million values are drawn and repeated: drawing all would take longer than measuring.
+fn noise<E: Element>(len: usize) -> Vec<E> {
+    const DRAWN: usize = 1 << 20;
+    let mut noise = Noise(len as u64);
+    let mut value = || (0..4).map(|_| 2.0 * noise.unit() - 1.0).sum::<f64>() * 0.87;
+    let drawn: Vec<E> = (0..DRAWN.min(len)).map(|_| E::from_f32(value() as f32)).collect();
+    let mut all = Vec::with_capacity(len);
+    while all.len() < len {
+        // Not from the start each time, so that rows do not repeat at powers of two.
+        let from = (all.len() / DRAWN * 1237) % drawn.len();
+        let part = &drawn[from..];
+        all.extend_from_slice(&part[..part.len().min(len - all.len())]);
+    }
+    all
+}
