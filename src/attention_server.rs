@@ -88,17 +88,19 @@ async fn serve(args: Args, engine: EngineOptions, options: ServiceOptions) -> an
 
 fn say_ready(args: &Args, service: &Service, engine: &EngineOptions) {
     let (address, pid) = (service.address(), std::process::id());
-    let numerics_id = service.numerics_id();
+    let running = service.engine();
+    let numerics_ids: Vec<&str> = running.numerics().map(|(_, id)| id).collect();
     if args.json {
         println!(
             "{}",
             json!({"kind": "ready", "role": "attention-server", "address": address.to_string(), "pid": pid,
-                   "numerics_id": numerics_id, "threads": engine.threads, "memory_bytes": engine.memory_bytes})
+                   "numerics_ids": numerics_ids, "threads": engine.threads, "memory_bytes": engine.memory_bytes})
         );
     } else {
         let mib = engine.memory_bytes >> 20;
         println!(
-            "attention server ready at {address}, pid {pid}: {numerics_id}, {} threads, {mib} MiB",
+            "attention server ready at {address}, pid {pid}: {}, {} threads, {mib} MiB",
+            numerics_ids.join(" "),
             engine.threads
         );
     }

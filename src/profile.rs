@@ -8,7 +8,7 @@ use outboard_attention::kernel::{CpuKernel, Isa};
 use outboard_attention::{BandSlice, DType, Direction, DocumentId, MAX_TOKENS, Mask, MaskPart, Span, Task};
 use serde::Serialize;
 
-use crate::bench::kernel::args::{direction, dtype, geometry, isa};
+use crate::bench::kernel::args::{direction, geometry, isa};
 use crate::bench::kernel::measure::{Cores, Device, Meter, measure};
 use crate::bench::kernel::show::{Progress, rounded};
 use crate::bench::kernel::subject::{Batch, Subject};
@@ -36,7 +36,7 @@ pub(crate) struct Args {
     #[arg(long, value_delimiter = ',', value_parser = direction, default_value = "forward,backward")]
     directions: Vec<Direction>,
     /// Element types of Q, K, V and dO: f32, bf16 or f16.
-    #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "f32,bf16")]
+    #[arg(long, value_delimiter = ',', default_value = "f32,bf16")]
     dtype: Vec<DType>,
     /// Elements of a head of Q, K and V.
     #[arg(long, value_delimiter = ',', default_values_t = [64, 128])]

@@ -44,6 +44,31 @@ fn the_main_job_agrees_with_local_attention_and_repeats_its_bits() {
 }
 
 #[test]
+fn attention_is_served_in_half_the_bits() {
+    let run = |dtype: &str| {
+        let folder = temporary_folder();
+        let words = outboard(&train(folder.path(), &["--steps", "2", "--dtype", dtype]));
+        assert!(
+            words.contains(&format!("-{dtype}-"))
+                && words.contains(&format!("dO of core attention in {dtype}")),
+            "{words}"
+        );
+        let lines = read_json(&folder.path().join("figures.jsonl"));
+        let summary = summary(&lines).clone();
+        assert_eq!(summary["dtype"], dtype);
+        assert!(summary["max_relative_loss_difference"].as_f64().unwrap() < 1e-5, "{summary}");
+        assert_eq!(summary["tasks_planned"], summary["tasks_computed"]);
+        (summary["loss_last"].as_f64().unwrap(), summary["bytes_moved"].as_u64().unwrap())
+    };
+    let (of_f32, of_bf16, of_f16) = (run("f32"), run("bf16"), run("f16"));
+    for (loss, bytes) in [of_bf16, of_f16] {
+        let apart = (loss / of_f32.0 - 1.0).abs();
+        assert!(apart > 0.0 && apart < 1e-2, "{loss} {of_f32:?}: nothing was rounded, or too much");
+        assert!(bytes < of_f32.1, "{bytes} {of_f32:?}");
+    }
+}
+
+#[test]
 fn a_server_killed_with_tasks_in_hand_changes_no_bit() {
     let run = |kill: bool| {
         let folder = temporary_folder();
@@ -292,12 +317,13 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
     let taken = taken.local_addr().unwrap().to_string();
     let data = corpus(folder.path());
     let data = data.to_str().unwrap();
-    let cases: [(&[&str], &[&str]); 24] = [
+    let cases: [(&[&str], &[&str]); 25] = [
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
         (&["train", "--data", data, "--head-dim", "998"], &["head_dim", "998", "256"]),
         (&["train", "--data", data, "--tokens", "0"], &["tokens"]),
+        (&["train", "--data", data, "--dtype", "f64"], &["--dtype", "f64", "f32, bf16 or f16"]),
         (&["train", "--data", data, "--learning-rate", "NaN"], &["learning_rate", "NaN"]),
         (&["train", "--data", data, "--attention", "local", "--pool", "2"], &["--pool", "local"]),
         (&["train", "--data", data, "--coordinator", "http://127.0.0.1:1"], &["127.0.0.1:1", "coordinator"]),

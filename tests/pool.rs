@@ -6,7 +6,7 @@ mod cluster;
 use std::time::Duration;
 
 use cluster::{Cluster, LayerOutput, RankInputs, documents};
-use outboard_attention::HeadGeometry;
+use outboard_attention::{DType, HeadGeometry};
 use outboard_attention_server::{EngineOptions, Service};
 use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use outboard_proto::v1::{DrainServerRequest, ListPoolRequest};
@@ -24,6 +24,15 @@ const LENGTHS: [&[usize]; 2] = [&[2048], &[1, 130, 517, 300, 700, 400]];
 
 /// Computes one step of one layer on all ranks at once.
 fn step(pools: &[PoolAttention], lengths: &[&[usize]], step: u64) -> Vec<(LayerOutput, StepStats)> {
+    step_of(geometry(), pools, lengths, step)
+}
+
+fn step_of(
+    geometry: HeadGeometry,
+    pools: &[PoolAttention],
+    lengths: &[&[usize]],
+    step: u64,
+) -> Vec<(LayerOutput, StepStats)> {
     for (rank, pool) in pools.iter().enumerate() {
         pool.submit_step(step, documents(rank as u32, lengths[rank])).unwrap();
     }
@@ -33,7 +42,7 @@ fn step(pools: &[PoolAttention], lengths: &[&[usize]], step: u64) -> Vec<(LayerO
             .enumerate()
             .map(|(rank, pool)| {
                 scope.spawn(move || {
-                    let inputs = RankInputs::random(step, 0, rank as u32, geometry(), lengths[rank]);
+                    let inputs = RankInputs::random(step, 0, rank as u32, geometry, lengths[rank]);
                     let output = inputs.compute(pool).unwrap();
                     (output, pool.finish_step(step, 0.1).unwrap())
                 })
@@ -45,8 +54,17 @@ fn step(pools: &[PoolAttention], lengths: &[&[usize]], step: u64) -> Vec<(LayerO
 
 /// Checks outputs against those computed at home, and returns their bits.
 fn check(outputs: &[(LayerOutput, StepStats)], lengths: &[&[usize]], step: u64) -> Vec<Vec<u32>> {
+    check_of(geometry(), outputs, lengths, step)
+}
+
+fn check_of(
+    geometry: HeadGeometry,
+    outputs: &[(LayerOutput, StepStats)],
+    lengths: &[&[usize]],
+    step: u64,
+) -> Vec<Vec<u32>> {
     for (rank, (output, _)) in outputs.iter().enumerate() {
-        let local = RankInputs::random(step, 0, rank as u32, geometry(), lengths[rank]).compute_locally();
+        let local = RankInputs::random(step, 0, rank as u32, geometry, lengths[rank]).compute_locally();
         let distance = output.distance(&local);
         assert!(distance < 2e-6, "rank {rank} is {distance:e} from its local attention");
     }
@@ -94,6 +112,33 @@ fn a_dedicated_pool_gives_the_same_bits_when_a_server_dies() {
         bits
     };
     assert_eq!(bits_with(false), bits_with(true));
+}
+
+#[test]
+fn every_element_type_travels_and_takes_its_own_size() {
+    let moved = DType::ALL.map(|dtype| {
+        let geometry = geometry().with_dtype(dtype);
+        let cluster = Cluster::start();
+        // One in place, by pointer for its rank, and one that both ranks reach by their sockets.
+        let services = [cluster.server(Some((JOB, 0))), cluster.server(None)];
+        let pools = cluster.join(JOB, 2, geometry, &[Some(&services[0]), None]);
+        assert!(pools[0].numerics_id().contains(&format!("-{dtype}-")), "{}", pools[0].numerics_id());
+        let outputs = step_of(geometry, &pools, &LENGTHS, 0);
+        check_of(geometry, &outputs, &LENGTHS, 0);
+
+        // The job has one element type, and so has every call.
+        pools[0].submit_step(1, documents(0, &[64])).unwrap();
+        pools[1].submit_step(1, documents(1, &[64])).unwrap();
+        let other = if dtype == DType::F32 { DType::Bf16 } else { DType::F32 };
+        let mut inputs = RankInputs::random(1, 0, 0, geometry, &[64]);
+        inputs.qkv.v = RankInputs::random(1, 0, 0, geometry.with_dtype(other), &[64]).qkv.v;
+        let error = inputs.compute(&pools[0]).unwrap_err().to_string();
+        assert!(error.contains(&format!("v holds {other}; the geometry says {dtype}")), "{error}");
+        outputs.iter().map(|(_, stats)| stats.bytes_moved).sum::<u64>()
+    });
+    // Inputs are half as large, results as large as before.
+    let [of_f32, of_bf16, of_f16] = moved;
+    assert!(of_bf16 == of_f16 && of_bf16 * 4 < of_f32 * 3 && of_bf16 * 2 > of_f32, "{moved:?}");
 }
 
 #[test]
@@ -153,7 +198,7 @@ fn inputs_that_do_not_fit_are_refused_by_name() {
     let pools = cluster.join(JOB, 1, geometry(), &[]);
     pools[0].submit_step(0, documents(0, &[64])).unwrap();
     let mut inputs = RankInputs::random(0, 3, 0, geometry(), &[64]);
-    inputs.qkv.k = std::sync::Arc::new(vec![0.0; 7]);
+    inputs.qkv.k = vec![0.0_f32; 7].into();
     let error = inputs.compute(&pools[0]).unwrap_err().to_string();
     assert!(error.contains("layer 3") && error.contains("k holds 7 elements"), "{error}");
     let unknown = RankInputs::random(9, 0, 0, geometry(), &[64]).compute(&pools[0]).unwrap_err().to_string();

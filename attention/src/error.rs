@@ -122,4 +122,12 @@ pub enum InvalidAttention {
         /// The element type wanted.
         expected: DType,
     },
+    /// LSE or D of another element type than f32.
+    #[error("{tensor} holds {actual}; LSE and D are f32, whatever the geometry says")]
+    NotF32 {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The element type found.
+        actual: DType,
+    },
 }

@@ -1,6 +1,7 @@
 //! Head geometry: how many heads of what size, and how scores are scaled.
 
 use std::fmt;
+use std::str::FromStr;
 
 use crate::{InvalidAttention, Span};
 
@@ -11,7 +12,7 @@ pub const MAX_HEADS: usize = 4096;
 /// Largest document, in tokens. Positions then fit 32 bits, signed differences included.
 pub const MAX_TOKENS: usize = 1 << 30;
 
-/// Element type of Q, K, V and of whole results. Partial results, LSE and D are always f32.
+/// Element type of Q, K, V and dO. LSE, D and partial results are always f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum DType {
@@ -23,7 +24,18 @@ pub enum DType {
     F16,
 }
 
+/// A name that is no element type's.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{name:?} is no element type; it must be f32, bf16 or f16")]
+pub struct UnknownDType {
+    /// The name.
+    pub name: String,
+}
+
 impl DType {
+    /// Every element type.
+    pub const ALL: [DType; 3] = [DType::F32, DType::Bf16, DType::F16];
+
     /// Size of one element in bytes.
     pub fn bytes(self) -> usize {
         match self {
@@ -43,6 +55,15 @@ impl fmt::Display for DType {
     }
 }
 
+impl FromStr for DType {
+    type Err = UnknownDType;
+
+    fn from_str(name: &str) -> Result<Self, UnknownDType> {
+        let named = DType::ALL.into_iter().find(|dtype| dtype.to_string() == name);
+        named.ok_or_else(|| UnknownDType { name: name.into() })
+    }
+}
+
 /// Unchecked fields of a [`HeadGeometry`].
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct HeadShape {
@@ -56,7 +77,7 @@ pub struct HeadShape {
     pub v_head_dim: usize,
     /// Factor on `Q K^T` before the softmax.
     pub scale: f32,
-    /// Element type of Q, K, V.
+    /// Element type of Q, K, V and dO.
     pub dtype: DType,
     /// Logit soft-capping: a scaled score `s` becomes `softcap * tanh(s / softcap)` before the softmax.
     pub softcap: Option<f32>,
@@ -138,7 +159,7 @@ impl HeadGeometry {
         self.0.scale
     }
 
-    /// Element type of Q, K, V.
+    /// Element type of Q, K, V and dO.
     pub fn dtype(&self) -> DType {
         self.0.dtype
     }
@@ -146,6 +167,11 @@ impl HeadGeometry {
     /// What scores are capped at softly, if they are.
     pub fn softcap(&self) -> Option<f32> {
         self.0.softcap
+    }
+
+    /// The same heads, with Q, K and V of another element type.
+    pub fn with_dtype(self, dtype: DType) -> HeadGeometry {
+        HeadGeometry(HeadShape { dtype, ..self.0 })
     }
 
     /// The plain fields.

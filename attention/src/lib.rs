@@ -18,9 +18,9 @@ mod task;
 mod tensor;
 
 pub use document::{Document, DocumentId, HomeRange};
-pub use element::{AnyTensor, Element};
+pub use element::{AnyTensor, Element, Elements};
 pub use error::InvalidAttention;
-pub use geometry::{DType, HeadGeometry, HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS};
+pub use geometry::{DType, HeadGeometry, HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_TOKENS, UnknownDType};
 pub use mask::{BandSlice, MAX_MASK_SLICES, Mask, MaskPart, PrefixSegment, query_chunks};
 pub use plan::{InvalidPlan, PlannedTask, StepPlan, TickPlan};
 pub use span::Span;

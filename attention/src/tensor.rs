@@ -1,8 +1,6 @@
 //! Views of tensors laid out `[tokens, heads, dim]`, with a stride from token to token.
 
-use std::sync::Arc;
-
-use crate::{InvalidAttention, Span};
+use crate::{AnyTensor, DType, Elements, InvalidAttention, Span};
 
 /// A borrowed view `[tokens, heads, dim]`: element `(t, h, d)` is `data[t * stride + h * dim + d]`.
 #[derive(Clone, Copy, Debug)]
@@ -50,6 +48,11 @@ impl<'a, T> TensorView<'a, T> {
             return Err(InvalidAttention::BadTensor { tensor, actual: data.len(), shape, stride, needed });
         }
         Ok(TensorView { data, shape, stride })
+    }
+
+    /// A view that is known to fit.
+    pub(crate) fn unchecked(data: &'a [T], shape: [usize; 3], stride: usize) -> Self {
+        TensorView { data, shape, stride }
     }
 
     /// `[tokens, heads, dim]`.
@@ -112,7 +115,7 @@ impl<'a, T> TensorView<'a, T> {
 /// it reads.
 #[derive(Clone, Debug)]
 pub struct TensorSlice {
-    storage: Arc<Vec<f32>>,
+    storage: Elements,
     offset: usize,
     stride: usize,
     tokens: Span,
@@ -152,13 +155,12 @@ impl TensorSlice {
     /// [`InvalidAttention::BadTensor`] when it reaches beyond the storage.
     pub fn new(
         tensor: &'static str,
-        storage: Arc<Vec<f32>>,
+        storage: impl Into<Elements>,
         layout: TensorLayout,
     ) -> Result<Self, InvalidAttention> {
         let TensorLayout { offset, stride, tokens, heads, dim } = layout;
-        let shape = [tokens.len(), heads, dim];
-        let data = storage.get(offset..).unwrap_or_default();
-        TensorView::new(tensor, data, shape, stride)?;
+        let storage = storage.into();
+        storage.view(tensor, offset, [tokens.len(), heads, dim], stride)?;
         Ok(TensorSlice { storage, offset, stride, tokens, heads, dim })
     }
 
@@ -168,13 +170,19 @@ impl TensorSlice {
     /// [`InvalidAttention::BadTensor`] when `data` does not hold exactly the shape's elements.
     pub fn contiguous(
         tensor: &'static str,
-        data: Vec<f32>,
+        data: impl Into<Elements>,
         tokens: Span,
         heads: usize,
         dim: usize,
     ) -> Result<Self, InvalidAttention> {
-        TensorView::contiguous(tensor, &data, [tokens.len(), heads, dim])?;
-        Ok(TensorSlice { storage: Arc::new(data), offset: 0, stride: heads * dim, tokens, heads, dim })
+        let storage = data.into();
+        storage.contiguous(tensor, [tokens.len(), heads, dim])?;
+        Ok(TensorSlice { storage, offset: 0, stride: heads * dim, tokens, heads, dim })
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.storage.dtype()
     }
 
     /// Positions in the document of the tokens held.
@@ -194,7 +202,7 @@ impl TensorSlice {
 
     /// Bytes of the elements held, as they travel.
     pub fn bytes(&self) -> usize {
-        self.tokens.len() * self.heads * self.dim * size_of::<f32>()
+        self.tokens.len() * self.heads * self.dim * self.dtype().bytes()
     }
 
     /// The tokens at the positions `tokens` as a slice of the same storage, `None` when they are not all in it. They may
@@ -208,7 +216,7 @@ impl TensorSlice {
         };
         let TensorSlice { stride, heads, dim, .. } = *self;
         let layout = TensorLayout { offset, stride, tokens, heads, dim };
-        TensorSlice::new("slice", Arc::clone(&self.storage), layout).ok()
+        TensorSlice::new("slice", self.storage.clone(), layout).ok()
     }
 
     /// What slices of one storage have in common when they agree on where every position lies, so that equal positions
@@ -216,27 +224,21 @@ impl TensorSlice {
     pub fn identity(&self) -> TensorIdentity {
         let origin =
             (self.offset as u64).wrapping_sub((self.tokens.start() as u64).wrapping_mul(self.stride as u64));
-        let storage = Arc::as_ptr(&self.storage) as usize;
+        let storage = self.storage.address();
         TensorIdentity { storage, origin, stride: self.stride, heads: self.heads, dim: self.dim }
     }
 
     /// A borrowed view of all tokens.
-    pub fn view(&self) -> TensorView<'_> {
-        let shape = [self.tokens.len(), self.heads, self.dim];
-        TensorView { data: self.storage.get(self.offset..).unwrap_or_default(), shape, stride: self.stride }
+    pub fn view(&self) -> AnyTensor<'_> {
+        self.storage.part(self.offset, [self.tokens.len(), self.heads, self.dim], self.stride)
     }
 
     /// A borrowed view of the tokens at the positions `tokens`, `None` when the slice does not hold them all.
-    pub fn view_of(&self, tokens: Span) -> Option<TensorView<'_>> {
+    pub fn view_of(&self, tokens: Span) -> Option<AnyTensor<'_>> {
         if !self.tokens.covers(tokens) {
             return None;
         }
         let skip = (tokens.start() - self.tokens.start()) * self.stride;
-        let shape = [tokens.len(), self.heads, self.dim];
-        Some(TensorView {
-            data: self.storage.get(self.offset + skip..).unwrap_or_default(),
-            shape,
-            stride: self.stride,
-        })
+        Some(self.storage.part(self.offset + skip, [tokens.len(), self.heads, self.dim], self.stride))
     }
 }

@@ -2,8 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use outboard_attention::{
-    BandSlice, DType, Direction, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention,
-    InvalidPlan, Mask, MaskPart, PlannedTask, Span, StepPlan, Task, TensorView, TickPlan,
+    AnyTensor, BandSlice, DType, Direction, Document, DocumentId, Elements, HeadGeometry, HeadShape,
+    HomeRange, InvalidAttention, InvalidPlan, Mask, MaskPart, PlannedTask, Span, StepPlan, Task,
+    TensorLayout, TensorSlice, TensorView, TickPlan,
 };
 use proptest::prelude::*;
 
@@ -209,4 +210,60 @@ fn a_view_has_parts() {
         view.part(Span::at(2, 2), Span::to(1)).is_none() && view.part(Span::to(1), Span::at(4, 1)).is_none()
     );
     assert!(TensorView::new("x", &data[..27], [3, 4, 2], 10).is_err());
+}
+
+/// Element `d` of a head of a token.
+fn element(tensor: AnyTensor<'_>, token: usize, head: usize, d: usize) -> f32 {
+    match tensor {
+        AnyTensor::F32(view) => view.row(token, head)[d],
+        AnyTensor::Bf16(view) => view.row(token, head)[d].to_f32(),
+        AnyTensor::F16(view) => view.row(token, head)[d].to_f32(),
+    }
+}
+
+/// Tokens 10 to 13 of a document, with 2 heads of 3 elements, whose storage begins two elements earlier and holds one
+/// token more.
+#[track_caller]
+fn check_slice(dtype: DType) {
+    let values: Vec<f32> = (0..2 + 5 * 8).map(|x| x as f32).collect();
+    let elements = Elements::rounded(dtype, values.clone());
+    assert_eq!((elements.dtype(), elements.len(), &*elements.values()), (dtype, 42, &values[..]));
+    let layout = TensorLayout { offset: 2, stride: 8, tokens: Span::at(10, 4), heads: 2, dim: 3 };
+    let slice = TensorSlice::new("x", elements.clone(), layout).unwrap();
+    assert_eq!((slice.dtype(), slice.bytes()), (dtype, 4 * 2 * 3 * dtype.bytes()));
+
+    let last = slice.view_of(Span::at(13, 1)).unwrap();
+    assert_eq!((last.dtype(), last.shape(), last.stride()), (dtype, [1, 2, 3], 8));
+    assert_eq!((element(slice.view(), 3, 1, 2), element(last, 0, 1, 2)), (31.0, 31.0));
+    assert!(slice.view_of(Span::at(13, 2)).is_none());
+    let later = slice.with_tokens(Span::at(12, 3)).unwrap();
+    assert_eq!((later.dtype(), element(later.view(), 2, 0, 0)), (dtype, 34.0));
+    assert!(slice.with_tokens(Span::at(9, 1)).is_none() && slice.with_tokens(Span::at(14, 2)).is_none());
+
+    assert_eq!(slice.identity(), later.identity());
+    let copy = TensorSlice::new("x", Elements::rounded(dtype, values.clone()), layout).unwrap();
+    assert_ne!(slice.identity(), copy.identity());
+
+    let too_short = TensorSlice::contiguous("x", elements.clone(), Span::to(7), 2, 3 + 1).unwrap_err();
+    assert!(too_short.to_string().starts_with("x holds 42 elements"), "{too_short}");
+    let rows = slice.view().f32("lse");
+    match dtype {
+        DType::F32 => assert_eq!(rows.unwrap().row(0, 0), [2.0, 3.0, 4.0]),
+        other => assert_eq!(rows.unwrap_err(), InvalidAttention::NotF32 { tensor: "lse", actual: other }),
+    }
+    assert_eq!(elements.into_f32().is_some(), dtype == DType::F32);
+}
+
+#[test]
+fn a_slice_holds_elements_of_any_type() {
+    DType::ALL.into_iter().for_each(check_slice);
+    for dtype in DType::ALL {
+        assert_eq!(dtype.to_string().parse(), Ok(dtype));
+        assert_eq!((Elements::empty(dtype).dtype(), Elements::empty(dtype).is_empty()), (dtype, true));
+    }
+    assert!("f64".parse::<DType>().unwrap_err().to_string().contains("f32, bf16 or f16"));
+    // Ties go to the even neighbour; what is too large for f16 is infinite.
+    let rounded = |dtype, x: f32| Elements::rounded(dtype, [x]).values()[0];
+    assert_eq!((rounded(DType::Bf16, 257.0), rounded(DType::Bf16, 259.0)), (256.0, 260.0));
+    assert_eq!((rounded(DType::F16, 2049.0), rounded(DType::F16, 1e5)), (2048.0, f32::INFINITY));
 }

@@ -19,11 +19,18 @@ use crate::{EngineOptions, ServerError, executor};
 pub(crate) struct Shared {
     pub(crate) queue: TaskQueue,
     pub(crate) stats: Stats,
-    pub(crate) numerics_id: Arc<str>,
+    numerics_ids: Vec<(DType, Arc<str>)>,
     pub(crate) batch_flops: f64,
     kernel: KernelConfig,
     budget: ByteBudget,
     draining: AtomicBool,
+}
+
+impl Shared {
+    /// The numerics id of an element type, `None` when the kernel does not compute it.
+    pub(crate) fn numerics_id(&self, dtype: DType) -> Option<&Arc<str>> {
+        self.numerics_ids.iter().find(|(of, _)| *of == dtype).map(|(_, id)| id)
+    }
 }
 
 /// A running engine. Clones share it; its executor ends once [`Engine::close`] was called and no task is left.
@@ -44,7 +51,7 @@ impl Engine {
         let shared = Arc::new(Shared {
             queue: TaskQueue::default(),
             stats: Stats::default(),
-            numerics_id: kernel.numerics_id(DType::F32).into(),
+            numerics_ids: DType::ALL.map(|dtype| (dtype, kernel.numerics_id(dtype).into())).into(),
             kernel: config,
             batch_flops: options.batch_flops_per_thread * options.threads as f64,
             budget: ByteBudget::new(options.memory_bytes - options.workspace_bytes()),
@@ -53,6 +60,11 @@ impl Engine {
         // The thread owns itself: it ends by the queue's closing, and holds only what it shares.
         executor::start(kernel, Arc::clone(&shared))?;
         Ok(Engine { shared })
+    }
+
+    /// The element types that it computes, each with its numerics id.
+    pub fn numerics(&self) -> impl Iterator<Item = (DType, &str)> {
+        self.shared.numerics_ids.iter().map(|(dtype, id)| (*dtype, &**id))
     }
 
     /// Refuses new tasks from now on; those in hand run on.
@@ -97,8 +109,8 @@ impl Engine {
 }
 
 impl TaskHandler for Engine {
-    fn numerics_id(&self) -> &str {
-        &self.shared.numerics_id
+    fn numerics_id(&self, dtype: DType) -> Option<&str> {
+        self.shared.numerics_id(dtype).map(|id| &**id)
     }
 
     fn budget(&self) -> &ByteBudget {
@@ -108,24 +120,6 @@ impl TaskHandler for Engine {
     fn admit(&self, header: &TaskHeader) -> Result<(), TaskError> {
         if self.is_draining() {
             return Err(TaskError::unavailable("the server is draining; send the task to another"));
-        }
-        if let Some(needed) = header.numerics_id.as_deref()
-            && needed != self.numerics_id()
-        {
-            let message = format!(
-                "the task needs numerics id {needed}, this server has {}; send it to a server of that id, or start the \
-                 job anew to change it",
-                self.numerics_id()
-            );
-            return Err(TaskError::new(ErrorKind::NumericsMismatch, message));
-        }
-        for (field, dtype) in
-            [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)]
-        {
-            if dtype != DType::F32 {
-                let message = format!("{field} is {dtype}; this server computes f32");
-                return Err(TaskError::new(ErrorKind::Unsupported, message));
-            }
         }
         let KernelConfig { isa, threads, workspace_bytes: limit } = self.shared.kernel;
         let needed = task_workspace(isa, threads, &header.geometry, header.direction, &header.task);
@@ -158,7 +152,7 @@ impl TaskHandler for Engine {
         let Shared { stats, budget, .. } = &*self.shared;
         let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
         GetServerStatsResponse {
-            numerics_id: self.numerics_id().to_owned(),
+            numerics_ids: self.numerics().map(|(_, id)| id.to_owned()).collect(),
             forward_tasks: load(&stats.forward_tasks),
             backward_tasks: load(&stats.backward_tasks),
             cells: load(&stats.cells),

@@ -7,7 +7,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use outboard_attention::kernel::{CpuKernel, KernelTask, Operands, Results};
-use outboard_attention::{Direction, TensorSlice, TensorView};
+use outboard_attention::{AnyTensor, Direction, TensorSlice};
 use outboard_proto::TaskError;
 use outboard_transport::{ArrivedTask, TaskInputs, TaskOutcome};
 
@@ -82,17 +82,17 @@ fn run_batch(kernel: &mut CpuKernel, batch: Vec<QueuedTask>, shared: &Shared) {
 }
 
 fn succeed(queued: QueuedTask, results: Results, span: Span, shared: &Shared) {
+    let dtype = queued.task.header.geometry.dtype();
+    let Some(numerics_id) = shared.numerics_id(dtype).cloned() else {
+        let error = TaskError::internal(format!("{dtype} was computed without a numerics id"));
+        return fail(queued, error, shared);
+    };
     let QueuedTask { task, arrived, .. } = queued;
     let header = &task.header;
     let compute = span.end.saturating_duration_since(span.begun);
     shared.stats.computed(header.direction, header.task.cells(), compute);
     let queued = span.begun.saturating_duration_since(arrived);
-    task.reply.send(Ok(TaskOutcome {
-        results,
-        numerics_id: Arc::clone(&shared.numerics_id),
-        queued,
-        compute,
-    }));
+    task.reply.send(Ok(TaskOutcome { results, numerics_id, queued, compute }));
 }
 
 fn fail(queued: QueuedTask, error: TaskError, shared: &Shared) {
@@ -103,7 +103,7 @@ fn fail(queued: QueuedTask, error: TaskError, shared: &Shared) {
 
 fn operands<'a>(task: &ArrivedTask, inputs: &'a TaskInputs) -> Result<Operands<'a>, TaskError> {
     let (q_span, kv_span) = (task.header.task.q(), task.header.task.kv());
-    let view = |name: &str, tensor: &'a TensorSlice, span| -> Result<TensorView<'a>, TaskError> {
+    let view = |name: &str, tensor: &'a TensorSlice, span| -> Result<AnyTensor<'a>, TaskError> {
         let missing =
             || TaskError::invalid(format!("tensor {name} holds {}, the task needs {span}", tensor.tokens()));
         tensor.view_of(span).ok_or_else(missing)
@@ -112,12 +112,12 @@ fn operands<'a>(task: &ArrivedTask, inputs: &'a TaskInputs) -> Result<Operands<'
     let k = view("k", &inputs.k, kv_span)?;
     let v = view("v", &inputs.v, kv_span)?;
     match (task.header.direction, &inputs.gradient) {
-        (Direction::Forward, _) => Ok(Operands::Forward { q: q.into(), k: k.into(), v: v.into() }),
+        (Direction::Forward, _) => Ok(Operands::Forward { q: q.into(), k, v }),
         (Direction::Backward, Some(gradient)) => {
             let d_o = view("d_o", &gradient.d_o, q_span)?;
-            let lse = view("lse", &gradient.lse, q_span)?;
-            let d = view("d", &gradient.d, q_span)?;
-            Ok(Operands::Backward { q: q.into(), k: k.into(), v: v.into(), d_o: d_o.into(), lse, d })
+            let lse = view("lse", &gradient.lse, q_span)?.f32("lse")?;
+            let d = view("d", &gradient.d, q_span)?.f32("d")?;
+            Ok(Operands::Backward { q, k, v, d_o: d_o.into(), lse, d })
         }
         (Direction::Backward, None) => Err(TaskError::invalid("a backward task needs dO, LSE and D")),
     }

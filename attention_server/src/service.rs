@@ -91,9 +91,9 @@ async fn register(
         address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
         device: "cpu".to_owned(),
         memory_bytes,
-        dtypes: vec![DType::F32.into()],
+        dtypes: engine.numerics().map(|(dtype, _)| DType::from(&dtype).into()).collect(),
         max_head_dim: MAX_HEAD_DIM as u32,
-        numerics_id: engine.numerics_id().to_owned(),
+        numerics_ids: engine.numerics().map(|(_, id)| id.to_owned()).collect(),
         job,
         rank,
         socket: String::new(),
@@ -105,11 +105,6 @@ impl Service {
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address
-    }
-
-    /// Equal ids give equal bits.
-    pub fn numerics_id(&self) -> &str {
-        self.engine.numerics_id()
     }
 
     /// The engine, for a rank in the same process.

@@ -13,6 +13,7 @@ use crate::pool::{Gone, Pool, PoolEntry};
 use crate::report::{RunTimes, StepReport};
 use crate::server::{InPlace, ServerId, ServerSpec};
 use crate::slots::Terms;
+use crate::text::listed;
 use crate::{Error, Options};
 
 /// A coordinator. Clones share it; it ends with the last of them.
@@ -90,7 +91,7 @@ impl Handle {
     /// # Errors
     /// Kind `Invalid` for a server that cannot be put to use, `Busy` for a full pool.
     pub fn register_server(&self, spec: ServerSpec) -> Result<ServerId, Error> {
-        let (address, numerics_id) = (spec.address.clone(), spec.numerics_id.clone());
+        let (address, numerics) = (spec.address.clone(), listed(spec.numerics.values()));
         let id = self.change(|state, now| {
             if let Some(place) = &spec.in_place
                 && state.jobs.is_running(&place.job, self.options(), now)
@@ -107,7 +108,7 @@ impl Handle {
             state.advance(self.options(), now);
             Ok(id)
         })?;
-        tracing::info!(server = %id, %address, %numerics_id, "server registered");
+        tracing::info!(server = %id, %address, %numerics, "server registered");
         Ok(id)
     }
 

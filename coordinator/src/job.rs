@@ -36,7 +36,7 @@ pub struct Joined {
     pub job: JobId,
     /// Its slots.
     pub slots: Vec<SlotSpec>,
-    /// The numerics id of its servers.
+    /// The numerics id of its servers for its element type.
     pub numerics_id: String,
 }
 
@@ -412,7 +412,8 @@ fn usable(pool: &Pool, name: &str, footing: &Footing, terms: &Terms) -> Vec<Cand
     let mut servers = pool.candidates(name);
     servers.retain(|(id, spec)| {
         let ours = spec.in_place.as_ref().is_none_or(|place| footing.in_place.get(&place.rank) == Some(id));
-        ours && spec.numerics_id == footing.numerics_id && spec.unsuited_for(&terms.geometry).is_none()
+        let same = spec.numerics_id(terms.geometry.dtype()) == Some(&*footing.numerics_id);
+        ours && same && spec.unsuited_for(&terms.geometry).is_none()
     });
     servers
 }

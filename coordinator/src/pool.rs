@@ -193,9 +193,8 @@ mod tests {
             socket: String::new(),
             device: "cpu".into(),
             memory_bytes: 1 << 20,
-            dtypes: vec![DType::F32],
+            numerics: BTreeMap::from([(DType::F32, "cpu-test".into())]),
             max_head_dim: 256,
-            numerics_id: "cpu-test".into(),
             in_place: in_place.map(|(job, rank)| InPlace { job: job.into(), rank }),
         }
     }
@@ -277,15 +276,16 @@ mod tests {
     fn what_cannot_be_a_server_is_refused_by_field() {
         let (mut pool, start) = pool();
         let good = || spec("a:1", None);
+        let of_f32 = |id: &str| BTreeMap::from([(DType::F32, id.to_owned())]);
         let cases = [
             ("server.address", ServerSpec { address: "nowhere".into(), ..good() }),
             ("server.address", ServerSpec { address: "host:0".into(), ..good() }),
             ("server.address", ServerSpec { address: ":80".into(), ..good() }),
             ("server.address", ServerSpec { address: "host:99999".into(), ..good() }),
-            ("server.numerics_id", ServerSpec { numerics_id: String::new(), ..good() }),
-            ("server.numerics_id", ServerSpec { numerics_id: "x\n".into(), ..good() }),
+            ("server.numerics_ids of f32", ServerSpec { numerics: of_f32(""), ..good() }),
+            ("server.numerics_ids of f32", ServerSpec { numerics: of_f32("x\n"), ..good() }),
             ("server.memory_bytes", ServerSpec { memory_bytes: 0, ..good() }),
-            ("server.dtypes", ServerSpec { dtypes: Vec::new(), ..good() }),
+            ("server.dtypes", ServerSpec { numerics: BTreeMap::new(), ..good() }),
             ("server.max_head_dim", ServerSpec { max_head_dim: 0, ..good() }),
             ("server.host", ServerSpec { host: "h".repeat(300), ..good() }),
             ("server.job", spec("a:1", Some(("", 0)))),

@@ -1,11 +1,12 @@
 //! A server as the pool knows it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use outboard_attention::{DType, HeadGeometry, MAX_HEAD_DIM};
 
 use crate::Error;
-use crate::text::{check_name, check_text};
+use crate::text::{check_name, check_text, listed};
 
 /// Names a registration of a server. Ids grow; a server that registers anew gets another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -39,12 +40,10 @@ pub struct ServerSpec {
     pub device: String,
     /// Bytes of buffers it may hold.
     pub memory_bytes: u64,
-    /// Element types it computes.
-    pub dtypes: Vec<DType>,
+    /// Element types it computes, each with its numerics id: equal ids give equal bits.
+    pub numerics: BTreeMap<DType, String>,
     /// Largest head dimension it computes.
     pub max_head_dim: u32,
-    /// Equal ids give equal bits.
-    pub numerics_id: String,
     /// The rank it shares a device with, `None` for a dedicated server.
     pub in_place: Option<InPlace>,
 }
@@ -56,7 +55,12 @@ impl ServerSpec {
     /// An error of kind `Invalid` that names the field and its value.
     pub fn check(&self) -> Result<(), Error> {
         check_address(&self.address)?;
-        check_name("server.numerics_id", &self.numerics_id)?;
+        if self.numerics.is_empty() {
+            return Err(Error::invalid("server.dtypes is empty; name the element types the server computes"));
+        }
+        for (dtype, id) in &self.numerics {
+            check_name(&format!("server.numerics_ids of {dtype}"), id)?;
+        }
         for (field, text) in
             [("server.host", &self.host), ("server.device", &self.device), ("server.socket", &self.socket)]
         {
@@ -64,9 +68,6 @@ impl ServerSpec {
         }
         if self.memory_bytes == 0 {
             return Err(Error::invalid("server.memory_bytes is 0; a server needs room for a task's tensors"));
-        }
-        if self.dtypes.is_empty() {
-            return Err(Error::invalid("server.dtypes is empty; name the element types the server computes"));
         }
         if !(1..=MAX_HEAD_DIM as u32).contains(&self.max_head_dim) {
             let value = self.max_head_dim;
@@ -91,7 +92,14 @@ impl ServerSpec {
             return Some(format!("computes head dims up to {}, the job has {dim}", self.max_head_dim));
         }
         let dtype = geometry.dtype();
-        (!self.dtypes.contains(&dtype)).then(|| format!("does not compute {dtype}"))
+        self.numerics_id(dtype)
+            .is_none()
+            .then(|| format!("does not compute {dtype}, only {}", listed(self.numerics.keys())))
+    }
+
+    /// The numerics id of an element type, `None` when the server does not compute it.
+    pub(crate) fn numerics_id(&self, dtype: DType) -> Option<&str> {
+        self.numerics.get(&dtype).map(String::as_str)
     }
 }
 

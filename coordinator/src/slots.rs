@@ -60,7 +60,7 @@ pub struct Terms {
 pub(crate) struct Footing {
     /// Its slots.
     pub(crate) slots: Vec<SlotSpec>,
-    /// The numerics id of its servers.
+    /// The numerics id of its servers for its element type.
     pub(crate) numerics_id: String,
     /// The servers in place at its ranks.
     pub(crate) in_place: BTreeMap<u32, ServerId>,
@@ -167,6 +167,9 @@ impl Terms {
     /// Whether the job can start on these servers, all of which take its tasks.
     pub(crate) fn readiness(&self, candidates: &[Candidate]) -> Readiness {
         let mut left_out = Vec::new();
+        // Of a server that is not unsuited, and so computes the element type.
+        let id_of =
+            |server: &Candidate| server.1.numerics_id(self.geometry.dtype()).unwrap_or_default().to_owned();
         let mut in_place: BTreeMap<u32, &Candidate> = BTreeMap::new();
         let mut dedicated: Vec<&Candidate> = Vec::new();
         for server in candidates {
@@ -182,8 +185,7 @@ impl Terms {
                 (None, None) => dedicated.push(server),
             }
         }
-        let ids: BTreeMap<&str, u32> =
-            in_place.iter().map(|(&rank, s)| (s.1.numerics_id.as_str(), rank)).collect();
+        let ids: BTreeMap<String, u32> = in_place.iter().map(|(&rank, s)| (id_of(s), rank)).collect();
         if ids.len() > 1 {
             let ids = listed(ids.iter().map(|(id, rank)| format!("{id} at rank {rank}")));
             return self.refused(format!(
@@ -191,16 +193,14 @@ impl Terms {
             ));
         }
         let numerics_id = match ids.keys().next() {
-            Some(&id) => id.to_owned(),
-            None => most_common(&dedicated),
+            Some(id) => id.clone(),
+            None => most_common(dedicated.iter().map(|server| id_of(server))),
         };
         dedicated.retain(|server| {
-            let same = server.1.numerics_id == numerics_id;
+            let id = id_of(server);
+            let same = id == numerics_id;
             if !same {
-                left_out.push(note(
-                    server,
-                    &format!("has numerics id {}, the job {numerics_id}", server.1.numerics_id),
-                ));
+                left_out.push(note(server, &format!("has numerics id {id}, the job {numerics_id}")));
             }
             same
         });
@@ -246,14 +246,12 @@ impl Terms {
     }
 }
 
-/// The numerics id of most servers; of several, the least in alphabetical order.
-fn most_common(servers: &[&Candidate]) -> String {
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for (_, spec) in servers {
-        *counts.entry(&spec.numerics_id).or_default() += 1;
-    }
+/// The id that comes most often; of several, the least in alphabetical order.
+fn most_common(ids: impl Iterator<Item = String>) -> String {
+    let mut counts: BTreeMap<String, usize> = BTreeMap::new();
+    ids.for_each(|id| *counts.entry(id).or_default() += 1);
     let best = counts.into_iter().rev().max_by_key(|&(_, count)| count);
-    best.map_or_else(String::new, |(id, _)| id.to_owned())
+    best.map_or_else(String::new, |(id, _)| id)
 }
 
 fn note((id, spec): &(ServerId, Arc<ServerSpec>), why: &str) -> String {
@@ -279,9 +277,8 @@ mod tests {
             socket: String::new(),
             device: "cpu".into(),
             memory_bytes: 1,
-            dtypes: vec![DType::F32],
+            numerics: BTreeMap::from([(DType::F32, numerics_id.into())]),
             max_head_dim: 128,
-            numerics_id: numerics_id.into(),
             in_place: rank.map(|rank| InPlace { job: "job".into(), rank }),
         };
         (ServerId(id), Arc::new(spec))
@@ -348,6 +345,48 @@ mod tests {
         refused(terms(2, Vec::new(), 0), &servers, "a at rank 0, b at rank 1");
         let wide = Terms { geometry: HeadGeometry::standard(8, 2, 256).unwrap(), ..terms(2, Vec::new(), 0) };
         refused(wide, &servers, "computes head dims up to 128, the job has 256");
+        let bf16 = Terms {
+            geometry: terms(2, Vec::new(), 0).geometry.with_dtype(DType::Bf16),
+            ..terms(2, Vec::new(), 0)
+        };
+        refused(bf16, &servers, "the in-place server of rank 0 (host:1) does not compute bf16, only f32");
+    }
+
+    #[test]
+    fn a_job_runs_on_servers_that_agree_on_its_own_element_type() {
+        let computes = |id: u64, numerics: &[(DType, &str)]| {
+            let (server, spec) = server(id, None, "");
+            let numerics = numerics.iter().map(|&(dtype, id)| (dtype, id.to_owned())).collect();
+            (server, Arc::new(ServerSpec { numerics, ..(*spec).clone() }))
+        };
+        // As machines with and without a dot product of bf16 pairs.
+        let servers = [
+            computes(1, &[(DType::F32, "a"), (DType::Bf16, "b")]),
+            computes(2, &[(DType::F32, "a"), (DType::Bf16, "c")]),
+            computes(3, &[(DType::F32, "a")]),
+            computes(4, &[(DType::F32, "a"), (DType::Bf16, "c")]),
+        ];
+        let of = |dtype| {
+            let terms = terms(1, Vec::new(), 0);
+            Terms { geometry: terms.geometry.with_dtype(dtype), ..terms }
+        };
+        let footing = ready(&of(DType::F32), &servers);
+        assert_eq!((footing.numerics_id.as_str(), footing.slots.len()), ("a", 4));
+        let footing = ready(&of(DType::Bf16), &servers);
+        assert_eq!((footing.numerics_id.as_str(), footing.slots.len()), ("c", 2));
+        let left_out = [
+            "server 3 at host:3 does not compute bf16, only f32",
+            "server 1 at host:1 has numerics id b, the job c",
+        ];
+        assert_eq!(footing.left_out, left_out);
+        match of(DType::F16).readiness(&servers) {
+            Readiness::Waiting(message) => assert!(
+                message.contains("0 servers that it can use")
+                    && message.contains("does not compute f16, only f32, bf16"),
+                "{message}"
+            ),
+            other => panic!("{other:?}"),
+        }
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Requests and answers, wire <-> domain. From the wire everything is checked; an error names the field and its values.
 
+use std::collections::BTreeMap;
+
 use outboard_attention::{DType, Document, HeadGeometry};
 use outboard_proto::{AssignedTask, ErrorKind, v1};
 
@@ -46,19 +48,35 @@ pub(crate) fn server_spec(server: Option<v1::ServerInfo>) -> Result<ServerSpec, 
             return Err(Error::invalid(message));
         }
     };
-    let dtypes =
-        server.dtypes.iter().enumerate().map(|(n, &value)| dtype(&format!("server.dtypes[{n}]"), value));
     Ok(ServerSpec {
-        dtypes: dtypes.collect::<Result<_, _>>()?,
+        numerics: numerics(&server.dtypes, server.numerics_ids)?,
         host: server.host,
         address: server.address,
         socket: server.socket,
         device: server.device,
         memory_bytes: server.memory_bytes,
         max_head_dim: server.max_head_dim,
-        numerics_id: server.numerics_id,
         in_place,
     })
+}
+
+fn numerics(dtypes: &[i32], ids: Vec<String>) -> Result<BTreeMap<DType, String>, Error> {
+    if dtypes.len() != ids.len() {
+        let message = format!(
+            "server.numerics_ids holds {} entries and server.dtypes {}; give one id for each element type",
+            ids.len(),
+            dtypes.len()
+        );
+        return Err(Error::invalid(message));
+    }
+    let mut numerics = BTreeMap::new();
+    for (n, (&value, id)) in dtypes.iter().zip(ids).enumerate() {
+        let dtype = dtype(&format!("server.dtypes[{n}]"), value)?;
+        if numerics.insert(dtype, id).is_some() {
+            return Err(Error::invalid(format!("server.dtypes[{n}] is {dtype} again; name each once")));
+        }
+    }
+    Ok(numerics)
 }
 
 fn server_info((id, spec): &Candidate) -> v1::ServerInfo {
@@ -69,9 +87,9 @@ fn server_info((id, spec): &Candidate) -> v1::ServerInfo {
         address: spec.address.clone(),
         device: spec.device.clone(),
         memory_bytes: spec.memory_bytes,
-        dtypes: spec.dtypes.iter().map(|dtype| v1::DType::from(dtype) as i32).collect(),
+        dtypes: spec.numerics.keys().map(|dtype| v1::DType::from(dtype) as i32).collect(),
         max_head_dim: spec.max_head_dim,
-        numerics_id: spec.numerics_id.clone(),
+        numerics_ids: spec.numerics.values().cloned().collect(),
         job: place.map_or_else(String::new, |p| p.job.clone()),
         rank: place.map(|p| p.rank),
         socket: spec.socket.clone(),

@@ -94,7 +94,7 @@ async fn a_server_that_a_rank_gave_up_is_out_until_it_proves_itself() {
 async fn another_numerics_id_never_takes_over() {
     let options = Options { step_timeout: Duration::from_millis(300), ..patient() };
     let (coordinator, ids, job) = three_servers(options).await;
-    let other = v1::ServerInfo { numerics_id: "cuda-test".into(), ..server(9) };
+    let other = v1::ServerInfo { numerics_ids: vec!["cuda-test".into()], ..server(9) };
     coordinator.register(other).await.unwrap();
     for id in ids {
         coordinator.client().drain_server(v1::DrainServerRequest { server_id: id }).await.unwrap();
@@ -125,10 +125,16 @@ async fn a_step_waits_for_a_server_to_come_back() {
 #[tokio::test]
 async fn bad_servers_are_refused_by_field() {
     let coordinator = Coordinator::start(Options { max_servers: 1, ..patient() }).await;
+    let twice = vec!["cpu-test".to_owned(); 2];
     let cases = [
         ("server.address", v1::ServerInfo { address: "here".into(), ..server(1) }),
         ("server.memory_bytes is 0", v1::ServerInfo { memory_bytes: 0, ..server(1) }),
         ("server.dtypes[0] is 77", v1::ServerInfo { dtypes: vec![77], ..server(1) }),
+        ("holds 1 entries and server.dtypes 2", v1::ServerInfo { dtypes: vec![1, 2], ..server(1) }),
+        (
+            "server.dtypes[1] is f32 again",
+            v1::ServerInfo { dtypes: vec![1, 1], numerics_ids: twice, ..server(1) },
+        ),
         ("server.rank is 1 and server.job empty", v1::ServerInfo { rank: Some(1), ..server(1) }),
         ("server.rank missing", v1::ServerInfo { job: "job".into(), ..server(1) }),
     ];

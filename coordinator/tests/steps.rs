@@ -228,9 +228,8 @@ async fn thousands_of_ranks_take_seconds_at_most() {
         socket: String::new(),
         device: "cpu".into(),
         memory_bytes: 1 << 30,
-        dtypes: vec![DType::F32],
+        numerics: [(DType::F32, "cpu-test".into())].into(),
         max_head_dim: 128,
-        numerics_id: "cpu-test".into(),
         in_place: None,
     };
     for port in 1..=64 {

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use anyhow::{Context, bail};
+use outboard_attention::DType;
 use outboard_trainer::{ModelConfig, TrainConfig};
 
 use super::protocol::{Data, Mode};
@@ -35,6 +36,11 @@ pub(crate) struct Args {
     /// Elements of one head.
     #[arg(long, default_value_t = ModelConfig::default().head_dim)]
     head_dim: usize,
+    /// Element type of Q, K, V and dO as they travel and are computed: f32, bf16 or f16. They are rounded to it, for local
+    /// attention too; the model itself, outputs and gradients stay f32. Losses are not scaled, so with f16 small
+    /// gradients vanish.
+    #[arg(long, default_value_t = ModelConfig::default().attention_dtype)]
+    dtype: DType,
     /// Width of the model.
     #[arg(long, default_value_t = ModelConfig::default().dim)]
     dim: usize,
@@ -132,6 +138,7 @@ impl Args {
             q_heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            attention_dtype: self.dtype,
             ffn_dim: self.ffn_dim.unwrap_or(self.dim.saturating_mul(3)),
             ..ModelConfig::default()
         };

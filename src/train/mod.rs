@@ -62,7 +62,8 @@ async fn train(run: &args::Run) -> anyhow::Result<()> {
 
 /// Follows all steps of all trainings.
 async fn follow(run: &args::Run, cluster: &mut Cluster, show: &mut Show) -> anyhow::Result<Record> {
-    let mut record = Record { layers: run.model.layers as u64, ..Record::default() };
+    let (layers, dtype) = (run.model.layers as u64, run.model.attention_dtype.to_string());
+    let mut record = Record { layers, dtype, ..Record::default() };
     for step in 0..run.train.steps {
         for turn in 0..run.modes.len() {
             let ranks = step_of_all_ranks(cluster).await?;

@@ -78,6 +78,8 @@ impl StepLine {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub(crate) struct Summary {
     pub(crate) kind: &'static str,
+    /// Element type of Q, K, V and dO.
+    pub(crate) dtype: String,
     pub(crate) steps: u64,
     pub(crate) loss_first: f64,
     pub(crate) loss_last: f64,
@@ -124,6 +126,8 @@ pub(crate) struct Training {
 pub(crate) struct Record {
     pub(crate) steps: Vec<Vec<RankStep>>,
     pub(crate) layers: u64,
+    /// Element type of Q, K, V and dO.
+    pub(crate) dtype: String,
     /// Tasks that the servers' own counters say they computed.
     pub(crate) tasks_computed: u64,
     /// Whether every server of the run is still there to be asked.
@@ -162,6 +166,7 @@ impl Record {
             |ranks: &Vec<RankStep>| ranks.first().and_then(|r| r.pool.as_ref()).map(|p| p.planned_tasks);
         Some(Summary {
             kind: "summary",
+            dtype: self.dtype.clone(),
             steps: self.of(first_mode).count() as u64,
             loss_first: last.loss_first,
             loss_last: last.loss_last,

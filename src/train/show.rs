@@ -146,7 +146,7 @@ fn training_table(trainings: &[Training]) -> Table {
 }
 
 fn summary_words(summary: &Summary, cores_shared: bool) -> Vec<String> {
-    let mut lines = Vec::new();
+    let mut lines = vec![format!("Q, K, V and dO of core attention in {}", summary.dtype)];
     if let Some((speedup, ideal)) = summary.speedup.zip(summary.ideal_speedup) {
         let share = if ideal > 1.0 { 100.0 * (speedup - 1.0) / (ideal - 1.0) } else { 0.0 };
         lines.push(match cores_shared {

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use outboard_attention::kernel::{Isa, KernelConfig};
-use outboard_attention::{Document, DocumentId, HeadGeometry, HomeRange, Span};
+use outboard_attention::{Document, DocumentId, Elements, HeadGeometry, HomeRange, Span};
 use outboard_attention_server::{EngineOptions, InPlace, Service, ServiceOptions};
 use outboard_transport::TaskHandler;
 use outboard_worker::{
@@ -24,7 +24,7 @@ pub struct Cluster {
 pub struct RankInputs {
     pub call: LayerCall,
     pub qkv: Qkv,
-    pub gradient_of_o: Arc<Vec<f32>>,
+    pub gradient_of_o: Elements,
 }
 
 /// O, LSE and the gradients of one layer.
@@ -107,7 +107,7 @@ impl RankInputs {
         let documents: Vec<_> = packed.collect();
         let mut random =
             Random(0x9e37_79b9_7f4a_7c15 ^ (step << 40) ^ (u64::from(layer) << 20) ^ u64::from(rank) ^ 1);
-        let mut fill = |n: usize| Arc::new((0..n).map(|_| random.next()).collect::<Vec<f32>>());
+        let mut fill = |n: usize| Elements::rounded(geometry.dtype(), (0..n).map(|_| random.next()));
         let qkv = Qkv {
             q: fill(at * geometry.q_heads() * geometry.head_dim()),
             k: fill(at * geometry.kv_heads() * geometry.head_dim()),
@@ -126,7 +126,8 @@ impl RankInputs {
         let Attended { o, lse } = attention.forward(&self.call, &self.qkv)?;
         let heads = self.call.geometry.q_heads();
         let dim = self.call.geometry.v_head_dim();
-        let dots = self.gradient_of_o.chunks(dim).zip(o.chunks(dim));
+        let gradient_of_o = self.gradient_of_o.values();
+        let dots = gradient_of_o.chunks(dim).zip(o.chunks(dim));
         let d: Vec<f32> = dots.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect();
         assert_eq!(d.len(), self.call.rows() * heads);
         let gradient = OutputGradient { d_o: self.gradient_of_o.clone(), lse: lse.clone(), d: Arc::new(d) };

@@ -27,8 +27,8 @@ const MEASURE: Duration = Duration::from_secs(5);
 struct Zeros(ByteBudget);
 
 impl TaskHandler for Zeros {
-    fn numerics_id(&self) -> &str {
-        "zeros"
+    fn numerics_id(&self, _: DType) -> Option<&str> {
+        Some("zeros")
     }
 
     fn budget(&self) -> &ByteBudget {
@@ -65,7 +65,7 @@ fn request(tokens: usize) -> Result<TaskRequest, Box<dyn Error>> {
     let task =
         Task::new(DocumentId { rank: 0, index: 0 }, all, all, Span::to(HEADS), &Mask::causal(tokens, HEADS))?;
     let tensor = |name| {
-        let data = (0..tokens * HEADS * HEAD_DIM).map(|n| n as f32).collect();
+        let data: Vec<f32> = (0..tokens * HEADS * HEAD_DIM).map(|n| n as f32).collect();
         TensorSlice::contiguous(name, data, all, HEADS, HEAD_DIM)
     };
     let inputs = TaskInputs { q: tensor("q")?, k: tensor("k")?, v: tensor("v")?, gradient: None };

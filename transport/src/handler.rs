@@ -1,5 +1,6 @@
 //! What a server plugs into a transport.
 
+use outboard_attention::DType;
 use outboard_proto::{TaskError, TaskHeader};
 
 use crate::{ByteBudget, ByteLease, Reply, TaskInputs};
@@ -30,13 +31,15 @@ pub struct ArrivedTask {
 
 /// Computes tasks. One handler serves every transport of a server.
 pub trait TaskHandler: Send + Sync + 'static {
-    /// Equal ids give equal bits.
-    fn numerics_id(&self) -> &str;
+    /// The numerics id of what it computes from inputs of an element type, `None` when it does not compute that: equal
+    /// ids give equal bits. The same answer at any time.
+    fn numerics_id(&self, dtype: DType) -> Option<&str>;
 
     /// The server's memory.
     fn budget(&self) -> &ByteBudget;
 
-    /// Refuses a task by its header alone, before any buffer is taken for it.
+    /// Refuses a task by its header alone, before any buffer is taken for it. Its element types and its numerics id have
+    /// been checked.
     ///
     /// # Errors
     /// What this server cannot compute, or that it takes no new work.

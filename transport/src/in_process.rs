@@ -7,7 +7,7 @@ use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
 use crate::guard::{Deadline, guard};
-use crate::sizes::{check, refuse, result_bytes};
+use crate::sizes::{check, numerics_ids, refuse, result_bytes};
 use crate::{ArrivedTask, Origin, Pending, Reply, TaskHandler, TaskRequest, Traffic, Transport};
 
 /// Most shipments that may wait for the server's memory at once.
@@ -30,7 +30,7 @@ impl InProcess {
 
 impl std::fmt::Debug for InProcess {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("InProcess").field("numerics_id", &self.handler.numerics_id()).finish_non_exhaustive()
+        f.debug_struct("InProcess").field("numerics_ids", &self.numerics_ids()).finish_non_exhaustive()
     }
 }
 
@@ -72,8 +72,8 @@ impl Transport for InProcess {
         Traffic::default()
     }
 
-    fn numerics_id(&self) -> Option<String> {
-        Some(self.handler.numerics_id().to_owned())
+    fn numerics_ids(&self) -> Vec<String> {
+        numerics_ids(&*self.handler)
     }
 }
 

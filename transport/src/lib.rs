@@ -25,8 +25,8 @@ pub trait Transport: Send + Sync {
     /// What has crossed the link since it was made.
     fn traffic(&self) -> Traffic;
 
-    /// The numerics id of the server, once known.
-    fn numerics_id(&self) -> Option<String>;
+    /// The numerics ids of the server, one for each element type that it computes; none before they are known.
+    fn numerics_ids(&self) -> Vec<String>;
 }
 
 /// Tensor bytes that crossed a link; in-process tasks cross none.

@@ -1,6 +1,8 @@
 //! Which tensors a task reads and gives back, how large they are, and what any transport refuses. Both ends count
 //! credits by these sizes.
 
+use std::fmt;
+
 use outboard_attention::{DType, Direction, Span, TensorSlice};
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind};
 
@@ -41,7 +43,7 @@ pub(crate) fn input_of(inputs: &TaskInputs, kind: TensorKind) -> Option<&TensorS
 /// Checks at the caller that a task's tensors are all there and fit its header.
 pub(crate) fn check(request: &TaskRequest) -> Result<(), TaskError> {
     request.check()?;
-    check_dtypes(&request.header)?;
+    check_result_dtype(&request.header)?;
     for &kind in input_kinds(request.header.direction) {
         if input_of(&request.inputs, kind).is_none() {
             let direction = request.header.direction;
@@ -67,27 +69,51 @@ pub(crate) fn tokens_of(header: &TaskHeader, kind: TensorKind) -> Span {
     }
 }
 
-/// `[heads, dim]` of a token in a tensor of this kind.
-pub(crate) fn row_of(header: &TaskHeader, kind: TensorKind) -> [usize; 2] {
-    let shapes = header.task.shapes(&header.geometry);
-    let [_, heads, dim] = match kind {
-        TensorKind::Q | TensorKind::DQ => shapes.q,
-        TensorKind::K | TensorKind::DK => shapes.k,
-        TensorKind::V | TensorKind::DV => shapes.v,
-        TensorKind::O | TensorKind::DO => shapes.o,
-        TensorKind::Lse | TensorKind::D => shapes.row,
-    };
-    [heads, dim]
+/// One token of a tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) heads: usize,
+    pub(crate) dim: usize,
+    pub(crate) dtype: DType,
 }
 
-/// Bytes of an f32 tensor.
-pub(crate) fn tensor_bytes(tokens: usize, [heads, dim]: [usize; 2]) -> u64 {
-    [heads, dim, size_of::<f32>()].iter().fold(tokens as u64, |bytes, &n| bytes.saturating_mul(n as u64))
+impl Row {
+    /// Bytes of a tensor of so many tokens. Saturates.
+    pub(crate) fn tensor_bytes(self, tokens: usize) -> u64 {
+        [self.heads, self.dim, self.dtype.bytes()]
+            .iter()
+            .fold(tokens as u64, |bytes, &n| bytes.saturating_mul(n as u64))
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Row { heads, dim, dtype } = self;
+        write!(f, "[tokens, {heads}, {dim}] of {dtype}")
+    }
+}
+
+/// A token of a tensor of this kind.
+pub(crate) fn row_of(header: &TaskHeader, kind: TensorKind) -> Row {
+    let shapes = header.task.shapes(&header.geometry);
+    let (input, result) = (header.geometry.dtype(), header.result_dtype);
+    let ([_, heads, dim], dtype) = match kind {
+        TensorKind::Q => (shapes.q, input),
+        TensorKind::K => (shapes.k, input),
+        TensorKind::V => (shapes.v, input),
+        TensorKind::DO => (shapes.o, input),
+        TensorKind::O => (shapes.o, result),
+        TensorKind::DQ => (shapes.q, result),
+        TensorKind::DK => (shapes.k, result),
+        TensorKind::DV => (shapes.v, result),
+        TensorKind::Lse | TensorKind::D => (shapes.row, DType::F32),
+    };
+    Row { heads, dim, dtype }
 }
 
 /// Bytes of the task's results.
 pub(crate) fn result_bytes(header: &TaskHeader) -> u64 {
-    let bytes = |&kind: &TensorKind| tensor_bytes(tokens_of(header, kind).len(), row_of(header, kind));
+    let bytes = |&kind: &TensorKind| row_of(header, kind).tensor_bytes(tokens_of(header, kind).len());
     result_kinds(header.direction).iter().map(bytes).fold(0, u64::saturating_add)
 }
 
@@ -101,38 +127,52 @@ pub(crate) fn task_bytes(header: &TaskHeader) -> u64 {
         .saturating_add(tensors.saturating_mul(TENSOR_BYTES))
 }
 
-/// Refuses element types that no transport carries yet.
-pub(crate) fn check_dtypes(header: &TaskHeader) -> Result<(), TaskError> {
-    for (field, dtype) in [("geometry.dtype", header.geometry.dtype()), ("result_dtype", header.result_dtype)]
-    {
-        if dtype != DType::F32 {
-            let message = format!("{field} is {dtype}, which is not supported yet; send f32");
-            return Err(TaskError::new(ErrorKind::Unsupported, message));
+/// Refuses element types of results that no transport carries yet.
+fn check_result_dtype(header: &TaskHeader) -> Result<(), TaskError> {
+    match header.result_dtype {
+        DType::F32 => Ok(()),
+        other => {
+            let message = format!("result_dtype is {other}, which is not supported yet; ask for f32");
+            Err(TaskError::new(ErrorKind::Unsupported, message))
         }
     }
-    Ok(())
 }
 
-/// Refuses a task whose numerics id is not `numerics_id`.
-pub(crate) fn check_numerics(header: &TaskHeader, numerics_id: &str) -> Result<(), TaskError> {
+/// Refuses an element type that the handler does not compute, and a task that needs another numerics id than the
+/// handler's for its element type.
+fn check_numerics(handler: &dyn TaskHandler, header: &TaskHeader) -> Result<(), TaskError> {
+    let dtype = header.geometry.dtype();
+    let Some(numerics_id) = handler.numerics_id(dtype) else {
+        let computed = DType::ALL.into_iter().filter(|&dtype| handler.numerics_id(dtype).is_some());
+        let computed: Vec<String> = computed.map(|dtype| dtype.to_string()).collect();
+        let message =
+            format!("geometry.dtype is {dtype}, and the server computes {} alone", computed.join(" and "));
+        return Err(TaskError::new(ErrorKind::Unsupported, message));
+    };
     match &header.numerics_id {
-        Some(required) if required != numerics_id => Err(numerics_mismatch(required, numerics_id)),
+        Some(required) if required != numerics_id => Err(numerics_mismatch(required, &[numerics_id])),
         _ => Ok(()),
     }
 }
 
+/// The numerics ids of a handler, one for each element type that it computes.
+pub(crate) fn numerics_ids(handler: &dyn TaskHandler) -> Vec<String> {
+    DType::ALL.into_iter().filter_map(|dtype| handler.numerics_id(dtype)).map(str::to_owned).collect()
+}
+
 /// The error of a server that would compute other bits.
-pub(crate) fn numerics_mismatch(required: &str, numerics_id: &str) -> TaskError {
+pub(crate) fn numerics_mismatch(required: &str, ids: &[impl AsRef<str>]) -> TaskError {
+    let ids: Vec<_> = ids.iter().map(|id| format!("{:?}", id.as_ref())).collect();
     let message = format!(
-        "the server's numerics id is {numerics_id:?}, and {required:?} is required; send the task to a server of that id, or \
-         require none"
+        "the server's numerics id is {}, and {required:?} is required; send the task to a server of that id, or require none",
+        ids.join(" or ")
     );
     TaskError::new(ErrorKind::NumericsMismatch, message)
 }
 
 /// Refuses what the handler will not compute, by the header alone.
 pub(crate) fn refuse(handler: &dyn TaskHandler, header: &TaskHeader) -> Result<(), TaskError> {
-    check_dtypes(header)?;
-    check_numerics(header, handler.numerics_id())?;
+    check_result_dtype(header)?;
+    check_numerics(handler, header)?;
     handler.admit(header)
 }

@@ -7,7 +7,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use outboard_attention::kernel::Results;
-use outboard_attention::{InvalidAttention, TensorSlice};
+use outboard_attention::{AnyTensor, InvalidAttention, Span, TensorSlice};
 use outboard_proto::{TaskError, TaskHeader};
 use tokio::sync::oneshot;
 
@@ -16,13 +16,14 @@ use tokio::sync::oneshot;
 pub struct GradientInputs {
     /// dO, shaped as O.
     pub d_o: TensorSlice,
-    /// LSE `[tokens, q_heads, 1]`.
+    /// LSE `[tokens, q_heads, 1]`, f32.
     pub lse: TensorSlice,
-    /// D = rowsum(dO * O) `[tokens, q_heads, 1]`.
+    /// D = rowsum(dO * O) `[tokens, q_heads, 1]`, f32.
     pub d: TensorSlice,
 }
 
-/// The tensors that a task reads. Each holds at least the tokens that the task needs, and exactly its heads.
+/// The tensors that a task reads. Each holds at least the tokens that the task needs, and exactly its heads; those of Q,
+/// K, V and dO are of the geometry's element type.
 #[derive(Clone, Debug)]
 pub struct TaskInputs {
     /// Queries.
@@ -45,7 +46,7 @@ pub struct TaskRequest {
 }
 
 impl TaskRequest {
-    /// Checks that the tensors fit the header: tokens held, heads and dims.
+    /// Checks that the tensors fit the header: tokens held, heads, dims and element types.
     ///
     /// # Errors
     /// [`InvalidAttention`] naming the tensor at fault.
@@ -53,29 +54,27 @@ impl TaskRequest {
         let TaskRequest { header, inputs } = self;
         let task = &header.task;
         task.check(&header.geometry)?;
-        let shapes = task.shapes(&header.geometry);
-        let fits =
-            |name, tensor: &TensorSlice, needed: outboard_attention::Span, shape: [usize; 3]| match tensor
-                .view_of(needed)
-            {
-                Some(view) => view.expect(name, shape),
-                None => Err(InvalidAttention::OutsideSpan {
-                    field: name,
-                    span: needed,
-                    bound_name: "the tokens it holds",
-                    bound: tensor.tokens(),
-                }),
-            };
-        fits("q", &inputs.q, task.q(), shapes.q)?;
-        fits("k", &inputs.k, task.kv(), shapes.k)?;
-        fits("v", &inputs.v, task.kv(), shapes.v)?;
-        if let Some(gradient) = &inputs.gradient {
-            fits("d_o", &gradient.d_o, task.q(), shapes.o)?;
-            fits("lse", &gradient.lse, task.q(), shapes.row)?;
-            fits("d", &gradient.d, task.q(), shapes.row)?;
+        let (shapes, dtype) = (task.shapes(&header.geometry), header.geometry.dtype());
+        held("q", &inputs.q, task.q())?.expect("q", shapes.q, dtype)?;
+        held("k", &inputs.k, task.kv())?.expect("k", shapes.k, dtype)?;
+        held("v", &inputs.v, task.kv())?.expect("v", shapes.v, dtype)?;
+        if let Some(GradientInputs { d_o, lse, d }) = &inputs.gradient {
+            held("d_o", d_o, task.q())?.expect("d_o", shapes.o, dtype)?;
+            held("lse", lse, task.q())?.f32("lse")?.expect("lse", shapes.row)?;
+            held("d", d, task.q())?.f32("d")?.expect("d", shapes.row)?;
         }
         Ok(())
     }
+}
+
+/// The tokens that a task needs of a tensor.
+fn held<'a>(
+    field: &'static str,
+    tensor: &'a TensorSlice,
+    span: Span,
+) -> Result<AnyTensor<'a>, InvalidAttention> {
+    let (bound_name, bound) = ("the tokens it holds", tensor.tokens());
+    tensor.view_of(span).ok_or(InvalidAttention::OutsideSpan { field, span, bound_name, bound })
 }
 
 /// A task's result and what it took.

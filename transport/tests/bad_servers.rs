@@ -31,10 +31,10 @@ struct Script {
 struct BadServer(Script);
 
 fn greeting() -> ServerGreeting {
-    let (numerics_id, bytes) = (NUMERICS_ID.to_owned(), 1 << 30);
+    let (numerics_ids, bytes) = (vec![NUMERICS_ID.to_owned()], 1 << 30);
     ServerGreeting {
         protocol_version: PROTOCOL_VERSION,
-        numerics_id,
+        numerics_ids,
         memory_bytes: bytes,
         credit_bytes: bytes,
     }

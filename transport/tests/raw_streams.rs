@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 use bytes::Bytes;
+use outboard_attention::DType;
 use outboard_proto::v1::attend_request::Message;
 use outboard_proto::v1::attend_response::Message as Answer;
 use outboard_proto::v1::{self, AttendRequest, ClientGreeting, TaskHeader};
@@ -155,6 +156,63 @@ fn tensors_that_do_not_fit_fail_alone() {
             id: 29,
             ..s.header.tensors[0]
         });
+    });
+}
+
+#[test]
+fn bytes_of_another_element_type_fail_their_task_alone() {
+    // The header says bf16, and as many bytes follow as f32 has.
+    bad_task(ErrorKind::Corrupt, "bytes of bf16", |s| {
+        s.header.geometry.as_mut().unwrap().dtype = v1::DType::Bf16 as i32;
+    });
+    bad_task(ErrorKind::Invalid, "dtype is 9", |s| s.header.geometry.as_mut().unwrap().dtype = 9);
+    bad_task(ErrorKind::Invalid, "dtype is not given", |s| s.header.geometry.as_mut().unwrap().dtype = 0);
+}
+
+/// A tensor of one element type cannot be read as another, even where the sizes of tokens are alike.
+#[test]
+fn a_tensor_is_named_with_the_element_type_that_it_was_carried_with() {
+    run(async {
+        let handler = TestHandler::new(64 * MIB);
+        let server = Server::start(&handler).await;
+        let (mut raw, _) = Raw::open(&server).await;
+        let mut carrier = script_of(1, DType::Bf16);
+        let mut other = script_of(2, DType::F16);
+        other.header = TaskHeader { task: 2, geometry: other.header.geometry, ..carrier.header.clone() };
+        carrier.header.tensors.iter_mut().for_each(|tensor| tensor.last_use = false);
+        other.header.tensors.iter_mut().for_each(|tensor| tensor.carried = false);
+        raw.send_all(&carrier).await;
+        raw.send(Message::Task(other.header)).await;
+        let (task, error) = raw.failure().await;
+        assert_eq!((task, error.kind), (2, ErrorKind::Invalid), "{error}");
+        assert!(
+            error.message.contains("of bf16, and the task needs") && error.message.contains("of f16"),
+            "{error}"
+        );
+    });
+}
+
+#[test]
+fn credit_counts_the_size_of_an_element() {
+    run(async {
+        for dtype in DType::ALL {
+            let handler = TestHandler::new(16 * MIB);
+            handler.hold.store(true, SeqCst);
+            let server = Server::start(&handler).await;
+            let (raw, _) = Raw::open(&server).await;
+            let script = script_of(1, dtype);
+            raw.send_all(&script).await;
+            eventually("the task is held", || handler.held() == 1).await;
+            let task = &script.request.header.task;
+            let (rows, keys, kv_heads) = (task.q().len(), task.kv().len(), task.kv_heads().len());
+            let elements = (rows * 2 + keys * 2) * kv_heads * 64;
+            let carried: usize = script.chunks.iter().map(|chunk| chunk.data.len()).sum();
+            assert!(carried >= elements * dtype.bytes() && carried.is_multiple_of(dtype.bytes()));
+            let results = rows * 2 * kv_heads * (64 + 1) * 4;
+            let header = 4096 + 256 + 3 * 256;
+            let lease = handler.held.lock().unwrap()[0].lease.bytes();
+            assert_eq!(lease, (header + carried + results) as u64, "{dtype}");
+        }
     });
 }
 
@@ -456,7 +514,8 @@ fn credit_comes_back_as_tasks_end() {
         let server = Server::start(&handler).await;
         let (mut raw, greeting) = Raw::open(&server).await;
         assert_eq!((greeting.credit_bytes, greeting.memory_bytes), (2 * MIB, 12 * MIB));
-        assert_eq!((greeting.protocol_version, &*greeting.numerics_id), (PROTOCOL_VERSION, NUMERICS_ID));
+        assert_eq!(greeting.protocol_version, PROTOCOL_VERSION);
+        assert_eq!(greeting.numerics_ids, DType::ALL.map(numerics_id));
         raw.send(Message::Credit(v1::CreditRequest { bytes: 3 * MIB })).await;
         match raw.next().await {
             Answer::Credit(grant) => assert_eq!((grant.bytes, grant.answers_request), (3 * MIB, true)),

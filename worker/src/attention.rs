@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use outboard_attention::{DocumentId, HeadGeometry, HeadShape, InvalidAttention, Span, Task, TensorView};
+use outboard_attention::{
+    DocumentId, Elements, HeadGeometry, HeadShape, InvalidAttention, Span, Task, TensorView,
+};
 
 use crate::WorkerError;
 
@@ -36,7 +38,8 @@ impl LayerCall {
         self.documents.last().map_or(0, |last| last.rows.end())
     }
 
-    /// Checks that the documents cover the rows one after another, and that Q, K and V fit them.
+    /// Checks that the documents cover the rows one after another, and that Q, K and V fit them and are of the
+    /// geometry's element type.
     ///
     /// # Errors
     /// [`InvalidAttention`] naming what does not fit.
@@ -56,22 +59,31 @@ impl LayerCall {
             at = rows.end();
         }
         let HeadShape { q_heads, kv_heads, head_dim, v_head_dim, .. } = self.geometry.shape();
-        TensorView::contiguous("q", &qkv.q, [at, q_heads, head_dim])?;
-        TensorView::contiguous("k", &qkv.k, [at, kv_heads, head_dim])?;
-        TensorView::contiguous("v", &qkv.v, [at, kv_heads, v_head_dim])?;
-        Ok(())
+        self.fits("q", &qkv.q, [at, q_heads, head_dim])?;
+        self.fits("k", &qkv.k, [at, kv_heads, head_dim])?;
+        self.fits("v", &qkv.v, [at, kv_heads, v_head_dim])
     }
 
     /// Checks that dO, LSE and D fit the call.
     ///
     /// # Errors
-    /// [`InvalidAttention::BadTensor`] naming the tensor that does not.
+    /// [`InvalidAttention`] naming the tensor that does not.
     pub fn check_gradient(&self, gradient: &OutputGradient) -> Result<(), InvalidAttention> {
         let (rows, heads) = (self.rows(), self.geometry.q_heads());
-        TensorView::contiguous("d_o", &gradient.d_o, [rows, heads, self.geometry.v_head_dim()])?;
+        self.fits("d_o", &gradient.d_o, [rows, heads, self.geometry.v_head_dim()])?;
         TensorView::contiguous("lse", &gradient.lse, [rows, heads, 1])?;
         TensorView::contiguous("d", &gradient.d, [rows, heads, 1])?;
         Ok(())
+    }
+
+    /// Checks a tensor of the geometry's element type.
+    fn fits(
+        &self,
+        tensor: &'static str,
+        elements: &Elements,
+        shape: [usize; 3],
+    ) -> Result<(), InvalidAttention> {
+        elements.contiguous(tensor, shape)?.expect(tensor, shape, self.geometry.dtype())
     }
 
     pub(crate) fn no_result(&self, task: &Task) -> WorkerError {
@@ -90,19 +102,20 @@ impl LayerCall {
     }
 }
 
-/// Q `[rows, q_heads, head_dim]`, K `[rows, kv_heads, head_dim]` and V `[rows, kv_heads, v_head_dim]`, contiguous f32,
-/// positions already applied. Shared, so that backward reads what forward was given without a copy.
+/// Q `[rows, q_heads, head_dim]`, K `[rows, kv_heads, head_dim]` and V `[rows, kv_heads, v_head_dim]`, contiguous, of the
+/// geometry's element type, positions already applied. Shared, so that backward reads what forward was given without a
+/// copy.
 #[derive(Clone, Debug)]
 pub struct Qkv {
     /// Queries.
-    pub q: Arc<Vec<f32>>,
+    pub q: Elements,
     /// Keys.
-    pub k: Arc<Vec<f32>>,
+    pub k: Elements,
     /// Values.
-    pub v: Arc<Vec<f32>>,
+    pub v: Elements,
 }
 
-/// What forward gives back.
+/// What forward gives back, in f32 whatever the geometry's element type.
 #[derive(Clone, Debug)]
 pub struct Attended {
     /// O `[rows, q_heads, v_head_dim]`.
@@ -114,15 +127,15 @@ pub struct Attended {
 /// What backward needs besides Q, K, V.
 #[derive(Clone, Debug)]
 pub struct OutputGradient {
-    /// dO `[rows, q_heads, v_head_dim]`.
-    pub d_o: Arc<Vec<f32>>,
+    /// dO `[rows, q_heads, v_head_dim]`, of the geometry's element type.
+    pub d_o: Elements,
     /// The LSE that forward gave back.
     pub lse: Arc<Vec<f32>>,
     /// D = rowsum(dO * O), `[rows, q_heads]`.
     pub d: Arc<Vec<f32>>,
 }
 
-/// dQ, dK, dV with the shapes of Q, K, V.
+/// dQ, dK, dV with the shapes of Q, K, V, in f32 whatever the geometry's element type.
 #[derive(Clone, Debug)]
 pub struct QkvGradient {
     /// Gradient of Q.

@@ -3,7 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use outboard_attention::kernel::{CpuKernel, KernelConfig, KernelTask, Operands, Results};
-use outboard_attention::{Direction, InvalidAttention, Mask, Span, Task, TensorView};
+use outboard_attention::{Direction, Elements, InvalidAttention, Mask, Span, Task, TensorView};
 
 use crate::assemble::{Part, merge_outputs, sum_gradients};
 use crate::{Attended, CoreAttention, LayerCall, OutputGradient, Qkv, QkvGradient, WorkerError};
@@ -98,21 +98,22 @@ fn operands<'a>(
     gradient: Option<&'a OutputGradient>,
 ) -> Result<Operands<'a>, InvalidAttention> {
     let shapes = part.task.shapes(&call.geometry);
-    let view = |name, data: &'a [f32], shape: [usize; 3]| {
+    let view = |name, elements: &'a Elements, shape: [usize; 3]| {
         let stride = shape[1] * shape[2];
-        let data = data.get(part.first_row * stride..).unwrap_or_default();
-        TensorView::new(name, data, shape, stride)
+        elements.view(name, part.first_row * stride, shape, stride)
+    };
+    let row = |name, data: &'a [f32]| {
+        let [_, heads, _] = shapes.row;
+        TensorView::new(name, data.get(part.first_row * heads..).unwrap_or_default(), shapes.row, heads)
     };
     let q = view("q", &qkv.q, shapes.q)?;
     let k = view("k", &qkv.k, shapes.k)?;
     let v = view("v", &qkv.v, shapes.v)?;
     Ok(match gradient {
-        None => Operands::Forward { q: q.into(), k: k.into(), v: v.into() },
-        Some(gradient) => {
-            let d_o = view("d_o", &gradient.d_o, shapes.o)?;
-            let lse = view("lse", &gradient.lse, shapes.row)?;
-            let d = view("d", &gradient.d, shapes.row)?;
-            Operands::Backward { q: q.into(), k: k.into(), v: v.into(), d_o: d_o.into(), lse, d }
+        None => Operands::Forward { q: q.into(), k, v },
+        Some(OutputGradient { d_o, lse, d }) => {
+            let d_o = view("d_o", d_o, shapes.o)?.into();
+            Operands::Backward { q, k, v, d_o, lse: row("lse", lse)?, d: row("d", d)? }
         }
     })
 }

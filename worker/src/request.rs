@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use outboard_attention::{DType, Direction, DocumentId, InvalidAttention, Span, TensorLayout, TensorSlice};
+use outboard_attention::{
+    DType, Direction, DocumentId, Elements, InvalidAttention, Span, TensorLayout, TensorSlice,
+};
 use outboard_proto::TaskHeader;
 use outboard_transport::{GradientInputs, TaskInputs, TaskRequest};
 
@@ -120,15 +122,16 @@ impl Source<'_> {
     ) -> Result<TaskInputs, InvalidAttention> {
         let geometry = &self.call.geometry;
         let (tokens, heads) = (self.placed.task.q(), geometry.q_heads_of(self.placed.task.kv_heads()));
-        let of_queries = |name, storage: &Arc<Vec<f32>>, dim: usize| {
+        let of_queries = |name, storage: &Elements, dim: usize| {
             self.slice(name, storage, tokens, heads, [geometry.q_heads(), dim])
         };
+        let rows = |name, storage: &Arc<Vec<f32>>| of_queries(name, &Arc::clone(storage).into(), 1);
         let gradient = match gradient {
             None => None,
             Some(gradient) => Some(GradientInputs {
                 d_o: of_queries("d_o", &gradient.d_o, geometry.v_head_dim())?,
-                lse: of_queries("lse", &gradient.lse, 1)?,
-                d: of_queries("d", &gradient.d, 1)?,
+                lse: rows("lse", &gradient.lse)?,
+                d: rows("d", &gradient.d)?,
             }),
         };
         Ok(TaskInputs { q: of_queries("q", &qkv.q, geometry.head_dim())?, k, v, gradient })
@@ -138,7 +141,7 @@ impl Source<'_> {
     fn slice(
         &self,
         name: &'static str,
-        storage: &Arc<Vec<f32>>,
+        storage: &Elements,
         tokens: Span,
         heads: Span,
         [all_heads, dim]: [usize; 2],
@@ -146,7 +149,7 @@ impl Source<'_> {
         let stride = all_heads * dim;
         let offset = (self.first_row + tokens.start()) * stride + heads.start() * dim;
         let layout = TensorLayout { offset, stride, tokens, heads: heads.len(), dim };
-        TensorSlice::new(name, Arc::clone(storage), layout)
+        TensorSlice::new(name, storage.clone(), layout)
     }
 }
 

@@ -64,7 +64,7 @@ pub(crate) fn server(port: u32) -> v1::ServerInfo {
         memory_bytes: 1 << 30,
         dtypes: vec![v1::DType::F32 as i32],
         max_head_dim: 256,
-        numerics_id: "cpu-test".into(),
+        numerics_ids: vec!["cpu-test".into()],
         ..v1::ServerInfo::default()
     }
 }

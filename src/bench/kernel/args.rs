@@ -49,7 +49,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "CAP", allow_negative_numbers = true)]
     pub(crate) softcap: Option<f32>,
     /// Element types of Q, K, V and dO: f32, bf16 or f16.
-    #[arg(long, value_delimiter = ',', value_parser = dtype, default_value = "f32")]
+    #[arg(long, value_delimiter = ',', default_value = "f32")]
     pub(crate) dtype: Vec<DType>,
     /// Which cells count: causal, full, window:W for the last W keys before each query and its own, sink-window:S:W for
     /// the first S keys besides, shifted-sparse:G for groups of G tokens which half of the heads shift by a half,
@@ -86,13 +86,6 @@ pub(crate) enum MaskKind {
     ShiftedSparse(usize),
     SharedPrefix { prefix: usize, branches: usize },
     BlockSparse { block: usize, stride: usize },
-}
-
-pub(crate) fn dtype(name: &str) -> Result<DType, String> {
-    [DType::F32, DType::Bf16, DType::F16]
-        .into_iter()
-        .find(|dtype| dtype.to_string() == name)
-        .ok_or_else(|| "it must be f32, bf16 or f16".into())
 }
 
 pub(crate) fn direction(name: &str) -> Result<Direction, String> {

@@ -1,34 +1,25 @@
 //! What is measured: tasks with tensors of noise, and batches of them.
 
-use std::borrow::Cow;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context, ensure};
-use half::{bf16, f16};
 use outboard_attention::kernel::{CpuKernel, KernelTask, Operands, Results};
 use outboard_attention::merge::row_dots;
-use outboard_attention::{AnyTensor, DType, Direction, Element, HeadGeometry, Task, TaskShapes, TensorView};
+use outboard_attention::{Direction, Elements, HeadGeometry, Task, TaskShapes, TensorView};
 
 /// SplitMix64: the same noise in every run.
 #[derive(Clone, Debug)]
 pub(crate) struct Noise(pub(crate) u64);
-
-/// A contiguous tensor of any element type.
-pub(crate) enum Tensor {
-    F32(Vec<f32>),
-    Bf16(Vec<bf16>),
-    F16(Vec<f16>),
-}
 
 /// A task with all that either direction is computed from.
 pub(crate) struct Subject {
     pub(crate) geometry: HeadGeometry,
     pub(crate) task: Task,
     pub(crate) shapes: TaskShapes,
-    pub(crate) q: Tensor,
-    pub(crate) k: Tensor,
-    pub(crate) v: Tensor,
-    pub(crate) d_o: Tensor,
+    pub(crate) q: Elements,
+    pub(crate) k: Elements,
+    pub(crate) v: Elements,
+    pub(crate) d_o: Elements,
     lse: Vec<f32>,
     d: Vec<f32>,
 }
@@ -55,42 +46,6 @@ impl Noise {
     }
 }
 
-impl Tensor {
-    /// Noise between -1 and 1.
-    fn noise(noise: &mut Noise, dtype: DType, shape: [usize; 3]) -> anyhow::Result<Tensor> {
-        fn fill<E: Element>(noise: &mut Noise, len: usize) -> Vec<E> {
-            std::iter::repeat_with(|| E::from_f32((2.0 * noise.unit() - 1.0) as f32)).take(len).collect()
-        }
-        let len = shape.iter().product();
-        Ok(match dtype {
-            DType::F32 => Tensor::F32(fill(noise, len)),
-            DType::Bf16 => Tensor::Bf16(fill(noise, len)),
-            DType::F16 => Tensor::F16(fill(noise, len)),
-            other => anyhow::bail!("the benchmark has no tensors of {other}"),
-        })
-    }
-
-    fn view(&self, name: &'static str, shape: [usize; 3]) -> anyhow::Result<AnyTensor<'_>> {
-        Ok(match self {
-            Tensor::F32(data) => TensorView::contiguous(name, data, shape)?.into(),
-            Tensor::Bf16(data) => TensorView::contiguous(name, data, shape)?.into(),
-            Tensor::F16(data) => TensorView::contiguous(name, data, shape)?.into(),
-        })
-    }
-
-    /// The same values in f32.
-    pub(crate) fn values(&self) -> Cow<'_, [f32]> {
-        fn widen<E: Element>(data: &[E]) -> Cow<'static, [f32]> {
-            data.iter().map(|x| x.to_f32()).collect()
-        }
-        match self {
-            Tensor::F32(data) => Cow::Borrowed(data),
-            Tensor::Bf16(data) => widen(data),
-            Tensor::F16(data) => widen(data),
-        }
-    }
-}
-
 impl Subject {
     /// A task on noise. Computes it forward once, for what backward needs of it.
     pub(crate) fn new(kernel: &mut CpuKernel, geometry: HeadGeometry, task: Task) -> anyhow::Result<Self> {
@@ -98,9 +53,13 @@ impl Subject {
         let shapes = task.shapes(&geometry);
         fits(&geometry, shapes)?;
         let (dtype, mut noise) = (geometry.dtype(), Noise(1));
-        let mut tensor = |shape| Tensor::noise(&mut noise, dtype, shape);
-        let (q, k) = (tensor(shapes.q)?, tensor(shapes.k)?);
-        let (v, d_o) = (tensor(shapes.v)?, tensor(shapes.o)?);
+        // Between -1 and 1.
+        let mut tensor = |shape: [usize; 3]| {
+            let values = std::iter::repeat_with(|| (2.0 * noise.unit() - 1.0) as f32);
+            Elements::rounded(dtype, values.take(shape.iter().product()))
+        };
+        let (q, k) = (tensor(shapes.q), tensor(shapes.k));
+        let (v, d_o) = (tensor(shapes.v), tensor(shapes.o));
         let mut subject = Subject { geometry, task, shapes, q, k, v, d_o, lse: Vec::new(), d: Vec::new() };
         let mut forward = Batch::new(Direction::Forward, [&subject]);
         forward.run(kernel)?;
@@ -114,13 +73,13 @@ impl Subject {
     }
 
     fn operands(&self, direction: Direction) -> anyhow::Result<Operands<'_>> {
-        let q = self.q.view("q", self.shapes.q)?;
-        let k = self.k.view("k", self.shapes.k)?;
-        let v = self.v.view("v", self.shapes.v)?;
+        let q = self.q.contiguous("q", self.shapes.q)?;
+        let k = self.k.contiguous("k", self.shapes.k)?;
+        let v = self.v.contiguous("v", self.shapes.v)?;
         Ok(match direction {
             Direction::Forward => Operands::Forward { q: q.into(), k, v },
             Direction::Backward => {
-                let d_o = self.d_o.view("d_o", self.shapes.o)?.into();
+                let d_o = self.d_o.contiguous("d_o", self.shapes.o)?.into();
                 let lse = TensorView::contiguous("lse", &self.lse, self.shapes.row)?;
                 let d = TensorView::contiguous("d", &self.d, self.shapes.row)?;
                 Operands::Backward { q, k, v, d_o, lse, d }

@@ -7,7 +7,7 @@ use outboard_proto::v1::Chunk;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind, TensorRef, WireTask};
 
 use super::elements::Destination;
-use crate::sizes::{TENSOR_BYTES, input_kinds, row_of, task_bytes, tensor_bytes, tokens_of};
+use crate::sizes::{Row, TENSOR_BYTES, input_kinds, row_of, task_bytes, tokens_of};
 use crate::{ByteLease, GradientInputs, TaskInputs};
 
 /// Most ids of given-up tensors whose late chunks are still known for what they are.
@@ -37,7 +37,7 @@ struct Waiting {
 struct Tensor {
     carrier: u64,
     tokens: Span,
-    row: [usize; 2],
+    row: Row,
     content: Content,
     lease: ByteLease,
     /// Waiting tasks that name it, once for each time they do.
@@ -90,7 +90,7 @@ impl DeadTensors {
 /// What a checked task spends: first itself and its results, then each tensor it carries, which may outlive it.
 pub(super) fn costs(task: &WireTask) -> Vec<u64> {
     let carried = task.tensors.iter().filter(|tensor| tensor.carried);
-    let bytes = |tensor: &TensorRef| tensor_bytes(tensor.tokens.len(), row_of(&task.header, tensor.kind));
+    let bytes = |tensor: &TensorRef| row_of(&task.header, tensor.kind).tensor_bytes(tensor.tokens.len());
     let carried: Vec<u64> = carried.map(|tensor| bytes(tensor).saturating_add(TENSOR_BYTES)).collect();
     let own = task_bytes(&task.header).saturating_sub(carried.len() as u64 * TENSOR_BYTES);
     std::iter::once(own).chain(carried).collect()
@@ -183,9 +183,9 @@ impl Arrivals {
             Some((other, ..)) if other != tokens => {
                 invalid(format!("it was carried with tokens {other}, and is named with {tokens}"))
             }
-            Some((_, other, _)) if other != row => invalid(format!(
-                "it was carried as [tokens, heads, dim] with {other:?}, and the task needs {row:?}"
-            )),
+            Some((_, other, _)) if other != row => {
+                invalid(format!("it was carried as {other}, and the task needs {row}"))
+            }
             Some(_) => Ok(()),
         }
     }
@@ -199,8 +199,8 @@ impl Arrivals {
         for tensor in &tensors {
             if tensor.carried {
                 let row = row_of(&header, tensor.kind);
-                let bytes = tensor_bytes(tensor.tokens.len(), row) as usize;
-                let content = Content::Arriving(Destination::new(bytes));
+                let bytes = row.tensor_bytes(tensor.tokens.len()) as usize;
+                let content = Content::Arriving(Destination::new(row.dtype, bytes));
                 let (tokens, users) = (tensor.tokens, Vec::new());
                 let new =
                     Tensor { carrier: id, tokens, row, content, lease: leases.next()?, users, open: true };
@@ -244,8 +244,8 @@ impl Arrivals {
         if !destination.is_whole() {
             return Ok(Vec::new());
         }
-        let elements = std::mem::replace(destination, Destination::new(0)).into_elements();
-        let [heads, dim] = tensor.row;
+        let Row { heads, dim, dtype } = tensor.row;
+        let elements = std::mem::replace(destination, Destination::new(dtype, 0)).into_elements();
         match TensorSlice::contiguous("tensor", elements, tensor.tokens, heads, dim) {
             Ok(slice) => tensor.content = Content::Whole(slice),
             Err(error) => return Err(self.give_up_tensor(id, task, &error.into())),

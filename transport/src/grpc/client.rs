@@ -65,7 +65,7 @@ impl GrpcTransport {
             session: format!("{job}/{rank}/{process}/{}", since_1970.as_nanos()),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
-            numerics_id: Mutex::new(None),
+            numerics_ids: Mutex::default(),
             config,
         });
         let stream = |_| {
@@ -156,9 +156,8 @@ impl Transport for GrpcTransport {
         }
     }
 
-    fn numerics_id(&self) -> Option<String> {
-        let known = self.shared.numerics_id.lock().unwrap_or_else(PoisonError::into_inner);
-        known.as_ref().map(|id| id.to_string())
+    fn numerics_ids(&self) -> Vec<String> {
+        self.shared.numerics_ids.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

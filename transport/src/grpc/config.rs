@@ -39,7 +39,7 @@ pub struct ClientConfig {
     pub job: String,
     /// The rank, for messages to people.
     pub rank: u32,
-    /// The numerics id that the server must have, or any.
+    /// A numerics id that the server must have for some element type, or none.
     pub numerics_id: Option<String>,
     /// Most streams opened to the server, each with a connection of its own; 1 or more.
     pub streams: usize,

@@ -1,11 +1,12 @@
-//! f32 elements to chunks and back. On the wire elements are little-endian.
+//! Elements to chunks and back, as bytes: only here does a tensor's memory count as such. On the wire elements are
+//! little-endian.
+
+use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
-use outboard_attention::{TensorSlice, TensorView};
+use outboard_attention::{AnyTensor, DType, Elements, TensorSlice};
 use outboard_proto::v1::Chunk;
 use outboard_proto::{ErrorKind, MAX_CHUNK_BYTES, TaskError};
-
-const ELEMENT: usize = size_of::<f32>();
 
 /// A tensor to send, in chunks. Where its memory is laid out as on the wire, the chunks are that memory.
 #[derive(Debug)]
@@ -18,8 +19,7 @@ struct Contiguous(TensorSlice);
 
 impl AsRef<[u8]> for Contiguous {
     fn as_ref(&self) -> &[u8] {
-        let elements = self.0.bytes() / ELEMENT;
-        bytemuck::cast_slice(self.0.view().data().get(..elements).unwrap_or_default())
+        memory(self.0.view()).get(..self.0.bytes()).unwrap_or_default()
     }
 }
 
@@ -44,44 +44,58 @@ impl Outgoing {
         }
         let data = match &self.as_is {
             Some(bytes) => bytes.slice(offset..end),
-            None => packed(&self.slice.view(), offset / ELEMENT, end / ELEMENT),
+            None => packed(self.slice.view(), offset, end),
         };
         Some(Chunk { task, tensor, offset: offset as u64, crc32c: crc32c::crc32c(&data), data })
     }
 }
 
-/// The elements `[start, end)` of a view, counted as if it were contiguous.
-fn packed(view: &TensorView<'_>, start: usize, end: usize) -> Bytes {
-    let [_, heads, dim] = view.shape();
-    let row = heads * dim;
-    let mut bytes = BytesMut::with_capacity((end - start) * ELEMENT);
+/// The memory of a view, from its first element on.
+fn memory(view: AnyTensor<'_>) -> &[u8] {
+    match view {
+        AnyTensor::F32(view) => bytemuck::cast_slice(view.data()),
+        AnyTensor::Bf16(view) => bytemuck::cast_slice(view.data()),
+        AnyTensor::F16(view) => bytemuck::cast_slice(view.data()),
+    }
+}
+
+/// The bytes `[start, end)` of a view, counted as if it were contiguous; whole elements.
+fn packed(view: AnyTensor<'_>, start: usize, end: usize) -> Bytes {
+    let ([_, heads, dim], element) = (view.shape(), view.dtype().bytes());
+    let (row, stride) = (heads * dim * element, view.stride() * element);
+    let memory = memory(view);
+    let mut bytes = BytesMut::with_capacity(end - start);
     let mut at = start;
     while at < end {
         let (token, skip) = (at / row, at % row);
-        let elements = &view.token(token)[skip..];
-        let elements = &elements[..elements.len().min(end - at)];
-        if cfg!(target_endian = "little") {
-            bytes.extend_from_slice(bytemuck::cast_slice(elements));
-        } else {
-            elements.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
-        }
-        at += elements.len();
+        let left = &memory[token * stride + skip..];
+        let part = &left[..(row - skip).min(end - at)];
+        bytes.extend_from_slice(part);
+        at += part.len();
     }
+    turn(&mut bytes, element);
     bytes.freeze()
+}
+
+/// Turns elements of `size` bytes from this machine's order to that of the wire, or back.
+fn turn(bytes: &mut [u8], size: usize) {
+    if cfg!(target_endian = "big") {
+        bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
+    }
 }
 
 /// A tensor on its way in. Its memory is taken when the first chunk comes.
 #[derive(Debug)]
 pub(super) struct Destination {
-    data: Vec<f32>,
+    data: Elements,
     bytes: usize,
     received: usize,
 }
 
 impl Destination {
     /// Room for `bytes`, which must be whole elements.
-    pub(super) fn new(bytes: usize) -> Destination {
-        Destination { data: Vec::new(), bytes, received: 0 }
+    pub(super) fn new(dtype: DType, bytes: usize) -> Destination {
+        Destination { data: Elements::empty(dtype), bytes, received: 0 }
     }
 
     /// True when every byte has come.
@@ -107,7 +121,10 @@ impl Destination {
         }
         let end = received + length;
         if end > bytes {
-            return corrupt(format!("a chunk ends at byte {end}, beyond the tensor's {bytes} bytes"));
+            let dtype = self.data.dtype();
+            return corrupt(format!(
+                "a chunk ends at byte {end}, beyond the tensor's {bytes} bytes of {dtype}"
+            ));
         }
         let crc = crc32c::crc32c(data);
         if crc != chunk.crc32c {
@@ -117,35 +134,59 @@ impl Destination {
             ));
         }
         if self.data.is_empty() {
-            self.data = vec![0.0; bytes / ELEMENT];
+            zero(&mut self.data, bytes);
         }
-        bytemuck::cast_slice_mut::<f32, u8>(&mut self.data)[received..end].copy_from_slice(data);
+        memory_mut(&mut self.data)[received..end].copy_from_slice(data);
         self.received = end;
         Ok(())
     }
 
     /// The elements, once whole.
-    pub(super) fn into_elements(mut self) -> Vec<f32> {
-        if cfg!(target_endian = "big") {
-            self.data.iter_mut().for_each(|x| *x = f32::from_bits(u32::from_le(x.to_bits())));
-        }
+    pub(super) fn into_elements(mut self) -> Elements {
+        let size = self.data.dtype().bytes();
+        turn(memory_mut(&mut self.data), size);
         self.data
+    }
+}
+
+/// Takes zeros for `bytes` from the allocator, which often has them without writing any.
+fn zero(elements: &mut Elements, bytes: usize) {
+    let count = bytes / elements.dtype().bytes();
+    match elements {
+        Elements::F32(data) => *data = Arc::new(bytemuck::zeroed_vec(count)),
+        Elements::Bf16(data) => *data = Arc::new(bytemuck::zeroed_vec(count)),
+        Elements::F16(data) => *data = Arc::new(bytemuck::zeroed_vec(count)),
+    }
+}
+
+/// The memory of elements that nobody else holds yet.
+fn memory_mut(elements: &mut Elements) -> &mut [u8] {
+    match elements {
+        Elements::F32(data) => bytemuck::cast_slice_mut(Arc::make_mut(data).as_mut_slice()),
+        Elements::Bf16(data) => bytemuck::cast_slice_mut(Arc::make_mut(data).as_mut_slice()),
+        Elements::F16(data) => bytemuck::cast_slice_mut(Arc::make_mut(data).as_mut_slice()),
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use outboard_attention::{Span, TensorLayout};
     use proptest::prelude::*;
 
     use super::*;
 
-    fn slice(offset: usize, stride: usize, tokens: usize, heads: usize, dim: usize) -> TensorSlice {
-        let storage: Vec<f32> = (0..offset + tokens * stride).map(|x| x as f32).collect();
+    fn slice(
+        dtype: DType,
+        offset: usize,
+        stride: usize,
+        tokens: usize,
+        heads: usize,
+        dim: usize,
+    ) -> TensorSlice {
+        // Few of them, so that each type holds them exactly, and not in step with any row or chunk.
+        let storage = Elements::rounded(dtype, (0..offset + tokens * stride).map(|x| (x % 251) as f32));
         let layout = TensorLayout { offset, stride, tokens: Span::at(7, tokens), heads, dim };
-        TensorSlice::new("test", Arc::new(storage), layout).unwrap()
+        TensorSlice::new("test", storage, layout).unwrap()
     }
 
     fn chunks(outgoing: &Outgoing) -> Vec<Chunk> {
@@ -153,32 +194,58 @@ mod tests {
     }
 
     fn sample() -> Vec<Chunk> {
-        chunks(&Outgoing::new(slice(0, 1024, 700, 4, 256)))
+        chunks(&Outgoing::new(slice(DType::F32, 0, 1024, 700, 4, 256)))
     }
 
     proptest! {
-        #![proptest_config(ProptestConfig::with_cases(32))]
+        #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
-        fn chunks_carry_every_element(offset in 0..50usize, pad in 0..70usize, heads in 1..5usize, dim in 1..300usize) {
+        fn chunks_carry_every_element(
+            dtype in prop::sample::select(DType::ALL.to_vec()),
+            offset in 0..50usize,
+            pad in 0..70usize,
+            heads in 1..5usize,
+            dim in 1..300usize,
+        ) {
             let tokens = 1 + 600_000 / (heads * dim);
-            let slice = slice(offset, heads * dim + pad, tokens, heads, dim);
-            let mut destination = Destination::new(slice.bytes());
+            let stride = heads * dim + pad;
+            let slice = slice(dtype, offset, stride, tokens, heads, dim);
+            let mut destination = Destination::new(dtype, slice.bytes());
             for chunk in chunks(&Outgoing::new(slice.clone())) {
                 prop_assert!(!destination.is_whole());
                 destination.put(&chunk).unwrap();
             }
             prop_assert!(destination.is_whole());
-            let view = slice.view();
-            let expected: Vec<f32> = (0..tokens).flat_map(|t| view.token(t).iter().copied()).collect();
-            prop_assert_eq!(destination.into_elements(), expected);
+            let elements = destination.into_elements();
+            prop_assert_eq!(elements.dtype(), dtype);
+            let element = |n: usize| ((offset + n / (heads * dim) * stride + n % (heads * dim)) % 251) as f32;
+            let expected: Vec<f32> = (0..tokens * heads * dim).map(element).collect();
+            prop_assert!(*elements.values() == expected[..]);
         }
+    }
+
+    /// On the wire every element is little-endian, and where the memory is so too, it is what goes out.
+    #[test]
+    fn elements_travel_as_they_lie_in_memory() {
+        let bytes_of = |dtype, pad: usize| {
+            let chunk = Outgoing::new(slice(dtype, 1, 2 + pad, 2, 1, 2)).chunk(1, 2, 0).unwrap();
+            chunk.data.to_vec()
+        };
+        // Elements 1, 2, 3, 4, and with a gap 1, 2, 4, 5.
+        assert_eq!(bytes_of(DType::Bf16, 0), [0x80, 0x3f, 0x00, 0x40, 0x40, 0x40, 0x80, 0x40]);
+        assert_eq!(bytes_of(DType::F16, 1), [0x00, 0x3c, 0x00, 0x40, 0x00, 0x44, 0x00, 0x45]);
+        assert_eq!(bytes_of(DType::F32, 1)[4..12], [0x00, 0x00, 0x00, 0x40, 0x00, 0x00, 0x80, 0x40]);
+        let outgoing = Outgoing::new(slice(DType::Bf16, 1, 2, 2, 1, 2));
+        let chunk = outgoing.chunk(1, 2, 0).unwrap();
+        let in_place = memory(outgoing.slice.view()).as_ptr() == chunk.data.as_ptr();
+        assert!(in_place || cfg!(target_endian = "big"), "a contiguous tensor is copied");
     }
 
     #[track_caller]
     fn refused(change: impl FnOnce(&mut Vec<Chunk>), expected: &str) {
         let mut chunks = sample();
         change(&mut chunks);
-        let mut destination = Destination::new(700 * 1024 * ELEMENT);
+        let mut destination = Destination::new(DType::F32, 700 * 1024 * 4);
         let error = chunks.iter().find_map(|chunk| destination.put(chunk).err()).expect("a chunk is refused");
         assert_eq!(error.kind, ErrorKind::Corrupt);
         assert!(error.message.contains(expected), "{}", error.message);

@@ -49,7 +49,7 @@ pub(super) struct Shared {
     pub(super) session: String,
     pub(super) sent: AtomicU64,
     pub(super) received: AtomicU64,
-    pub(super) numerics_id: Mutex<Option<Arc<str>>>,
+    pub(super) numerics_ids: Mutex<Vec<String>>,
 }
 
 /// What a stream's task is given.
@@ -189,13 +189,12 @@ async fn open(shared: &Shared) -> Result<Opened, TaskError> {
     let at = |error: TaskError| error.context(format_args!("the attention server at {address}"));
     check_protocol_version(greeting.protocol_version).map_err(at)?;
     match &shared.config.numerics_id {
-        Some(required) if *required != greeting.numerics_id => {
-            return Err(at(numerics_mismatch(required, &greeting.numerics_id)));
+        Some(required) if !greeting.numerics_ids.contains(required) => {
+            return Err(at(numerics_mismatch(required, &greeting.numerics_ids)));
         }
         _ => {}
     }
-    *shared.numerics_id.lock().unwrap_or_else(PoisonError::into_inner) =
-        Some(greeting.numerics_id.as_str().into());
+    shared.numerics_ids.lock().unwrap_or_else(PoisonError::into_inner).clone_from(&greeting.numerics_ids);
     Ok(Opened { greeting, outbound, inbound })
 }
 

@@ -69,7 +69,7 @@ pub(super) fn bytes_of(tasks: &[&TaskRequest]) -> u64 {
     let (uses, runs) = runs_of(tasks);
     let run_bytes = |run: &Run| {
         let slice = uses[run.uses.start].slice;
-        (run.tokens.len() * slice.heads() * slice.dim() * size_of::<f32>()) as u64
+        (run.tokens.len() * slice.heads() * slice.dim() * slice.dtype().bytes()) as u64
     };
     let own = tasks.iter().map(|task| task_bytes(&task.header));
     own.chain(runs.iter().map(run_bytes)).fold(0, u64::saturating_add)

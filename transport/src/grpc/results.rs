@@ -10,7 +10,7 @@ use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorRef};
 
 use super::elements::{Destination, Outgoing};
 use crate::TaskOutcome;
-use crate::sizes::{result_kinds, row_of, tensor_bytes, tokens_of};
+use crate::sizes::{Row, result_kinds, row_of, tokens_of};
 
 /// A result ready to send: tensor `n` of it has id `n`.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub(super) fn outgoing(
     };
     let mut tensors = Vec::with_capacity(data.len());
     for (&kind, data) in result_kinds(header.direction).iter().zip(data) {
-        let [heads, dim] = row_of(header, kind);
+        let Row { heads, dim, .. } = row_of(header, kind);
         let slice = TensorSlice::contiguous("result", data, tokens_of(header, kind), heads, dim);
         let unfit = |error| {
             TaskError::internal(format!("the server computed a {kind} that does not fit the task: {error}"))
@@ -101,8 +101,8 @@ impl IncomingResult {
                     "names tensor {id} as {other} of tokens {held}; {kind} of tokens {tokens} must come here"
                 )));
             }
-            let bytes = tensor_bytes(tokens.len(), row_of(task, kind)) as usize;
-            tensors.push((tensor.id, Destination::new(bytes)));
+            let row = row_of(task, kind);
+            tensors.push((tensor.id, Destination::new(row.dtype, row.tensor_bytes(tokens.len()) as usize)));
         }
         let seconds = |s: f32| Duration::try_from_secs_f32(s).unwrap_or_default();
         Ok(IncomingResult {
@@ -129,8 +129,9 @@ impl IncomingResult {
 
     /// The outcome, once whole.
     pub(super) fn into_outcome(self) -> TaskOutcome {
-        let mut data = self.tensors.into_iter().map(|(_, tensor)| tensor.into_elements());
-        let mut next = || data.next().unwrap_or_default();
+        let mut data = self.tensors.into_iter().map(|(_, tensor)| tensor.into_elements().into_f32());
+        // All are f32, as the task asked.
+        let mut next = || data.next().flatten().unwrap_or_default();
         let results = match self.direction {
             Direction::Forward => Results::Forward { o: next(), lse: next() },
             Direction::Backward => Results::Backward { dq: next(), dk: next(), dv: next() },

@@ -21,7 +21,7 @@ use super::account::Account;
 use super::arrivals::{Arrivals, Failed, WholeTask, costs};
 use super::results::outgoing;
 use super::writer::{FinishedTask, Outbound, Writer, write};
-use crate::sizes::refuse;
+use crate::sizes::{numerics_ids, refuse};
 use crate::{ArrivedTask, Origin, Pending, TaskHandler};
 
 /// Most failures that wait to be read; then no more requests are read.
@@ -94,7 +94,7 @@ async fn serve(
     };
     let answer = ServerGreeting {
         protocol_version: PROTOCOL_VERSION,
-        numerics_id: shared.handler.numerics_id().to_owned(),
+        numerics_ids: numerics_ids(&*shared.handler),
         memory_bytes: shared.handler.budget().largest(),
         credit_bytes: account.standing(),
     };

@@ -5,19 +5,30 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use outboard_attention::kernel::Results;
-use outboard_attention::{Direction, Span, TensorSlice};
+use outboard_attention::{AnyTensor, DType, Direction, Element, Span, TensorSlice, TensorView};
 use outboard_proto::v1::GetServerStatsResponse;
 use outboard_proto::{ErrorKind, RetryHint, TaskError, TaskHeader};
 use outboard_transport::{ArrivedTask, ByteBudget, TaskHandler, TaskInputs, TaskOutcome};
 
-pub const NUMERICS_ID: &str = "test-1";
+/// For f32.
+pub const NUMERICS_ID: &str = "test-f32";
 /// Tasks of this layer are refused by their header.
 pub const ADMIT_FAILS: u32 = 98;
 /// Tasks of this layer fail when computed.
 pub const COMPUTE_FAILS: u32 = 99;
 
+pub fn numerics_id(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => NUMERICS_ID,
+        DType::Bf16 => "test-bf16",
+        _ => "test-f16",
+    }
+}
+
 pub struct TestHandler {
     pub budget: ByteBudget,
+    /// Set before a client connects: an element type that it does not compute.
+    pub lacks: Mutex<Option<DType>>,
     /// While set, tasks are kept in `held`.
     pub hold: AtomicBool,
     pub held: Mutex<Vec<ArrivedTask>>,
@@ -33,6 +44,7 @@ impl TestHandler {
     pub fn new(memory: u64) -> Arc<TestHandler> {
         Arc::new(TestHandler {
             budget: ByteBudget::new(memory),
+            lacks: Mutex::default(),
             hold: AtomicBool::new(false),
             held: Mutex::default(),
             draining: AtomicBool::new(false),
@@ -73,7 +85,7 @@ impl TestHandler {
             self.computed.fetch_add(1, Ordering::SeqCst);
             Ok(TaskOutcome {
                 results: compute(&header, &inputs),
-                numerics_id: NUMERICS_ID.into(),
+                numerics_id: numerics_id(header.geometry.dtype()).into(),
                 queued: Duration::from_millis(250),
                 compute: Duration::from_millis(500),
             })
@@ -85,8 +97,8 @@ impl TestHandler {
 }
 
 impl TaskHandler for TestHandler {
-    fn numerics_id(&self) -> &str {
-        NUMERICS_ID
+    fn numerics_id(&self, dtype: DType) -> Option<&str> {
+        (*self.lacks.lock().unwrap() != Some(dtype)).then(|| numerics_id(dtype))
     }
 
     fn budget(&self) -> &ByteBudget {
@@ -128,16 +140,24 @@ impl TaskHandler for TestHandler {
 
 /// Results that every element the task needs has a part in, by its place.
 pub fn compute(header: &TaskHeader, inputs: &TaskInputs) -> Results {
-    let digest = |slice: &TensorSlice, needed: Span, heads: usize, dim: usize| -> f32 {
+    fn sum<T: Element>(view: TensorView<'_, T>) -> f32 {
+        let elements = (0..view.shape()[0]).flat_map(|t| view.token(t));
+        elements.enumerate().fold(0.0, |sum, (n, x)| sum * 0.99 + x.to_f32() * ((n % 97) as f32 + 1.0))
+    }
+    let digest = |slice: &TensorSlice, needed: Span, [_, heads, dim]: [usize; 3], dtype: DType| -> f32 {
         let view = slice.view_of(needed).expect("the slice holds what the task needs");
-        view.expect("input", [needed.len(), heads, dim]).expect("the slice fits the task");
-        let elements = (0..needed.len()).flat_map(|t| view.token(t));
-        elements.enumerate().fold(0.0, |sum, (n, x)| sum * 0.99 + x * ((n % 97) as f32 + 1.0))
+        view.expect("input", [needed.len(), heads, dim], dtype).expect("the slice fits the task");
+        match view {
+            AnyTensor::F32(view) => sum(view),
+            AnyTensor::Bf16(view) => sum(view),
+            AnyTensor::F16(view) => sum(view),
+        }
     };
     let (q, kv, shapes) = (header.task.q(), header.task.kv(), header.task.shapes(&header.geometry));
-    let mut seed = digest(&inputs.q, q, shapes.q[1], shapes.q[2])
-        + 3.0 * digest(&inputs.k, kv, shapes.k[1], shapes.k[2])
-        + 7.0 * digest(&inputs.v, kv, shapes.v[1], shapes.v[2]);
+    let dtype = header.geometry.dtype();
+    let mut seed = digest(&inputs.q, q, shapes.q, dtype)
+        + 3.0 * digest(&inputs.k, kv, shapes.k, dtype)
+        + 7.0 * digest(&inputs.v, kv, shapes.v, dtype);
     let fill = |seed: f32, shape: [usize; 3]| -> Vec<f32> {
         (0..shape.iter().product()).map(|n: usize| seed + (n % 1013) as f32).collect()
     };
@@ -145,9 +165,9 @@ pub fn compute(header: &TaskHeader, inputs: &TaskInputs) -> Results {
         Direction::Forward => Results::Forward { o: fill(seed, shapes.o), lse: fill(seed * 2.0, shapes.row) },
         Direction::Backward => {
             let gradient = inputs.gradient.as_ref().expect("backward has gradients");
-            seed += 11.0 * digest(&gradient.d_o, q, shapes.o[1], shapes.o[2])
-                + 13.0 * digest(&gradient.lse, q, shapes.row[1], 1)
-                + 17.0 * digest(&gradient.d, q, shapes.row[1], 1);
+            seed += 11.0 * digest(&gradient.d_o, q, shapes.o, dtype)
+                + 13.0 * digest(&gradient.lse, q, shapes.row, DType::F32)
+                + 17.0 * digest(&gradient.d, q, shapes.row, DType::F32);
             let (dq, dk, dv) = (fill(seed, shapes.q), fill(seed * 2.0, shapes.k), fill(seed * 3.0, shapes.v));
             Results::Backward { dq, dk, dv }
         }

@@ -10,12 +10,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-pub use handler::{ADMIT_FAILS, COMPUTE_FAILS, NUMERICS_ID, TestHandler, compute};
+pub use handler::{ADMIT_FAILS, COMPUTE_FAILS, NUMERICS_ID, TestHandler, compute, numerics_id};
+use outboard_attention::{DType, Direction};
 use outboard_transport::grpc::{
     CancellationToken, ClientConfig, GrpcTransport, LinkConfig, ServerConfig, router, serve,
 };
 use outboard_transport::{InProcess, Transport};
-pub use raw::{Raw, Script, elements, greeting, script};
+pub use raw::{Raw, Script, elements, greeting, script, script_of};
 pub use tasks::{Rng, Shape, shipment};
 use tokio::net::TcpListener;
 use tokio::runtime::{Handle, Runtime};
@@ -25,9 +26,26 @@ pub const NO_HANG: Duration = Duration::from_secs(60);
 
 /// A transport to test.
 #[derive(Clone, Copy, Debug)]
-pub enum Kind {
+pub enum Link {
     InProcess,
     Grpc { streams: usize },
+}
+
+/// A transport to test, and the element type of what it carries.
+#[derive(Clone, Copy, Debug)]
+pub struct Kind {
+    pub link: Link,
+    pub dtype: DType,
+}
+
+impl Kind {
+    pub fn small(self, direction: Direction) -> Shape {
+        Shape { dtype: self.dtype, ..Shape::small(direction) }
+    }
+
+    pub fn random(self, rng: &mut Rng) -> Shape {
+        Shape { dtype: self.dtype, ..Shape::random(rng) }
+    }
 }
 
 /// A server with a runtime of its own, so that it can die at once.
@@ -88,13 +106,16 @@ pub struct Bench {
 
 impl Bench {
     pub async fn new(kind: Kind, memory: u64) -> Bench {
-        let handler = TestHandler::new(memory);
-        match kind {
-            Kind::InProcess => {
+        Bench::with(kind, TestHandler::new(memory)).await
+    }
+
+    pub async fn with(kind: Kind, handler: Arc<TestHandler>) -> Bench {
+        match kind.link {
+            Link::InProcess => {
                 let transport = InProcess::new(handler.clone(), Handle::current());
                 Bench { handler, transport: Box::new(transport), server: None }
             }
-            Kind::Grpc { streams } => {
+            Link::Grpc { streams } => {
                 let server = Server::start(&handler).await;
                 let transport = client(server.address, |config| config.streams = streams);
                 Bench { handler, transport: Box::new(transport), server: Some(server) }

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 
 use bytes::Bytes;
-use outboard_attention::Direction;
 use outboard_attention::kernel::Results;
+use outboard_attention::{AnyTensor, DType, Direction, TensorSlice, TensorView};
 use outboard_proto::v1::attend_request::Message;
 use outboard_proto::v1::attend_response::Message as Answer;
 use outboard_proto::v1::attention_service_client::AttentionServiceClient;
@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{NUMERICS_ID, Rng, Server, Shape, compute, shipment};
+use super::{Rng, Server, Shape, compute, numerics_id, shipment};
 
 /// One stream, by the stock generated client.
 pub struct Raw {
@@ -93,7 +93,7 @@ impl Raw {
         while !expected.is_empty() {
             let task = match self.next().await {
                 Answer::Result(result) => {
-                    assert_eq!(result.numerics_id, NUMERICS_ID);
+                    assert!(DType::ALL.map(numerics_id).contains(&&*result.numerics_id));
                     arrived.insert(result.task, vec![Vec::new(); result.tensors.len()]);
                     result.task
                 }
@@ -126,6 +126,18 @@ impl Raw {
     }
 }
 
+/// A tensor as it travels.
+fn wire_bytes(slice: &TensorSlice) -> Vec<u8> {
+    fn bytes<T: Copy, const N: usize>(view: TensorView<'_, T>, of: fn(T) -> [u8; N]) -> Vec<u8> {
+        (0..view.shape()[0]).flat_map(|t| view.token(t)).flat_map(|x| of(*x)).collect()
+    }
+    match slice.view() {
+        AnyTensor::F32(view) => bytes(view, f32::to_le_bytes),
+        AnyTensor::Bf16(view) => bytes(view, |x| x.to_le_bytes()),
+        AnyTensor::F16(view) => bytes(view, |x| x.to_le_bytes()),
+    }
+}
+
 /// Results as they travel.
 pub fn elements(results: Results) -> Vec<Vec<u8>> {
     let bytes = |data: Vec<f32>| data.iter().flat_map(|x| x.to_le_bytes()).collect();
@@ -146,10 +158,15 @@ pub fn greeting() -> ClientGreeting {
     }
 }
 
-/// A forward task of about 300 KB under the given id, its tensors under ids `10 * id` and on.
+/// A forward task of about 300 KB of f32 under the given id, its tensors under ids `10 * id` and on.
 pub fn script(id: u64) -> Script {
-    let shape =
-        Shape { tasks: 1, tokens: 300, head_dim: 64, v_head_dim: 64, ..Shape::small(Direction::Forward) };
+    script_of(id, DType::F32)
+}
+
+/// The same of any element type.
+pub fn script_of(id: u64, dtype: DType) -> Script {
+    let small = Shape::small(Direction::Forward);
+    let shape = Shape { tasks: 1, tokens: 300, head_dim: 64, v_head_dim: 64, dtype, ..small };
     let request = shipment(&mut Rng(id), shape).remove(0);
     let inputs = &request.inputs;
     let (mut tensors, mut chunks) = (Vec::new(), Vec::new());
@@ -161,9 +178,7 @@ pub fn script(id: u64) -> Script {
         let tensor = id * 10 + n as u64;
         let (carried, last_use) = (true, true);
         tensors.push(TensorRef { id: tensor, kind, tokens: slice.tokens(), carried, last_use });
-        let view = slice.view();
-        let rows = (0..slice.tokens().len()).flat_map(|t| view.token(t));
-        let bytes: Vec<u8> = rows.flat_map(|x| x.to_le_bytes()).collect();
+        let bytes = wire_bytes(slice);
         for (n, data) in bytes.chunks(50_000).enumerate() {
             let crc32c = crc32c::crc32c(data);
             let offset = n as u64 * 50_000;

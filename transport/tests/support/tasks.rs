@@ -1,9 +1,8 @@
 //! Random shipments: pieces of one document that share tensors as a worker's pieces do.
 
-use std::sync::Arc;
-
 use outboard_attention::{
-    DType, Direction, DocumentId, HeadGeometry, HeadShape, Mask, Span, Task, TensorLayout, TensorSlice,
+    DType, Direction, DocumentId, Elements, HeadGeometry, HeadShape, Mask, Span, Task, TensorLayout,
+    TensorSlice,
 };
 use outboard_proto::TaskHeader;
 use outboard_transport::{GradientInputs, TaskInputs, TaskRequest};
@@ -40,11 +39,13 @@ pub struct Shape {
     pub head_dim: usize,
     pub v_head_dim: usize,
     pub direction: Direction,
+    pub dtype: DType,
 }
 
 impl Shape {
     pub fn small(direction: Direction) -> Shape {
-        Shape { tasks: 3, tokens: 50, kv_heads: 2, group: 2, head_dim: 16, v_head_dim: 8, direction }
+        let dtype = DType::F32;
+        Shape { tasks: 3, tokens: 50, kv_heads: 2, group: 2, head_dim: 16, v_head_dim: 8, direction, dtype }
     }
 
     pub fn random(rng: &mut Rng) -> Shape {
@@ -57,21 +58,22 @@ impl Shape {
             head_dim: rng.between(1, 70),
             v_head_dim: rng.between(1, 70),
             direction,
+            dtype: DType::F32,
         }
     }
 }
 
 /// Tasks of one document in one direction, whose tensors are windows on the document's packed rows.
 pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
-    let Shape { tasks, tokens, kv_heads, group, head_dim, v_head_dim, direction } = shape;
+    let Shape { tasks, tokens, kv_heads, group, head_dim, v_head_dim, direction, dtype } = shape;
     let q_heads = kv_heads * group;
-    let heads =
-        HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale: 0.125, dtype: DType::F32, softcap: None };
+    let heads = HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale: 0.125, dtype, softcap: None };
     let geometry = HeadGeometry::try_from(heads).unwrap();
-    let mut storage = |row: usize| Arc::new((0..tokens * row).map(|_| rng.element()).collect::<Vec<f32>>());
-    let (q, k, v) =
-        (storage(q_heads * head_dim), storage(kv_heads * head_dim), storage(kv_heads * v_head_dim));
-    let (d_o, lse, d) = (storage(q_heads * v_head_dim), storage(q_heads), storage(q_heads));
+    let mut storage = |row: usize, dtype| Elements::rounded(dtype, (0..tokens * row).map(|_| rng.element()));
+    let q = storage(q_heads * head_dim, dtype);
+    let (k, v) = (storage(kv_heads * head_dim, dtype), storage(kv_heads * v_head_dim, dtype));
+    let d_o = storage(q_heads * v_head_dim, dtype);
+    let (lse, d) = (storage(q_heads, DType::F32), storage(q_heads, DType::F32));
     let mask = Mask::causal(tokens, kv_heads);
     let piece = |rng: &mut Rng, n: usize| {
         let start = rng.between(0, tokens - 1);
@@ -82,12 +84,12 @@ pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
             Task::new(DocumentId { rank: 0, index: 3 }, rows, Span::to(rows.end()), heads, &mask).unwrap();
         // Some clients name just what the task needs, some the whole document.
         let whole = rng.between(0, 1) == 0;
-        let window = |storage: &Arc<Vec<f32>>, all: usize, heads: Span, dim: usize, needed: Span| {
+        let window = |storage: &Elements, all: usize, heads: Span, dim: usize, needed: Span| {
             let tokens = if whole { Span::to(tokens) } else { needed };
             let stride = all * dim;
             let offset = tokens.start() * stride + heads.start() * dim;
             let layout = TensorLayout { offset, stride, tokens, heads: heads.len(), dim };
-            TensorSlice::new("window", Arc::clone(storage), layout).unwrap()
+            TensorSlice::new("window", storage.clone(), layout).unwrap()
         };
         let (q_window, kv) = (geometry.q_heads_of(heads), task.kv());
         let inputs = TaskInputs {

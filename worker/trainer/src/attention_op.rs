@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp3, Device, Error, Layout, Result, Shape, Tensor};
-use outboard_attention::TensorView;
+use outboard_attention::{Elements, TensorView};
 use outboard_worker::{CoreAttention, LayerCall, OutputGradient, Qkv, WorkerError};
 
 use crate::ops::{elements, with_elements};
@@ -14,7 +14,8 @@ pub(crate) struct Fault(Arc<Mutex<Option<WorkerError>>>);
 
 /// Q `[rows, q_heads * head_dim]`, K and V `[rows, kv_heads * head_dim]` to O `[rows, q_heads * head_dim]`. A row's
 /// heads lie side by side, so the memory is `[rows, heads, head_dim]` as core attention wants it, and nothing is ever
-/// transposed.
+/// transposed. All are f32 to the model; Q, K, V and dO are rounded to the geometry's element type on the way, whose
+/// gradient is taken to be one.
 pub(crate) struct AttentionOp {
     attention: Arc<dyn CoreAttention>,
     call: LayerCall,
@@ -76,8 +77,11 @@ impl CustomOp3 for AttentionOp {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let shared =
-            |storage, layout| Ok::<_, Error>(Arc::new(elements(self.name(), storage, layout)?.to_vec()));
+        let dtype = self.call.geometry.dtype();
+        let shared = |storage, layout| {
+            let values = elements(self.name(), storage, layout)?;
+            Ok::<_, Error>(Elements::rounded(dtype, values.iter().copied()))
+        };
         let qkv = Qkv { q: shared(q, q_layout)?, k: shared(k, k_layout)?, v: shared(v, v_layout)? };
         let attended = self.attention.forward(&self.call, &qkv).map_err(|error| self.fault.keep(error))?;
         let geometry = &self.call.geometry;
@@ -101,8 +105,10 @@ impl CustomOp3 for AttentionOp {
         };
         let geometry = &self.call.geometry;
         let dim = geometry.v_head_dim();
-        let d_o = with_elements(self.name(), d_o, |d_o| Ok(Arc::new(d_o.to_vec())))?;
-        let d = with_elements(self.name(), o, |o| Ok(row_sums(&d_o, o, dim)))?;
+        let rounded = |values: &[f32]| Ok(Elements::rounded(geometry.dtype(), values.iter().copied()));
+        let d_o = with_elements(self.name(), d_o, rounded)?;
+        // Of the dO that the kernel gets, so that the score gradients of a row add up to nothing.
+        let d = with_elements(self.name(), o, |o| Ok(row_sums(&d_o.values(), o, dim)))?;
         let grad = OutputGradient { d_o, lse, d: Arc::new(d) };
         let given =
             self.attention.backward(&self.call, &qkv, &grad).map_err(|error| self.fault.keep(error))?;

@@ -1,6 +1,6 @@
 //! Settings of the model and of a training run.
 
-use outboard_attention::{HeadGeometry, MAX_TOKENS};
+use outboard_attention::{DType, HeadGeometry, MAX_TOKENS};
 use serde::{Deserialize, Serialize};
 
 use crate::TrainerError;
@@ -23,6 +23,9 @@ pub struct ModelConfig {
     /// Elements of one head, of Q/K and of V; even, because rotary positions turn pairs. `q_heads * head_dim` need not
     /// equal `dim`.
     pub head_dim: usize,
+    /// Element type of Q, K, V and dO as core attention takes them: they are rounded to it. All else is f32.
+    #[serde(with = "by_name")]
+    pub attention_dtype: DType,
     /// Width of the gated MLP.
     pub ffn_dim: usize,
     /// Number of distinct tokens; bytes need 256.
@@ -71,6 +74,7 @@ impl Default for ModelConfig {
             q_heads: 8,
             kv_heads: 2,
             head_dim: 32,
+            attention_dtype: DType::F32,
             ffn_dim: 384,
             vocab: 256,
             rope_base: 10_000.0,
@@ -121,7 +125,7 @@ impl ModelConfig {
         let heads = 2 * (self.q_heads + self.kv_heads) * self.head_dim;
         let elements = 2 * self.vocab * self.dim + self.layers * self.dim * (heads + 3 * self.ffn_dim);
         in_range("number of matrix elements", elements, 1, MAX_ELEMENTS)?;
-        Ok(geometry)
+        Ok(geometry.with_dtype(self.attention_dtype))
     }
 }
 
@@ -160,4 +164,19 @@ fn in_range(field: &'static str, value: usize, min: usize, max: usize) -> Result
 
 fn invalid(field: &'static str, value: impl ToString, expected: &str) -> TrainerError {
     TrainerError::InvalidConfig { field, value: value.to_string(), expected: expected.to_string() }
+}
+
+/// An element type by its name.
+mod by_name {
+    use outboard_attention::DType;
+    use serde::de::Error;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(dtype: &DType, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(dtype)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<DType, D::Error> {
+        String::deserialize(deserializer)?.parse().map_err(D::Error::custom)
+    }
 }

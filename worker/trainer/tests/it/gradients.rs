@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use candle_core::Tensor;
-use outboard_trainer::{Model, PackedBatch, Parameter, Parameters, TrainConfig, Trainer, TrainerError};
+use outboard_attention::DType;
+use outboard_trainer::{
+    Model, ModelConfig, PackedBatch, Parameter, Parameters, TrainConfig, Trainer, TrainerError,
+};
 use outboard_worker::PackedDocument;
 
 use crate::support::{as_ranks, batch, naive, small_model};
@@ -53,6 +56,29 @@ fn every_parameter_has_the_gradient_of_the_unfused_model() {
     for parameter in &parameters {
         let expected = expected.get(parameter.var()).unwrap().flatten_all().unwrap().to_vec1().unwrap();
         assert_close(parameter.name(), part(&found, parameter), &expected, 1e-5);
+    }
+}
+
+/// Attention gets what is rounded, as `NaiveAttention` checks, and the gradient stays that of f32 within what rounding
+/// moves.
+#[test]
+fn rounded_attention_has_nearly_the_same_gradient() {
+    let config = small_model();
+    let parameters = Parameters::new(&config, 7).unwrap();
+    let batch = batch(0, 0, &LENGTHS);
+    let of = |attention_dtype| {
+        let model = Model::new(&ModelConfig { attention_dtype, ..config }, &parameters, 64).unwrap();
+        assert_eq!(model.geometry().dtype(), attention_dtype);
+        gradient(&model, &parameters, &batch, batch.targets())
+    };
+    let exact = of(DType::F32);
+    for (dtype, tolerance) in [(DType::Bf16, 2e-2), (DType::F16, 2e-3)] {
+        let rounded = of(dtype);
+        assert_ne!(rounded, exact, "{dtype}: nothing was rounded");
+        for parameter in &parameters {
+            let name = format!("{dtype} {}", parameter.name());
+            assert_close(&name, part(&rounded, parameter), part(&exact, parameter), tolerance);
+        }
     }
 }
 
@@ -152,7 +178,7 @@ fn two_ranks_have_the_gradient_of_one_with_their_documents() {
 #[test]
 fn weights_depend_on_seed_and_name_alone() {
     let config = small_model();
-    let deeper = outboard_trainer::ModelConfig { layers: 3, ..config };
+    let deeper = ModelConfig { layers: 3, ..config };
     let values = |parameters: &Parameters, name: &str| {
         parameters.get(name).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
     };

@@ -1,5 +1,6 @@
 //! What tests share.
 
+use std::borrow::Cow;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -8,7 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use outboard_attention::{DocumentId, Span};
+use outboard_attention::{DocumentId, Elements, Span};
 use outboard_trainer::{Exchange, ExchangeConfig, ModelConfig, PackedBatch};
 use outboard_worker::{
     Attended, CoreAttention, LayerCall, OutputGradient, PackedDocument, Qkv, QkvGradient, WorkerError,
@@ -56,6 +57,12 @@ fn rows(call: &LayerCall, mut visit: impl FnMut(Span, usize, usize, usize)) {
     }
 }
 
+/// A tensor's values, which must be of the call's element type.
+fn values<'a>(call: &LayerCall, elements: &'a Elements) -> Cow<'a, [f32]> {
+    assert_eq!(elements.dtype(), call.geometry.dtype());
+    elements.values()
+}
+
 fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
 }
@@ -65,19 +72,20 @@ impl CoreAttention for NaiveAttention {
         let g = call.geometry;
         let (heads, kv_heads, dim, scale) = (g.q_heads(), g.kv_heads(), g.head_dim(), f64::from(g.scale()));
         let (mut o, mut lse) = (vec![0.0; qkv.q.len()], vec![0.0; qkv.q.len() / dim]);
+        let [all_q, all_k, all_v] = [&qkv.q, &qkv.k, &qkv.v].map(|elements| values(call, elements));
         rows(call, |document, row, head, kv_head| {
-            let q = &qkv.q[(row * heads + head) * dim..][..dim];
+            let q = &all_q[(row * heads + head) * dim..][..dim];
             let kv_at = |key: usize| (key * kv_heads + kv_head) * dim;
             let keys = document.start()..row + 1;
             let scores: Vec<f64> =
-                keys.clone().map(|key| dot(q, &qkv.k[kv_at(key)..][..dim]) * scale).collect();
+                keys.clone().map(|key| dot(q, &all_k[kv_at(key)..][..dim]) * scale).collect();
             let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let log_sum = max + scores.iter().map(|s| (s - max).exp()).sum::<f64>().ln();
             lse[row * heads + head] = log_sum as f32;
             for d in 0..dim {
                 let parts = keys.clone().zip(&scores);
                 let sum: f64 =
-                    parts.map(|(key, s)| (s - log_sum).exp() * f64::from(qkv.v[kv_at(key) + d])).sum();
+                    parts.map(|(key, s)| (s - log_sum).exp() * f64::from(all_v[kv_at(key) + d])).sum();
                 o[(row * heads + head) * dim + d] = sum as f32;
             }
         });
@@ -94,13 +102,15 @@ impl CoreAttention for NaiveAttention {
         let (heads, kv_heads, dim, scale) = (g.q_heads(), g.kv_heads(), g.head_dim(), f64::from(g.scale()));
         let mut dq = vec![0.0_f64; qkv.q.len()];
         let (mut dk, mut dv) = (vec![0.0_f64; qkv.k.len()], vec![0.0_f64; qkv.v.len()]);
+        let [all_q, all_k, all_v, all_d_o] =
+            [&qkv.q, &qkv.k, &qkv.v, &grad.d_o].map(|elements| values(call, elements));
         rows(call, |document, row, head, kv_head| {
             let at = (row * heads + head) * dim;
-            let (q, d_o) = (&qkv.q[at..][..dim], &grad.d_o[at..][..dim]);
+            let (q, d_o) = (&all_q[at..][..dim], &all_d_o[at..][..dim]);
             let (lse, d) = (f64::from(grad.lse[row * heads + head]), f64::from(grad.d[row * heads + head]));
             for key in document.start()..row + 1 {
                 let kv_at = (key * kv_heads + kv_head) * dim;
-                let (k, v) = (&qkv.k[kv_at..][..dim], &qkv.v[kv_at..][..dim]);
+                let (k, v) = (&all_k[kv_at..][..dim], &all_v[kv_at..][..dim]);
                 let p = (dot(q, k) * scale - lse).exp();
                 let ds = p * (dot(d_o, v) - d) * scale;
                 for i in 0..dim {
