@@ -19,6 +19,7 @@ mod error;
 mod gpu;
 mod graph;
 mod kernel;
+mod measure;
 mod plan;
 #[allow(unsafe_code)]
 mod wave;
@@ -26,4 +27,5 @@ mod wave;
 pub use ahead::{AheadPlan, plan_ahead};
 pub use error::CudaError;
 pub use gpu::{DeviceInfo, devices};
-pub use kernel::{CudaConfig, CudaKernel, Finished, Measured};
+pub use kernel::{CudaConfig, CudaKernel, Finished};
+pub use measure::Measured;

@@ -1,18 +1,21 @@
 //! Where everything of a batch lies: operands as they come, sequences as cuDNN takes them, results. Pure.
 //!
-//! Each kv head of a task becomes one *slab* of rows `[rows, group, dim]` and one of keys `[keys, dim]`; a task that has
-//! reversed pieces has reversed slabs as well. Pieces of the head are sequences that point into its slabs, so rows and
-//! keys that several pieces read lie there once. Results of each piece lie apart, and are merged afterwards.
+//! Each kv head of a task becomes one *slab* of keys `[keys, dim]`, and forward one of rows `[rows, group, dim]`; a task
+//! that has reversed pieces has reversed slabs as well. Pieces of the head are sequences that point into its slabs, so
+//! what several pieces read lies there once. Backward, each piece has rows of its own, in whole tiles, since cuDNN writes
+//! scratch of whole tiles beside them. Results of each piece lie apart, and are merged afterwards.
 
 use outboard_attention::{Direction, HeadGeometry, Span, Task};
 
 use super::pieces::{Cut, Piece, Shape, pieces};
-use super::tables::{KeyHead, MadeUp, Move, PieceSpan, RowHead, RowMove, Tables};
+use super::tables::{KeyHead, MadeUp, Move, PieceSpan, RowHead, RowMove, SpanIndex, Tables};
 use crate::graph::{Bounds, CallGeometry};
 use crate::plan::MAX_SEQUENCES;
 
 /// Rows and keys that a kernel may read beyond the last: it loads whole tiles.
 const SLACK: usize = 256;
+/// Rows and keys of a tile. Backward, pieces do not share one.
+const TILE: usize = 128;
 /// Regions of the work memory start at multiples of this, in bytes.
 const REGION: usize = 256;
 /// Operands start at multiples of this, in bytes.
@@ -43,11 +46,15 @@ pub(crate) struct TaskOperands {
     pub(crate) d: Option<OperandPlace>,
 }
 
-/// Results of a task in the output, in f32 elements: O and LSE, or dQ, dK and dV.
+/// Results of a task in the output: O and LSE, or dQ, dK and dV.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct ResultPlace {
-    pub(crate) start: usize,
+    /// First bytes.
+    pub(crate) starts: [usize; 3],
+    /// Elements.
     pub(crate) lens: [usize; 3],
+    /// True when the first, O, is in the call's element type. All else is f32.
+    pub(crate) narrow: bool,
 }
 
 /// A piece of one kv head of one task, as a sequence of a call.
@@ -99,8 +106,7 @@ pub(crate) struct BatchLayout {
     pub(crate) operands: Vec<TaskOperands>,
     pub(crate) operand_bytes: usize,
     pub(crate) results: Vec<ResultPlace>,
-    /// f32 elements of all results.
-    pub(crate) result_len: usize,
+    pub(crate) result_bytes: usize,
     pub(crate) regions: Regions,
     pub(crate) work_bytes: usize,
     pub(crate) calls: Vec<Call>,
@@ -108,9 +114,9 @@ pub(crate) struct BatchLayout {
     row_moves: Vec<RowMove>,
     made_up: Vec<MadeUp>,
     row_heads: Vec<RowHead>,
-    row_pieces: Vec<PieceSpan>,
+    row_index: SpanIndex,
     key_heads: Vec<KeyHead>,
-    key_pieces: Vec<PieceSpan>,
+    key_index: SpanIndex,
 }
 
 /// Head dims that calls are padded to.
@@ -129,7 +135,28 @@ struct Head<'a> {
     pieces: Vec<Piece>,
 }
 
+/// Which head of which task.
+struct HeadOf<'a> {
+    index: usize,
+    number: usize,
+    laid: &'a LaidTask<'a>,
+}
+
+/// The heads of a task, in order, and their pieces.
+fn heads(cut: Cut, task: &Task) -> Vec<Head<'_>> {
+    let of_head = |head| task.mask().slices_of(head).flat_map(|slice| pieces(slice, cut)).collect();
+    let all = task.kv_heads().start()..task.kv_heads().end();
+    all.map(|head| Head { task, pieces: of_head(head) }).collect()
+}
+
 impl Head<'_> {
+    /// True when no row is in more than one piece.
+    fn has_single_rows(&self) -> bool {
+        let mut spans: Vec<Span> = self.pieces.iter().map(|piece| piece.q).collect();
+        spans.sort_by_key(|span| span.start());
+        spans.windows(2).all(|pair| pair[0].end() <= pair[1].start())
+    }
+
     fn has(&self, reversed: bool) -> bool {
         self.pieces.iter().any(|piece| piece.reversed == reversed)
     }
@@ -152,6 +179,10 @@ impl Slab {
         Slab { forward: take(head.has(false)), reversed: take(head.has(true)) }
     }
 
+    fn start(&self, reversed: bool) -> usize {
+        if reversed { self.reversed } else { self.forward }
+    }
+
     /// Where `part` of the positions `all` starts, in the order of the slab.
     fn place(&self, all: Span, part: Span, reversed: bool) -> usize {
         match reversed {
@@ -170,7 +201,7 @@ impl BatchLayout {
             operands: Vec::with_capacity(tasks.len()),
             operand_bytes: 0,
             results: Vec::with_capacity(tasks.len()),
-            result_len: 0,
+            result_bytes: 0,
             regions: Regions::default(),
             work_bytes: 0,
             calls: Vec::new(),
@@ -178,15 +209,16 @@ impl BatchLayout {
             row_moves: Vec::new(),
             made_up: Vec::new(),
             row_heads: Vec::new(),
-            row_pieces: Vec::new(),
+            row_index: SpanIndex::default(),
             key_heads: Vec::new(),
-            key_pieces: Vec::new(),
+            key_index: SpanIndex::default(),
         };
-        for laid in tasks {
+        let heads: Vec<Vec<Head<'_>>> = tasks.iter().map(|laid| heads(cut, laid.task)).collect();
+        for (laid, heads) in tasks.iter().zip(&heads) {
             layout.place_operands(laid);
-            layout.place_results(laid);
+            layout.place_results(laid, heads);
         }
-        layout.place_heads(cut, tasks);
+        layout.place_heads(tasks, &heads);
         layout
     }
 
@@ -214,113 +246,119 @@ impl BatchLayout {
         self.operands.push(operands);
     }
 
-    fn place_results(&mut self, laid: &LaidTask<'_>) {
+    fn place_results(&mut self, laid: &LaidTask<'_>, heads: &[Head<'_>]) {
         let shapes = laid.task.shapes(laid.geometry);
         let shapes = match self.direction {
             Direction::Forward => [shapes.o, shapes.row, [0; 3]],
             Direction::Backward => [shapes.q, shapes.k, shapes.v],
         };
         let lens = shapes.map(|shape| shape.iter().product::<usize>());
-        // Each result starts at a multiple of four elements, for the sake of wide stores.
-        let start = self.result_len;
-        self.result_len = start + lens.iter().map(|len| len.next_multiple_of(4)).sum::<usize>();
-        self.results.push(ResultPlace { start, lens });
+        let narrow = self.direction == Direction::Forward && heads.iter().all(Head::has_single_rows);
+        let sizes = [if narrow { self.geometry.dtype.bytes() } else { 4 }, 4, 4];
+        let mut starts = [0; 3];
+        for ((start, len), size) in starts.iter_mut().zip(lens).zip(sizes) {
+            *start = self.result_bytes.next_multiple_of(OPERAND);
+            self.result_bytes = *start + len * size;
+        }
+        self.results.push(ResultPlace { starts, lens, narrow });
     }
 
-    fn place_heads(&mut self, cut: Cut, tasks: &[LaidTask<'_>]) {
-        let CallGeometry { group, dim, .. } = self.geometry;
-        // What each head has, so that regions can be sized before they are pointed into.
-        let mut heads = Vec::new();
+    fn place_heads(&mut self, tasks: &[LaidTask<'_>], heads: &[Vec<Head<'_>>]) {
+        let forward = self.direction == Direction::Forward;
+        // Slabs first, so that regions can be sized before they are pointed into.
         let (mut rows, mut keys) = (0, 0);
-        for (index, laid) in tasks.iter().enumerate() {
-            for head in laid.task.kv_heads().start()..laid.task.kv_heads().end() {
-                let pieces = laid.task.mask().slices_of(head).flat_map(|slice| pieces(slice, cut)).collect();
-                let head = Head { task: laid.task, pieces };
-                let slabs = (
-                    Slab::take(&mut rows, laid.task.q().len(), &head),
-                    Slab::take(&mut keys, laid.task.kv().len(), &head),
-                );
-                heads.push((index, head, slabs));
-            }
+        let mut slabs = Vec::new();
+        for head in heads.iter().flatten() {
+            let row_slab =
+                if forward { Slab::take(&mut rows, head.task.q().len(), head) } else { Slab::default() };
+            slabs.push((row_slab, Slab::take(&mut keys, head.task.kv().len(), head)));
         }
-        let row_results: usize = heads.iter().flat_map(|(_, head, _)| &head.pieces).map(|p| p.q.len()).sum();
-        let key_results: usize = heads.iter().flat_map(|(_, head, _)| &head.pieces).map(|p| p.kv.len()).sum();
+        let all = || heads.iter().flatten().flat_map(|head| &head.pieces);
+        let row_results: usize = all().map(|piece| self.room(piece.q.len())).sum();
+        let key_results: usize = all().map(|piece| self.room(piece.kv.len())).sum();
+        let rows = if forward { rows } else { row_results };
         self.place_regions([rows, keys, row_results, key_results]);
 
         let (mut row_result, mut key_result) = (0, 0);
         let mut sequences: Vec<(Shape, Sequence)> = Vec::new();
-        let mut head_of_task = 0;
-        let mut previous = None;
-        for (index, head, (row_slab, key_slab)) in &heads {
-            head_of_task = if previous == Some(*index) { head_of_task + 1 } else { 0 };
-            previous = Some(*index);
-            let laid = &tasks[*index];
-            self.move_head(*index, laid, head_of_task, head, (*row_slab, *key_slab));
-            let (first_row_piece, first_key_piece) = (self.row_pieces.len(), self.key_pieces.len());
-            for piece in &head.pieces {
+        let mut slabs = slabs.into_iter();
+        for (index, (laid, heads)) in tasks.iter().zip(heads).enumerate() {
+            for (number, head) in heads.iter().enumerate() {
+                let (row_slab, key_slab) = slabs.next().unwrap_or_default();
+                let of = HeadOf { index, number, laid };
                 let (q, kv) = (head.task.q(), head.task.kv());
-                sequences.push((
-                    piece.shape,
-                    Sequence {
-                        rows: piece.q.len(),
-                        keys: piece.kv.len(),
-                        row: row_slab.place(q, piece.q, piece.reversed),
-                        key: key_slab.place(kv, piece.kv, piece.reversed),
-                        row_result,
-                        key_result,
-                    },
-                ));
-                let span = |all: Span, part: Span, place: usize| PieceSpan {
-                    place: place as i64,
-                    start: (part.start() - all.start()) as i32,
-                    end: (part.end() - all.start()) as i32,
-                    reversed: piece.reversed.into(),
-                    zero: 0,
-                };
-                self.row_pieces.push(span(q, piece.q, row_result));
-                row_result += piece.q.len();
-                if cut.direction == Direction::Backward {
-                    self.key_pieces.push(span(kv, piece.kv, key_result));
-                    key_result += piece.kv.len();
+                let (mut row_spans, mut key_spans) = (Vec::new(), Vec::new());
+                for reversed in [false, true].into_iter().filter(|reversed| head.has(*reversed)) {
+                    if forward {
+                        self.move_rows(&of, q, row_slab.start(reversed), reversed);
+                    }
+                    self.move_keys(&of, key_slab.start(reversed), reversed);
                 }
-            }
-            let ResultPlace { start, lens } = self.results[*index];
-            let starts = [start, start + lens[0].next_multiple_of(4)];
-            let pieces = head.pieces.len() as i32;
-            let row_dim = match cut.direction {
-                Direction::Forward => laid.geometry.v_head_dim(),
-                Direction::Backward => laid.geometry.head_dim(),
-            };
-            self.row_heads.push(RowHead {
-                values: starts[0] as i64,
-                lse: starts[1] as i64,
-                rows: head.task.q().len() as i32,
-                heads: (head.task.kv_heads().len() * group) as i32,
-                first_head: (head_of_task * group) as i32,
-                group: group as i32,
-                dim: row_dim as i32,
-                padded: dim as i32,
-                first_piece: first_row_piece as i32,
-                pieces,
-            });
-            if cut.direction == Direction::Backward {
-                self.key_heads.push(KeyHead {
-                    dk: starts[1] as i64,
-                    dv: (starts[1] + lens[1].next_multiple_of(4)) as i64,
-                    keys: head.task.kv().len() as i32,
-                    heads: head.task.kv_heads().len() as i32,
-                    head: head_of_task as i32,
-                    group: group as i32,
-                    dim: laid.geometry.head_dim() as i32,
-                    v_dim: laid.geometry.v_head_dim() as i32,
-                    padded: dim as i32,
-                    first_piece: first_key_piece as i32,
-                    pieces,
-                    zero: 0,
-                });
+                for piece in &head.pieces {
+                    let row = match forward {
+                        true => row_slab.place(q, piece.q, piece.reversed),
+                        false => row_result,
+                    };
+                    if !forward {
+                        self.move_rows(&of, piece.q, row, piece.reversed);
+                    }
+                    let key = key_slab.place(kv, piece.kv, piece.reversed);
+                    let (rows, keys) = (piece.q.len(), piece.kv.len());
+                    sequences.push((piece.shape, Sequence { rows, keys, row, key, row_result, key_result }));
+                    row_spans.push(span(q, piece.q, row_result, piece.reversed));
+                    key_spans.push(span(kv, piece.kv, key_result, piece.reversed));
+                    row_result += self.room(rows);
+                    key_result += self.room(keys);
+                }
+                self.push_heads(&of, [&row_spans, &key_spans]);
             }
         }
-        self.calls = calls(sequences);
+        self.calls = calls(self.direction, sequences);
+    }
+
+    /// Rows, or keys, that so many of a piece take.
+    fn room(&self, len: usize) -> usize {
+        match self.direction {
+            Direction::Forward => len,
+            Direction::Backward => len.next_multiple_of(TILE),
+        }
+    }
+
+    /// Says how the results of a head are merged.
+    fn push_heads(&mut self, of: &HeadOf<'_>, [row_spans, key_spans]: [&[PieceSpan]; 2]) {
+        let CallGeometry { group, dim: padded, dtype } = self.geometry;
+        let LaidTask { geometry, task } = *of.laid;
+        let ResultPlace { starts, narrow, .. } = self.results[of.index];
+        let forward = self.direction == Direction::Forward;
+        let heads = task.kv_heads().len();
+        let row_dim = if forward { geometry.v_head_dim() } else { geometry.head_dim() };
+        self.row_heads.push(RowHead {
+            values: (starts[0] / if narrow { dtype.bytes() } else { 4 }) as i64,
+            lse: (starts[1] / 4) as i64,
+            rows: task.q().len() as i32,
+            heads: (heads * group) as i32,
+            first_head: (of.number * group) as i32,
+            group: group as i32,
+            dim: row_dim as i32,
+            padded: padded as i32,
+            first_block: self.row_index.push(task.q().len(), row_spans),
+            narrow: narrow.into(),
+        });
+        if forward {
+            return;
+        }
+        self.key_heads.push(KeyHead {
+            dk: (starts[1] / 4) as i64,
+            dv: (starts[2] / 4) as i64,
+            keys: task.kv().len() as i32,
+            heads: heads as i32,
+            head: of.number as i32,
+            group: group as i32,
+            dim: geometry.head_dim() as i32,
+            v_dim: geometry.v_head_dim() as i32,
+            padded: padded as i32,
+            first_block: self.key_index.push(task.kv().len(), key_spans),
+        });
     }
 
     fn place_regions(&mut self, [rows, keys, row_results, key_results]: [usize; 4]) {
@@ -359,77 +397,95 @@ impl BatchLayout {
         self.work_bytes = next;
     }
 
-    /// Moves the operands of one head into its slabs.
-    fn move_head(
-        &mut self,
-        index: usize,
-        laid: &LaidTask<'_>,
-        head_of_task: usize,
-        head: &Head<'_>,
-        (row_slab, key_slab): (Slab, Slab),
-    ) {
+    /// Moves the rows at `positions` of one head to row `first` and those after it.
+    fn move_rows(&mut self, of: &HeadOf<'_>, positions: Span, first: usize, reversed: bool) {
         let CallGeometry { group, dim: padded, dtype } = self.geometry;
-        let shapes = laid.task.shapes(laid.geometry);
-        let operands = self.operands[index];
-        let regions = self.regions;
-        let size = dtype.bytes();
-        for reversed in [false, true] {
-            if !head.has(reversed) {
-                continue;
-            }
-            let start = |slab: Slab| if reversed { slab.reversed } else { slab.forward };
-            let (row, key) = (start(row_slab), start(key_slab));
-            let mut moved =
-                |place: Option<OperandPlace>, [rows, heads, dim]: [usize; 3], group, region, first| {
-                    if let Some(OperandPlace { start, .. }) = place {
-                        self.moves.push(Move {
-                            source: (start / size + head_of_task * group * dim) as i64,
-                            target: (region / size + first * group * padded) as i64,
-                            rows: rows as i32,
-                            stride: (heads * dim) as i32,
-                            group: group as i32,
-                            dim: dim as i32,
-                            padded: padded as i32,
-                            reversed: reversed.into(),
-                        });
-                    }
-                };
-            moved(operands.q, shapes.q, group, regions.q, row);
-            moved(operands.k, shapes.k, 1, regions.k, key);
-            moved(operands.v, shapes.v, 1, regions.v, key);
-            moved(operands.d_o, shapes.o, group, regions.d_o, row);
-            let [rows, heads, _] = shapes.row;
-            if let Some(OperandPlace { start, .. }) = operands.lse {
-                self.row_moves.push(RowMove {
-                    source: (start / 4 + head_of_task * group) as i64,
-                    target: (regions.lse / 4 + row * group) as i64,
-                    rows: rows as i32,
-                    stride: heads as i32,
-                    group: group as i32,
-                    reversed: reversed.into(),
-                });
-            }
-            if let Some(OperandPlace { start, .. }) = operands.d {
-                self.made_up.push(MadeUp {
-                    d: (start / 4 + head_of_task * group) as i64,
-                    d_o: (regions.d_o / size + row * group * padded) as i64,
-                    target: (regions.o / size + row * group * padded) as i64,
-                    rows: rows as i32,
-                    stride: heads as i32,
-                    group: group as i32,
-                    padded: padded as i32,
-                    reversed: reversed.into(),
-                    zero: 0,
-                });
-            }
+        let LaidTask { geometry, task } = *of.laid;
+        let shapes = task.shapes(geometry);
+        let operands = self.operands[of.index];
+        let (regions, size) = (self.regions, dtype.bytes());
+        let skipped = positions.start() - task.q().start();
+        let rows = positions.len() as i32;
+        for (place, [_, heads, dim], region) in
+            [(operands.q, shapes.q, regions.q), (operands.d_o, shapes.o, regions.d_o)]
+        {
+            let Some(OperandPlace { start, .. }) = place else { continue };
+            self.moves.push(Move {
+                source: (start / size + (skipped * heads + of.number * group) * dim) as i64,
+                target: (region / size + first * group * padded) as i64,
+                rows,
+                stride: (heads * dim) as i32,
+                group: group as i32,
+                dim: dim as i32,
+                padded: padded as i32,
+                reversed: reversed.into(),
+            });
+        }
+        let [_, heads, _] = shapes.row;
+        let source = |start: usize| (start / 4 + skipped * heads + of.number * group) as i64;
+        if let Some(OperandPlace { start, .. }) = operands.lse {
+            self.row_moves.push(RowMove {
+                source: source(start),
+                target: (regions.lse / 4 + first * group) as i64,
+                rows,
+                stride: heads as i32,
+                group: group as i32,
+                reversed: reversed.into(),
+            });
+        }
+        if let Some(OperandPlace { start, .. }) = operands.d {
+            self.made_up.push(MadeUp {
+                d: source(start),
+                d_o: (regions.d_o / size + first * group * padded) as i64,
+                target: (regions.o / size + first * group * padded) as i64,
+                rows,
+                stride: heads as i32,
+                group: group as i32,
+                padded: padded as i32,
+                reversed: reversed.into(),
+                zero: 0,
+            });
+        }
+    }
+
+    /// Moves all keys and values of one head to key `first` and those after it.
+    fn move_keys(&mut self, of: &HeadOf<'_>, first: usize, reversed: bool) {
+        let CallGeometry { dim: padded, dtype, .. } = self.geometry;
+        let shapes = of.laid.task.shapes(of.laid.geometry);
+        let operands = self.operands[of.index];
+        let (regions, size) = (self.regions, dtype.bytes());
+        for (place, [keys, heads, dim], region) in
+            [(operands.k, shapes.k, regions.k), (operands.v, shapes.v, regions.v)]
+        {
+            let Some(OperandPlace { start, .. }) = place else { continue };
+            self.moves.push(Move {
+                source: (start / size + of.number * dim) as i64,
+                target: (region / size + first * padded) as i64,
+                rows: keys as i32,
+                stride: (heads * dim) as i32,
+                group: 1,
+                dim: dim as i32,
+                padded: padded as i32,
+                reversed: reversed.into(),
+            });
         }
     }
 }
 
-/// Sequences by shape, those with the most keys first: each block of rows runs through all its keys, so whatever starts
-/// last should end soon.
-fn calls(mut sequences: Vec<(Shape, Sequence)>) -> Vec<Call> {
-    sequences.sort_by_key(|(shape, sequence)| (*shape, std::cmp::Reverse(sequence.keys)));
+/// A part of the positions `all` as the kernels know it.
+fn span(all: Span, part: Span, place: usize, reversed: bool) -> PieceSpan {
+    let from = |position: usize| (position - all.start()) as i32;
+    let (start, end) = (from(part.start()), from(part.end()));
+    PieceSpan { place: place as i64, start, end, reversed: reversed.into(), zero: 0 }
+}
+
+/// Sequences by shape. Forward, those with the most keys come first: each block of rows runs through all its keys, so
+/// whatever starts last should end soon. Backward, offsets ascend.
+fn calls(direction: Direction, mut sequences: Vec<(Shape, Sequence)>) -> Vec<Call> {
+    match direction {
+        Direction::Forward => sequences.sort_by_key(|(shape, s)| (*shape, std::cmp::Reverse(s.keys))),
+        Direction::Backward => sequences.sort_by_key(|(shape, _)| *shape),
+    }
     let of_shape = sequences.chunk_by(|(a, _), (b, _)| a == b);
     of_shape
         .flat_map(|of_shape| of_shape.chunks(MAX_SEQUENCES))
@@ -474,9 +530,11 @@ pub(crate) struct BatchTables {
     pub(crate) row_moves: MoveTable,
     pub(crate) made_up: MoveTable,
     pub(crate) row_heads: MoveTable,
-    pub(crate) row_pieces: usize,
+    /// Starts and spans of the index by row.
+    pub(crate) row_index: [usize; 2],
     pub(crate) key_heads: MoveTable,
-    pub(crate) key_pieces: usize,
+    /// The same by key.
+    pub(crate) key_index: [usize; 2],
 }
 
 impl BatchLayout {
@@ -503,8 +561,9 @@ impl BatchLayout {
         let made_up = table!(made_up, rows);
         let row_heads = table!(row_heads, rows);
         let key_heads = table!(key_heads, keys);
-        let (row_pieces, key_pieces) = (tables.push(&self.row_pieces), tables.push(&self.key_pieces));
-        BatchTables { tables, calls, moves, row_moves, made_up, row_heads, row_pieces, key_heads, key_pieces }
+        let mut index = |index: &SpanIndex| [tables.push(&index.starts), tables.push(&index.spans)];
+        let (row_index, key_index) = (index(&self.row_index), index(&self.key_index));
+        BatchTables { tables, calls, moves, row_moves, made_up, row_heads, row_index, key_heads, key_index }
     }
 
     /// Lengths and offsets of a call. Entries beyond its sequences have length zero, and the last offset again.

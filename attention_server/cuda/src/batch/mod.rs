@@ -1,5 +1,7 @@
 //! A batch of tasks as calls of cuDNN. Pure: nothing here touches a device.
 
+#[cfg(test)]
+mod emulation;
 mod layout;
 mod pieces;
 mod tables;
