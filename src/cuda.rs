@@ -18,9 +18,18 @@ pub(crate) struct CudaArgs {
     /// How backward sums: `ordered` gives equal bits in every run, where cuDNN can (9.25 and later); `fastest` does not.
     #[arg(long, value_name = "HOW", default_value = "ordered")]
     cuda_sums: Sums,
-    /// Device memory that one batch may take, in MiB.
-    #[arg(long, value_name = "MIB", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
-    cuda_batch_mib: u64,
+    /// Device memory that one batch may take, in MiB [default: a third of the device's, which is also the most].
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
+    cuda_batch_mib: Option<u64>,
+    /// How pinned host memory is made: `driver`, or `registered` from huge pages.
+    #[arg(long, value_name = "HOW", default_value = "driver")]
+    cuda_pinning: Pinning,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Pinning {
+    Driver,
+    Registered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,9 +60,13 @@ impl CudaArgs {
         outboard_cuda::CudaConfig {
             libraries: folders.unwrap_or_default(),
             plan_folder,
-            batch_bytes: usize::try_from(self.cuda_batch_mib << 20).unwrap_or(usize::MAX),
+            batch_bytes: self.cuda_batch_mib.map_or(usize::MAX, |mib| (mib as usize).saturating_mul(1 << 20)),
             deterministic: self.cuda_sums == Sums::Ordered,
             copy_threads: cores.clamp(1, 8),
+            pinning: match self.cuda_pinning {
+                Pinning::Driver => outboard_cuda::Pinning::Driver,
+                Pinning::Registered => outboard_cuda::Pinning::Registered,
+            },
             ..outboard_cuda::CudaConfig::new(device)
         }
     }

@@ -11,6 +11,7 @@ use outboard_attention::{AnyTensor, DType, Direction, HeadGeometry, MAX_HEAD_DIM
 
 use crate::batch::{BatchLayout, Cut, LaidTask, OperandPlace, TaskOperands, call_geometry};
 use crate::cudnn::{Cudnn, Handle, device_properties};
+use crate::gpu::memory::Pinning;
 use crate::gpu::{self, DeviceInfo, driver};
 use crate::graph::{CallGeometry, GraphKey};
 use crate::plan::{Background, PlanConfig, Plans, Target, device_kind};
@@ -35,14 +36,16 @@ pub struct CudaConfig {
     pub libraries: Vec<PathBuf>,
     /// Where execution plans are kept between runs. Without it they are built anew, which takes up to seconds each.
     pub plan_folder: Option<PathBuf>,
-    /// Bytes of device memory that one wave may take: operands, results, and what lies between. A batch is cut into as
-    /// many waves as it needs.
+    /// Bytes of device memory that one wave may take: operands, results, and what lies between; never more than a third of
+    /// the device's. A batch is cut into as many waves as it needs.
     pub batch_bytes: usize,
     /// Whether backward sums in a fixed order, where cuDNN can (9.25 and later). Otherwise it is faster, and the last bits
     /// of dQ differ from run to run.
     pub deterministic: bool,
     /// Threads that copy operands and results, at least one.
     pub copy_threads: usize,
+    /// How pinned memory is made.
+    pub pinning: Pinning,
 }
 
 impl CudaConfig {
@@ -52,9 +55,10 @@ impl CudaConfig {
             device,
             libraries: Vec::new(),
             plan_folder: None,
-            batch_bytes: 8 << 30,
+            batch_bytes: usize::MAX,
             deterministic: true,
             copy_threads: 4,
+            pinning: Pinning::default(),
         }
     }
 }
@@ -116,8 +120,9 @@ impl CudaKernel {
     ///
     /// # Errors
     /// [`CudaError`] when there is no usable device, driver or library; it says which, and what to install.
-    pub fn new(config: CudaConfig) -> Result<CudaKernel, CudaError> {
+    pub fn new(mut config: CudaConfig) -> Result<CudaKernel, CudaError> {
         let (context, info) = gpu::open(config.device)?;
+        config.batch_bytes = config.batch_bytes.min(info.memory_bytes / 3);
         let cudnn = Cudnn::load(&config.libraries)?;
         context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let handle = Handle::new(&cudnn)?;
@@ -129,7 +134,7 @@ impl CudaKernel {
         let plans = Arc::new(Plans::new(&cudnn, plan_config));
         let background = start_background(&plans, &cudnn, &context);
         let streams = Streams::new(&context, info.compute, handle)?;
-        let free = (0..LANES).map(|_| Lane::new(&context)).collect::<Result<_, _>>()?;
+        let free = (0..LANES).map(|_| Lane::new(&context, config.pinning)).collect::<Result<_, _>>()?;
         Ok(CudaKernel {
             version: cudnn.version(),
             config,

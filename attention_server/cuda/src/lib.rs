@@ -19,6 +19,7 @@ mod error;
 mod gpu;
 mod graph;
 mod kernel;
+#[allow(unsafe_code)]
 mod measure;
 mod plan;
 #[allow(unsafe_code)]
@@ -26,6 +27,7 @@ mod wave;
 
 pub use ahead::{AheadPlan, plan_ahead};
 pub use error::CudaError;
+pub use gpu::memory::Pinning;
 pub use gpu::{DeviceInfo, devices};
 pub use kernel::{CudaConfig, CudaKernel, Finished};
-pub use measure::Measured;
+pub use measure::{Measured, Transfers};

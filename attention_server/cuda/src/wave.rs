@@ -13,7 +13,7 @@ use crate::CudaError;
 use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape};
 use crate::cudnn::{self, Handle, Raw};
 use crate::gpu::driver;
-use crate::gpu::memory::{DeviceMemory, PinnedMemory, download, upload};
+use crate::gpu::memory::{DeviceMemory, PinnedMemory, Pinning, download, upload};
 use crate::gpu::movers::{Movers, Places};
 use crate::graph::Ids;
 use crate::plan::Plan;
@@ -24,6 +24,7 @@ const OPERANDS: usize = 256;
 /// Memory for what a wave brings in and takes out, and the events of its way.
 #[derive(Debug)]
 pub(crate) struct Lane {
+    started: CudaEvent,
     uploaded: CudaEvent,
     begun: CudaEvent,
     computed: CudaEvent,
@@ -79,19 +80,20 @@ impl Drop for Lane {
 }
 
 impl Lane {
-    pub(crate) fn new(context: &Arc<CudaContext>) -> Result<Lane, CudaError> {
+    pub(crate) fn new(context: &Arc<CudaContext>, pinning: Pinning) -> Result<Lane, CudaError> {
         // Whoever waits sleeps.
         let flags = Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC);
         let event = || context.new_event(flags).map_err(driver("cuEventCreate"));
         Ok(Lane {
+            started: event()?,
             uploaded: event()?,
             begun: event()?,
             computed: event()?,
             downloaded: event()?,
-            staging: PinnedMemory::new(context),
+            staging: PinnedMemory::new(context, pinning),
             input: DeviceMemory::new(context),
             output: DeviceMemory::new(context),
-            results: PinnedMemory::new(context),
+            results: PinnedMemory::new(context, pinning),
         })
     }
 
@@ -196,6 +198,7 @@ impl StagedWave {
         let wait =
             |stream: &CudaStream, event: &CudaEvent| stream.wait(event).map_err(driver("cuStreamWaitEvent"));
         let input = self.operands + self.layout.operand_bytes;
+        record(&self.lane.started, &streams.upload)?;
         // SAFETY: staging and input hold `input` bytes, and stay with the running wave.
         unsafe { upload(&streams.upload, &self.lane.staging, &self.lane.input, input)? };
         record(&self.lane.uploaded, &streams.upload)?;
@@ -304,6 +307,16 @@ impl RunningWave {
         let Lane { begun, computed, .. } = &self.staged.lane;
         let milliseconds = begun.elapsed_ms(computed).map_err(driver("cuEventElapsedTime"))?;
         Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    /// Seconds from the start of its upload to the ends of upload, kernels and download. After [`RunningWave::wait`].
+    pub(crate) fn way(&self) -> Result<[f64; 3], CudaError> {
+        let Lane { started, uploaded, computed, downloaded, .. } = &self.staged.lane;
+        let mut way = [0.0; 3];
+        for (seconds, event) in way.iter_mut().zip([uploaded, computed, downloaded]) {
+            *seconds = f64::from(started.elapsed_ms(event).map_err(driver("cuEventElapsedTime"))?) / 1e3;
+        }
+        Ok(way)
     }
 
     pub(crate) fn layout(&self) -> &BatchLayout {
