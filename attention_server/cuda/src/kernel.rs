@@ -248,6 +248,11 @@ impl CudaKernel {
             task.check_tensors(index)?;
             CudaKernel::supports(&task.geometry)?;
             let kind = kind(task);
+            // What comes in and goes out is soon counted; only then is the task laid out.
+            let moved = moved_bytes(&task.geometry, kind.0, task.task);
+            if moved > limit {
+                return Err(CudaError::TooLarge { index, needed: moved, limit });
+            }
             let needed = self.task_bytes(&task.geometry, kind.0, task.task);
             if needed > limit {
                 return Err(CudaError::TooLarge { index, needed, limit });
@@ -417,6 +422,17 @@ type Kind = (Direction, CallGeometry, u32);
 
 fn kind(task: &KernelTask<'_>) -> Kind {
     (task.operands.direction(), call_geometry(&task.geometry), task.geometry.scale().to_bits())
+}
+
+/// Bytes that a task takes at least: those of operands and results, all in 16 bits.
+fn moved_bytes(geometry: &HeadGeometry, direction: Direction, task: &Task) -> usize {
+    let shapes = task.shapes(geometry);
+    let elements = |shape: [usize; 3]| shape.iter().fold(1, |product: usize, n| product.saturating_mul(*n));
+    let all = match direction {
+        Direction::Forward => [shapes.q, shapes.k, shapes.v, shapes.o],
+        Direction::Backward => [shapes.q, shapes.k, shapes.v, shapes.q],
+    };
+    all.into_iter().map(elements).fold(0, usize::saturating_add).saturating_mul(2)
 }
 
 fn device_bytes(layout: &BatchLayout) -> usize {
