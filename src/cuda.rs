@@ -24,6 +24,9 @@ pub(crate) struct CudaArgs {
     /// How pinned host memory is made: `driver`, or `registered` from huge pages.
     #[arg(long, value_name = "HOW", default_value = "driver")]
     cuda_pinning: Pinning,
+    /// Move all tensors into an order of their own first, even where cuDNN could use them as they lie. Changes no bit.
+    #[arg(long)]
+    cuda_move_all: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -63,6 +66,7 @@ impl CudaArgs {
             batch_bytes: self.cuda_batch_mib.map_or(usize::MAX, |mib| (mib as usize).saturating_mul(1 << 20)),
             deterministic: self.cuda_sums == Sums::Ordered,
             copy_threads: cores.clamp(1, 8),
+            in_place: !self.cuda_move_all,
             pinning: match self.cuda_pinning {
                 Pinning::Driver => outboard_cuda::Pinning::Driver,
                 Pinning::Registered => outboard_cuda::Pinning::Registered,

@@ -46,6 +46,9 @@ pub struct CudaConfig {
     pub copy_threads: usize,
     /// How pinned memory is made.
     pub pinning: Pinning,
+    /// Whether cuDNN reads and writes tensors where they lie, where it can. Otherwise all are moved into an order of its
+    /// own first. It changes no bit.
+    pub in_place: bool,
 }
 
 impl CudaConfig {
@@ -59,6 +62,7 @@ impl CudaConfig {
             deterministic: true,
             copy_threads: 4,
             pinning: Pinning::default(),
+            in_place: true,
         }
     }
 }
@@ -184,7 +188,7 @@ impl CudaKernel {
     }
 
     fn cut(&self, direction: Direction) -> Cut {
-        Cut { direction, ordered: self.is_deterministic() }
+        Cut { direction, ordered: self.is_deterministic(), in_place: self.config.in_place }
     }
 
     /// Whether tasks of this geometry are computed.
@@ -319,6 +323,7 @@ impl CudaKernel {
         let layout = BatchLayout::new(self.cut(direction), geometry, &laid);
         let mut plans = Vec::with_capacity(layout.calls.len());
         for call in &layout.calls {
+            let geometry = call.geometry(geometry);
             let key = GraphKey { direction, shape: call.shape, geometry, bounds: call.bounds() };
             match self.plans.get(key, Target::Device(&self.streams.handle)) {
                 Ok((plan, wanted)) => {
@@ -436,7 +441,7 @@ fn moved_bytes(geometry: &HeadGeometry, direction: Direction, task: &Task) -> us
 }
 
 fn device_bytes(layout: &BatchLayout) -> usize {
-    let moved = layout.operand_bytes + layout.result_bytes;
+    let moved = layout.operand_bytes + layout.operand_slack + layout.result_bytes;
     // Operands and results have a lane each, of which there are several.
     layout.work_bytes + LANES * moved
 }

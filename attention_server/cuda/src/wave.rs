@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 use outboard_attention::{DType, Direction};
 
 use crate::CudaError;
-use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape};
+use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape, Tensors};
 use crate::cudnn::{self, Handle, Raw};
 use crate::gpu::driver;
 use crate::gpu::memory::{DeviceMemory, PinnedMemory, Pinning, download, upload};
@@ -151,7 +151,7 @@ impl StagedWave {
         let reserved = lane
             .staging
             .reserve(input)
-            .and_then(|()| lane.input.reserve(input))
+            .and_then(|()| lane.input.reserve(input + layout.operand_slack))
             .and_then(|()| lane.output.reserve(output))
             .and_then(|()| lane.results.reserve(output));
         if let Err(error) = reserved {
@@ -253,16 +253,23 @@ impl StagedWave {
         let (hidden, one) = (f32::NEG_INFINITY, 1.0f32);
         let scalar = |value: &f32| std::ptr::from_ref(value).cast_mut().cast::<std::ffi::c_void>();
         let regions = &self.layout.regions;
+        let forward = self.layout.direction == Direction::Forward;
+        let in_place = call.tensors != Tensors::Slabs;
+        let place = |in_place: bool, memory: sys::CUdeviceptr, region: usize| match in_place {
+            true => at(memory, 0),
+            false => work(region),
+        };
         let mut tensors = vec![
-            (Ids::Q, work(regions.q)),
-            (Ids::K, work(regions.k)),
-            (Ids::V, work(regions.v)),
-            (Ids::O, work(regions.o)),
-            (Ids::LSE, work(regions.lse)),
+            (Ids::Q, place(in_place && forward, places.tensors, regions.q)),
+            (Ids::K, place(in_place, places.tensors, regions.k)),
+            (Ids::V, place(in_place, places.tensors, regions.v)),
+            (Ids::O, place(in_place && forward, places.output, regions.o)),
+            (Ids::LSE, place(in_place && forward, places.output, regions.lse)),
             (Ids::ROWS, table(tables.rows)),
             (Ids::KEYS, table(tables.keys)),
             (Ids::Q_OFFSETS, table(tables.q_offsets)),
-            (Ids::KV_OFFSETS, table(tables.kv_offsets)),
+            (Ids::K_OFFSETS, table(tables.k_offsets)),
+            (Ids::V_OFFSETS, table(tables.v_offsets)),
             (Ids::ROW_OFFSETS, table(tables.row_offsets)),
             (Ids::LSE_OFFSETS, table(tables.lse_offsets)),
             (Ids::SCALE, scalar(&self.scale)),

@@ -111,14 +111,25 @@ impl Emulated<'_> {
         let capacity = call.sequences.len() + SPARE;
         let bytes = self.tables.tables.bytes();
         let [rows, keys] = [tables.rows, tables.keys].map(|start| read::<i32>(bytes, start, capacity));
-        let offsets =
-            [tables.q_offsets, tables.kv_offsets, tables.row_offsets, tables.lse_offsets, tables.key_offsets];
+        let offsets = [
+            tables.q_offsets,
+            tables.k_offsets,
+            tables.v_offsets,
+            tables.row_offsets,
+            tables.lse_offsets,
+            tables.key_offsets,
+        ];
         let offsets = offsets.map(|start| read::<i64>(bytes, start, capacity + 1));
         assert!(rows[call.sequences.len()..].iter().chain(&keys[call.sequences.len()..]).all(|n| *n == 0));
+        let heads = match call.tensors {
+            Tensors::Slabs => None,
+            Tensors::InPlace(heads) => Some(heads),
+        };
         let sequences = |b: usize| Lengths {
             rows: rows[b] as usize,
             keys: keys[b] as usize,
             at: std::array::from_fn(|i| offsets[i][b] as usize),
+            heads,
         };
         match self.layout.direction {
             Direction::Forward => (0..capacity).for_each(|b| self.forward(call.shape, &sequences(b))),
@@ -130,30 +141,63 @@ impl Emulated<'_> {
         }
     }
 
+    /// Element `e` of query head `g` of a row of Q.
+    fn q(&self, s: &Lengths, row: usize, g: usize, e: usize) -> f64 {
+        let CallGeometry { group, dim, .. } = self.layout.geometry;
+        match (self.layout.direction, s.heads) {
+            (Direction::Forward, Some(heads)) => {
+                self.tensors.wide(0, s.at[0] + (row * heads * group + g) * dim + e)
+            }
+            _ => self.work.wide(self.layout.regions.q, s.at[0] + (row * group + g) * dim + e),
+        }
+    }
+
+    /// Element `e` of a key, or of a value.
+    fn kv(&self, s: &Lengths, value: bool, key: usize, e: usize) -> f64 {
+        let CallGeometry { dim, .. } = self.layout.geometry;
+        let regions = &self.layout.regions;
+        let (at, region) = if value { (s.at[2], regions.v) } else { (s.at[1], regions.k) };
+        match s.heads {
+            Some(heads) => self.tensors.wide(0, at + key * heads * dim + e),
+            None => self.work.wide(region, at + key * dim + e),
+        }
+    }
+
     /// Scores of a row that count.
     fn scores(&self, shape: Shape, s: &Lengths, row: usize, g: usize) -> Vec<f64> {
-        let CallGeometry { group, dim, .. } = self.layout.geometry;
-        let regions = &self.layout.regions;
+        let CallGeometry { dim, .. } = self.layout.geometry;
         let seen = if shape == Shape::Full { s.keys } else { s.keys - (s.rows - 1 - row) };
-        let q = |e: usize| self.work.wide(regions.q, s.at[0] + (row * group + g) * dim + e);
-        let k = |key: usize, e: usize| self.work.wide(regions.k, s.at[1] + key * dim + e);
-        (0..seen).map(|key| self.scale * (0..dim).map(|e| q(e) * k(key, e)).sum::<f64>()).collect()
+        let score =
+            |key: usize| (0..dim).map(|e| self.q(s, row, g, e) * self.kv(s, false, key, e)).sum::<f64>();
+        (0..seen).map(|key| self.scale * score(key)).collect()
     }
 
     fn forward(&mut self, shape: Shape, s: &Lengths) {
         let CallGeometry { group, dim, .. } = self.layout.geometry;
         let regions = self.layout.regions;
+        let of_rows = s.heads.unwrap_or(1) * group;
         for row in 0..s.rows {
             for g in 0..group {
                 let scores = self.scores(shape, s, row, g);
                 let max = scores.iter().copied().fold(f64::MIN, f64::max);
                 let lse = max + scores.iter().map(|x| (x - max).exp()).sum::<f64>().ln();
+                let at = s.at[3] + (row * of_rows + g) * dim;
                 for e in 0..dim {
-                    let v = |key: usize| self.work.wide(regions.v, s.at[1] + key * dim + e);
-                    let o = scores.iter().enumerate().map(|(key, x)| (x - lse).exp() * v(key)).sum();
-                    self.work.narrow(regions.o, s.at[2] + (row * group + g) * dim + e, o);
+                    let o = scores
+                        .iter()
+                        .enumerate()
+                        .map(|(key, x)| (x - lse).exp() * self.kv(s, true, key, e))
+                        .sum();
+                    match s.heads {
+                        Some(_) => self.output.narrow(0, at + e, o),
+                        None => self.work.narrow(regions.o, at + e, o),
+                    }
                 }
-                self.work.set(regions.lse / 4 + s.at[3] + row * group + g, lse as f32);
+                let at = s.at[4] + row * of_rows + g;
+                match s.heads {
+                    Some(_) => self.output.set(at, lse as f32),
+                    None => self.work.set(regions.lse / 4 + at, lse as f32),
+                }
             }
         }
     }
@@ -170,7 +214,7 @@ impl Emulated<'_> {
                         |e: usize| self.work.wide(regions.d_o, at + e) * self.work.wide(regions.o, at + e);
                     sum = (0..dim).map(product).sum();
                 }
-                self.work.set(regions.d / 4 + s.at[3] + row * group + g, sum as f32);
+                self.work.set(regions.d / 4 + s.at[4] + row * group + g, sum as f32);
             }
         }
     }
@@ -182,29 +226,28 @@ impl Emulated<'_> {
             let (mut dk, mut dv) = (vec![0.0; s.keys * dim], vec![0.0; s.keys * dim]);
             for row in 0..s.rows {
                 let at = s.at[0] + (row * group + g) * dim;
-                let lse: f32 = self.work.get(regions.lse / 4 + s.at[3] + row * group + g);
-                let d: f32 = self.work.get(regions.d / 4 + s.at[3] + row * group + g);
+                let lse: f32 = self.work.get(regions.lse / 4 + s.at[4] + row * group + g);
+                let d: f32 = self.work.get(regions.d / 4 + s.at[4] + row * group + g);
                 let mut dq = vec![0.0; dim];
                 for (key, score) in self.scores(shape, s, row, g).into_iter().enumerate() {
                     let p = (score - f64::from(lse)).exp();
-                    let v = |e: usize| self.work.wide(regions.v, s.at[1] + key * dim + e);
                     let d_o = |e: usize| self.work.wide(regions.d_o, at + e);
-                    let dp: f64 = (0..dim).map(|e| d_o(e) * v(e)).sum();
+                    let dp: f64 = (0..dim).map(|e| d_o(e) * self.kv(s, true, key, e)).sum();
                     let ds = p * (dp - f64::from(d)) * self.scale;
                     for e in 0..dim {
-                        dq[e] += ds * self.work.wide(regions.k, s.at[1] + key * dim + e);
-                        dk[key * dim + e] += ds * self.work.wide(regions.q, at + e);
+                        dq[e] += ds * self.kv(s, false, key, e);
+                        dk[key * dim + e] += ds * self.q(s, row, g, e);
                         dv[key * dim + e] += p * d_o(e);
                     }
                 }
                 for (e, x) in dq.into_iter().enumerate() {
-                    self.work.narrow(regions.dq, s.at[2] + (row * group + g) * dim + e, x);
+                    self.work.narrow(regions.dq, s.at[3] + (row * group + g) * dim + e, x);
                 }
             }
             for key in 0..s.keys {
                 for e in 0..dim {
                     // cuDNN multiplies these offsets by the group.
-                    let at = s.at[4] * group + (key * group + g) * dim + e;
+                    let at = s.at[5] * group + (key * group + g) * dim + e;
                     self.work.narrow(regions.dk, at, dk[key * dim + e]);
                     self.work.narrow(regions.dv, at, dv[key * dim + e]);
                 }
@@ -297,14 +340,17 @@ fn made_up(d_o: &[f64], d: f64) -> Vec<bf16> {
     made
 }
 
-/// A sequence as cuDNN sees it. Offsets are those of Q, K, rows, LSE and keys.
+/// A sequence as cuDNN sees it. Offsets are those of Q, K, V, results by row, LSE, and results by key.
 struct Lengths {
     rows: usize,
     keys: usize,
-    at: [usize; 5],
+    at: [usize; 6],
+    /// kv heads of a token, where tensors are used in place.
+    heads: Option<usize>,
 }
 
-fn check(cut: Cut, cases: &[Case]) {
+/// Checks a batch, and says how many of its sequences were in place.
+fn check(cut: Cut, cases: &[Case]) -> usize {
     let geometry = call_geometry(&cases[0].geometry);
     let tasks: Vec<LaidTask<'_>> =
         cases.iter().map(|case| LaidTask { geometry: &case.geometry, task: &case.task }).collect();
@@ -349,13 +395,20 @@ fn check(cut: Cut, cases: &[Case]) {
             check_close(&format!("result {i} of {cut:?} {:?}", case.task), &actual, expected, 1e-2);
         }
     }
+    let in_place = layout.calls.iter().filter(|call| call.tensors != Tensors::Slabs);
+    in_place.map(|call| call.sequences.len()).sum()
 }
 
 #[test]
 fn batches_of_random_tasks_are_computed_by_their_tables() {
     let mut random = Random(31);
+    let mut in_place_sequences = 0;
     for _ in 0..25 {
-        let first = random_geometry(&mut random).shape();
+        let mut first = random_geometry(&mut random).shape();
+        // Half of them can be used in place.
+        if random.below(2) == 0 {
+            (first.head_dim, first.v_head_dim) = (64, 64);
+        }
         let group = random.pick(&[1, 2, 4]);
         let cases: Vec<Case> = (0..random.within(1..=4))
             .map(|_| {
@@ -376,9 +429,12 @@ fn batches_of_random_tasks_are_computed_by_their_tables() {
         for (direction, ordered) in
             [(Direction::Forward, false), (Direction::Backward, false), (Direction::Backward, true)]
         {
-            check(Cut { direction, ordered }, &cases);
+            for in_place in [false, true] {
+                in_place_sequences += check(Cut { direction, ordered, in_place }, &cases);
+            }
         }
     }
+    assert!(in_place_sequences > 50, "{in_place_sequences}");
 }
 
 #[test]
@@ -396,7 +452,7 @@ fn long_tasks_are_computed_by_their_tables() {
     let geometry = shape.try_into().unwrap();
     let cases = vec![Case::new(&mut random, geometry, common::causal_task(2300, 1), 1.0)];
     for ordered in [false, true] {
-        check(Cut { direction: Direction::Backward, ordered }, &cases);
+        check(Cut { direction: Direction::Backward, ordered, in_place: false }, &cases);
     }
 }
 
@@ -415,13 +471,13 @@ fn offsets_are_64_bit() {
     let geometry = geometry.try_into().unwrap();
     let task = common::causal_task(600_000, 1);
     let layout = BatchLayout::new(
-        Cut { direction: Direction::Forward, ordered: false },
+        Cut { direction: Direction::Forward, ordered: false, in_place: false },
         call_geometry(&geometry),
         &[LaidTask { geometry: &geometry, task: &task }],
     );
     let tables = layout.tables(&[layout.calls[0].sequences.len()]);
     let offsets: Vec<i64> =
         read(tables.tables.bytes(), tables.calls[0].q_offsets, layout.calls[0].sequences.len() + 1);
-    let last = layout.calls[0].sequences.iter().map(|s| s.row as i64 * 32 * 128).max().unwrap();
+    let last = layout.calls[0].sequences.iter().map(|s| s.q as i64).max().unwrap();
     assert!(last > i64::from(i32::MAX) && offsets.contains(&last));
 }

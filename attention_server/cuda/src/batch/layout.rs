@@ -2,7 +2,8 @@
 //!
 //! Each kv head of a task becomes one *slab* of keys `[keys, dim]`, and forward one of rows `[rows, group, dim]`; a task
 //! that has reversed pieces has reversed slabs as well. Pieces of the head are sequences that point into its slabs, so
-//! what several pieces read lies there once. Backward, each piece has rows of its own, in whole tiles, since cuDNN writes
+//! what several pieces read lies there once. Tensors of tasks that allow it are used in place instead: K and V, and forward
+//! Q, O and LSE. Backward, each piece has rows of its own, in whole tiles, since cuDNN writes
 //! scratch of whole tiles beside them. Results of each piece lie apart, and are merged afterwards.
 
 use outboard_attention::{Direction, HeadGeometry, Span, Task};
@@ -57,25 +58,37 @@ pub(crate) struct ResultPlace {
     pub(crate) narrow: bool,
 }
 
-/// A piece of one kv head of one task, as a sequence of a call.
+/// A piece of one kv head of one task, as a sequence of a call. Offsets count elements: from the memory's start for
+/// tensors that are used in place, from the region's otherwise.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Sequence {
     pub(crate) rows: usize,
     pub(crate) keys: usize,
-    /// First row among the slabs of rows.
-    pub(crate) row: usize,
-    /// First key among the slabs of keys.
-    pub(crate) key: usize,
-    /// First row among the results by row.
+    /// In Q, and backward in dO and O.
+    pub(crate) q: usize,
+    pub(crate) k: usize,
+    pub(crate) v: usize,
+    /// In O forward, in dQ backward.
     pub(crate) row_result: usize,
-    /// First key among the results by key.
+    pub(crate) lse: usize,
+    /// In dK and dV, divided by the group.
     pub(crate) key_result: usize,
+}
+
+/// Where the tensors of a call lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Tensors {
+    /// In slabs.
+    Slabs,
+    /// K and V, and forward Q, O and LSE, in place: among the operands and results, with so many kv heads in each token.
+    InPlace(usize),
 }
 
 /// Sequences of one shape.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Call {
     pub(crate) shape: Shape,
+    pub(crate) tensors: Tensors,
     pub(crate) sequences: Vec<Sequence>,
 }
 
@@ -105,6 +118,8 @@ pub(crate) struct BatchLayout {
     pub(crate) geometry: CallGeometry,
     pub(crate) operands: Vec<TaskOperands>,
     pub(crate) operand_bytes: usize,
+    /// Bytes after the operands that a kernel may read.
+    pub(crate) operand_slack: usize,
     pub(crate) results: Vec<ResultPlace>,
     pub(crate) result_bytes: usize,
     pub(crate) regions: Regions,
@@ -126,7 +141,7 @@ const DIMS: [usize; 4] = [64, 128, 192, 256];
 pub(crate) fn call_geometry(geometry: &HeadGeometry) -> CallGeometry {
     let largest = geometry.head_dim().max(geometry.v_head_dim());
     let dim = DIMS.into_iter().find(|dim| *dim >= largest).unwrap_or(largest.next_multiple_of(64));
-    CallGeometry { dtype: geometry.dtype(), group: geometry.group(), dim }
+    CallGeometry { dtype: geometry.dtype(), group: geometry.group(), dim, heads: 1 }
 }
 
 /// One head of one task, while it is laid out.
@@ -147,6 +162,23 @@ fn heads(cut: Cut, task: &Task) -> Vec<Head<'_>> {
     let of_head = |head| task.mask().slices_of(head).flat_map(|slice| pieces(slice, cut)).collect();
     let all = task.kv_heads().start()..task.kv_heads().end();
     all.map(|head| Head { task, pieces: of_head(head) }).collect()
+}
+
+/// Whether the tensors of a task can be used in place: cuDNN then reads the heads of each token where they lie, and forward
+/// writes O and LSE where they belong. Depends on the task alone.
+fn fits_in_place(cut: Cut, laid: &LaidTask<'_>, heads: &[Head<'_>]) -> bool {
+    let LaidTask { geometry, task } = laid;
+    let dims = [geometry.head_dim(), geometry.v_head_dim()];
+    // Parts of the heads go through slabs: otherwise each number of heads would need plans of its own.
+    let whole = task.kv_heads().len() == geometry.kv_heads();
+    let straight = heads.iter().all(|head| !head.has(true));
+    let rows_once = |head: &Head<'_>| {
+        head.has_single_rows() && head.pieces.iter().map(|p| p.q.len()).sum::<usize>() == task.q().len()
+    };
+    dims == [call_geometry(geometry).dim; 2]
+        && whole
+        && straight
+        && (cut.direction == Direction::Backward || heads.iter().all(rows_once))
 }
 
 impl Head<'_> {
@@ -200,6 +232,7 @@ impl BatchLayout {
             geometry,
             operands: Vec::with_capacity(tasks.len()),
             operand_bytes: 0,
+            operand_slack: 0,
             results: Vec::with_capacity(tasks.len()),
             result_bytes: 0,
             regions: Regions::default(),
@@ -214,11 +247,16 @@ impl BatchLayout {
             key_index: SpanIndex::default(),
         };
         let heads: Vec<Vec<Head<'_>>> = tasks.iter().map(|laid| heads(cut, laid.task)).collect();
+        let in_place: Vec<bool> = tasks
+            .iter()
+            .zip(&heads)
+            .map(|(laid, heads)| cut.in_place && fits_in_place(cut, laid, heads))
+            .collect();
         for (laid, heads) in tasks.iter().zip(&heads) {
             layout.place_operands(laid);
             layout.place_results(laid, heads);
         }
-        layout.place_heads(tasks, &heads);
+        layout.place_heads(tasks, &heads, &in_place);
         layout
     }
 
@@ -243,6 +281,9 @@ impl BatchLayout {
             operands.lse = place(shapes.row, 4);
             operands.d = place(shapes.row, 4);
         }
+        let token = |[_, heads, dim]: [usize; 3]| heads * dim * size;
+        let widest = [shapes.q, shapes.k, shapes.v].map(token).into_iter().max().unwrap_or(0);
+        self.operand_slack = self.operand_slack.max(SLACK * widest);
         self.operands.push(operands);
     }
 
@@ -263,57 +304,105 @@ impl BatchLayout {
         self.results.push(ResultPlace { starts, lens, narrow });
     }
 
-    fn place_heads(&mut self, tasks: &[LaidTask<'_>], heads: &[Vec<Head<'_>>]) {
+    fn place_heads(&mut self, tasks: &[LaidTask<'_>], heads: &[Vec<Head<'_>>], in_place: &[bool]) {
         let forward = self.direction == Direction::Forward;
         // Slabs first, so that regions can be sized before they are pointed into.
-        let (mut rows, mut keys) = (0, 0);
+        let (mut rows, mut keys, mut row_results, mut key_results) = (0, 0, 0, 0);
         let mut slabs = Vec::new();
-        for head in heads.iter().flatten() {
-            let row_slab =
-                if forward { Slab::take(&mut rows, head.task.q().len(), head) } else { Slab::default() };
-            slabs.push((row_slab, Slab::take(&mut keys, head.task.kv().len(), head)));
+        for (heads, in_place) in heads.iter().zip(in_place) {
+            for head in heads {
+                let slab = |next: &mut usize, len: usize, wanted: bool| match wanted {
+                    true => Slab::take(next, len, head),
+                    false => Slab::default(),
+                };
+                let row_slab = slab(&mut rows, head.task.q().len(), forward && !in_place);
+                slabs.push((row_slab, slab(&mut keys, head.task.kv().len(), !in_place)));
+                for piece in &head.pieces {
+                    row_results += if forward && *in_place { 0 } else { self.room(piece.q.len()) };
+                    key_results += if forward { 0 } else { self.room(piece.kv.len()) };
+                }
+            }
         }
-        let all = || heads.iter().flatten().flat_map(|head| &head.pieces);
-        let row_results: usize = all().map(|piece| self.room(piece.q.len())).sum();
-        let key_results: usize = all().map(|piece| self.room(piece.kv.len())).sum();
         let rows = if forward { rows } else { row_results };
         self.place_regions([rows, keys, row_results, key_results]);
 
+        let CallGeometry { group, dim, .. } = self.geometry;
         let (mut row_result, mut key_result) = (0, 0);
-        let mut sequences: Vec<(Shape, Sequence)> = Vec::new();
+        let mut sequences: Vec<((Shape, Tensors), Sequence)> = Vec::new();
         let mut slabs = slabs.into_iter();
-        for (index, (laid, heads)) in tasks.iter().zip(heads).enumerate() {
+        for (index, ((laid, heads), &in_place)) in tasks.iter().zip(heads).zip(in_place).enumerate() {
+            let kv_heads = laid.task.kv_heads().len();
+            let tensors = if in_place { Tensors::InPlace(kv_heads) } else { Tensors::Slabs };
             for (number, head) in heads.iter().enumerate() {
                 let (row_slab, key_slab) = slabs.next().unwrap_or_default();
                 let of = HeadOf { index, number, laid };
                 let (q, kv) = (head.task.q(), head.task.kv());
                 let (mut row_spans, mut key_spans) = (Vec::new(), Vec::new());
-                for reversed in [false, true].into_iter().filter(|reversed| head.has(*reversed)) {
+                for reversed in [false, true].into_iter().filter(|reversed| !in_place && head.has(*reversed))
+                {
                     if forward {
                         self.move_rows(&of, q, row_slab.start(reversed), reversed);
                     }
                     self.move_keys(&of, key_slab.start(reversed), reversed);
                 }
                 for piece in &head.pieces {
+                    let (rows, keys) = (piece.q.len(), piece.kv.len());
                     let row = match forward {
                         true => row_slab.place(q, piece.q, piece.reversed),
                         false => row_result,
                     };
+                    let key = key_slab.place(kv, piece.kv, piece.reversed);
+                    let mut sequence = Sequence {
+                        rows,
+                        keys,
+                        q: row * group * dim,
+                        k: key * dim,
+                        v: key * dim,
+                        row_result: row_result * group * dim,
+                        lse: if forward { row_result } else { row } * group,
+                        key_result: key_result * dim,
+                    };
+                    if in_place {
+                        self.point_into_tensors(&of, piece, &mut sequence);
+                    }
                     if !forward {
                         self.move_rows(&of, piece.q, row, piece.reversed);
                     }
-                    let key = key_slab.place(kv, piece.kv, piece.reversed);
-                    let (rows, keys) = (piece.q.len(), piece.kv.len());
-                    sequences.push((piece.shape, Sequence { rows, keys, row, key, row_result, key_result }));
-                    row_spans.push(span(q, piece.q, row_result, piece.reversed));
-                    key_spans.push(span(kv, piece.kv, key_result, piece.reversed));
-                    row_result += self.room(rows);
-                    key_result += self.room(keys);
+                    sequences.push(((piece.shape, tensors), sequence));
+                    if !(forward && in_place) {
+                        row_spans.push(span(q, piece.q, row_result, piece.reversed));
+                        row_result += self.room(rows);
+                    }
+                    if !forward {
+                        key_spans.push(span(kv, piece.kv, key_result, piece.reversed));
+                        key_result += self.room(keys);
+                    }
                 }
-                self.push_heads(&of, [&row_spans, &key_spans]);
+                if !(forward && in_place) {
+                    self.push_heads(&of, [&row_spans, &key_spans]);
+                }
             }
         }
         self.calls = calls(self.direction, sequences);
+    }
+
+    /// Lets a sequence point into the task's own tensors.
+    fn point_into_tensors(&self, of: &HeadOf<'_>, piece: &Piece, sequence: &mut Sequence) {
+        let CallGeometry { group, dim, dtype, .. } = self.geometry;
+        let (operands, size) = (self.operands[of.index], dtype.bytes());
+        let heads = of.laid.task.kv_heads().len();
+        let key = piece.kv.start() - of.laid.task.kv().start();
+        let row = piece.q.start() - of.laid.task.q().start();
+        let at = |start: usize, token: usize, width: usize| start + (token * heads + of.number) * width;
+        let place = |place: Option<OperandPlace>| place.map_or(0, |place| place.start / size);
+        sequence.k = at(place(operands.k), key, dim);
+        sequence.v = at(place(operands.v), key, dim);
+        if self.direction == Direction::Forward {
+            let ResultPlace { starts, .. } = self.results[of.index];
+            sequence.q = at(place(operands.q), row, group * dim);
+            sequence.row_result = at(starts[0] / size, row, group * dim);
+            sequence.lse = at(starts[1] / 4, row, group);
+        }
     }
 
     /// Rows, or keys, that so many of a piece take.
@@ -326,7 +415,7 @@ impl BatchLayout {
 
     /// Says how the results of a head are merged.
     fn push_heads(&mut self, of: &HeadOf<'_>, [row_spans, key_spans]: [&[PieceSpan]; 2]) {
-        let CallGeometry { group, dim: padded, dtype } = self.geometry;
+        let CallGeometry { group, dim: padded, dtype, .. } = self.geometry;
         let LaidTask { geometry, task } = *of.laid;
         let ResultPlace { starts, narrow, .. } = self.results[of.index];
         let forward = self.direction == Direction::Forward;
@@ -362,7 +451,7 @@ impl BatchLayout {
     }
 
     fn place_regions(&mut self, [rows, keys, row_results, key_results]: [usize; 4]) {
-        let CallGeometry { group, dim, dtype } = self.geometry;
+        let CallGeometry { group, dim, dtype, .. } = self.geometry;
         let mut next = 0;
         let mut take = |tokens: usize, heads: usize, dim: usize, size: usize| {
             let start = next;
@@ -399,7 +488,7 @@ impl BatchLayout {
 
     /// Moves the rows at `positions` of one head to row `first` and those after it.
     fn move_rows(&mut self, of: &HeadOf<'_>, positions: Span, first: usize, reversed: bool) {
-        let CallGeometry { group, dim: padded, dtype } = self.geometry;
+        let CallGeometry { group, dim: padded, dtype, .. } = self.geometry;
         let LaidTask { geometry, task } = *of.laid;
         let shapes = task.shapes(geometry);
         let operands = self.operands[of.index];
@@ -479,21 +568,32 @@ fn span(all: Span, part: Span, place: usize, reversed: bool) -> PieceSpan {
     PieceSpan { place: place as i64, start, end, reversed: reversed.into(), zero: 0 }
 }
 
-/// Sequences by shape. Forward, those with the most keys come first: each block of rows runs through all its keys, so
-/// whatever starts last should end soon. Backward, offsets ascend.
-fn calls(direction: Direction, mut sequences: Vec<(Shape, Sequence)>) -> Vec<Call> {
+/// Sequences by shape and where their tensors lie. Forward, those with the most keys come first: each block of rows runs
+/// through all its keys, so whatever starts last should end soon. Backward, offsets ascend.
+fn calls(direction: Direction, mut sequences: Vec<((Shape, Tensors), Sequence)>) -> Vec<Call> {
     match direction {
-        Direction::Forward => sequences.sort_by_key(|(shape, s)| (*shape, std::cmp::Reverse(s.keys))),
-        Direction::Backward => sequences.sort_by_key(|(shape, _)| *shape),
+        Direction::Forward => sequences.sort_by_key(|(kind, s)| (*kind, std::cmp::Reverse(s.keys))),
+        Direction::Backward => sequences.sort_by_key(|(kind, _)| *kind),
     }
-    let of_shape = sequences.chunk_by(|(a, _), (b, _)| a == b);
-    of_shape
-        .flat_map(|of_shape| of_shape.chunks(MAX_SEQUENCES))
-        .map(|chunk| Call { shape: chunk[0].0, sequences: chunk.iter().map(|(_, s)| *s).collect() })
+    let of_kind = sequences.chunk_by(|(a, _), (b, _)| a == b);
+    of_kind
+        .flat_map(|of_kind| of_kind.chunks(MAX_SEQUENCES))
+        .map(|chunk| {
+            let (shape, tensors) = chunk[0].0;
+            Call { shape, tensors, sequences: chunk.iter().map(|(_, s)| *s).collect() }
+        })
         .collect()
 }
 
 impl Call {
+    /// The call's geometry, where that of its batch's slabs is `slabs`.
+    pub(crate) fn geometry(&self, slabs: CallGeometry) -> CallGeometry {
+        match self.tensors {
+            Tensors::Slabs => slabs,
+            Tensors::InPlace(heads) => CallGeometry { heads, ..slabs },
+        }
+    }
+
     /// What a plan for the call must cover.
     pub(crate) fn bounds(&self) -> Bounds {
         let most = |len: fn(&Sequence) -> usize| self.sequences.iter().map(len).max().unwrap_or(1);
@@ -507,7 +607,8 @@ pub(crate) struct CallTables {
     pub(crate) rows: usize,
     pub(crate) keys: usize,
     pub(crate) q_offsets: usize,
-    pub(crate) kv_offsets: usize,
+    pub(crate) k_offsets: usize,
+    pub(crate) v_offsets: usize,
     pub(crate) row_offsets: usize,
     pub(crate) lse_offsets: usize,
     pub(crate) key_offsets: usize,
@@ -568,29 +669,26 @@ impl BatchLayout {
 
     /// Lengths and offsets of a call. Entries beyond its sequences have length zero, and the last offset again.
     fn call_tables(&self, tables: &mut Tables, call: &Call, capacity: usize) -> CallTables {
-        let CallGeometry { group, dim, .. } = self.geometry;
         let mut lengths = |len: fn(&Sequence) -> usize| {
             let mut table: Vec<i32> = call.sequences.iter().map(|s| len(s) as i32).collect();
             table.resize(capacity, 0);
             tables.push(&table)
         };
         let (rows, keys) = (lengths(|s| s.rows), lengths(|s| s.keys));
-        let mut offsets = |first: &dyn Fn(&Sequence) -> usize, len: fn(&Sequence) -> usize, width: usize| {
-            let mut table: Vec<i64> = call.sequences.iter().map(|s| first(s) as i64 * width as i64).collect();
-            let end = call.sequences.last().map_or(0, |s| (first(s) + len(s)) as i64 * width as i64);
-            table.resize(capacity + 1, end);
+        let mut offsets = |first: fn(&Sequence) -> usize| {
+            let mut table: Vec<i64> = call.sequences.iter().map(|s| first(s) as i64).collect();
+            table.resize(capacity + 1, table.last().copied().unwrap_or(0));
             tables.push(&table)
         };
-        let forward = self.direction == Direction::Forward;
         CallTables {
             rows,
             keys,
-            q_offsets: offsets(&|s| s.row, |s| s.rows, group * dim),
-            kv_offsets: offsets(&|s| s.key, |s| s.keys, dim),
-            row_offsets: offsets(&|s| s.row_result, |s| s.rows, group * dim),
-            // LSE is a result forward, which lies with the results, and an operand backward, which lies with Q.
-            lse_offsets: offsets(&|s| if forward { s.row_result } else { s.row }, |s| s.rows, group),
-            key_offsets: offsets(&|s| s.key_result, |s| s.keys, dim),
+            q_offsets: offsets(|s| s.q),
+            k_offsets: offsets(|s| s.k),
+            v_offsets: offsets(|s| s.v),
+            row_offsets: offsets(|s| s.row_result),
+            lse_offsets: offsets(|s| s.lse),
+            key_offsets: offsets(|s| s.key_result),
         }
     }
 }

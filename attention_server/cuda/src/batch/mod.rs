@@ -8,7 +8,7 @@ mod tables;
 
 pub(crate) use layout::{
     BatchLayout, BatchTables, Call, CallTables, LaidTask, MoveTable, OperandPlace, Regions, TaskOperands,
-    call_geometry,
+    Tensors, call_geometry,
 };
 pub(crate) use pieces::{Cut, Shape};
 pub(crate) use tables::{KeyHead, MadeUp, Move, RowHead, RowMove};
