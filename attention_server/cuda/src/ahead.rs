@@ -32,7 +32,7 @@ pub struct AheadPlan {
 }
 
 /// Builds the plans of one geometry for any kind of device, and stores them in `folder` for servers that have such a
-/// device: their first task then need not wait for a compiler. Needs cuDNN and NVRTC in `libraries`, but no GPU.
+/// device: then its first batches of about 1k to 4k rows need not wait for a compiler. Needs cuDNN and NVRTC in `libraries`, but no GPU.
 ///
 /// `properties` describes the device as cuDNN does, in JSON. Bounds are those of small batches of up to 4096 rows.
 ///
@@ -49,7 +49,7 @@ pub fn plan_ahead(
     let cudnn = Cudnn::load(libraries)?;
     let (device, compute) = device_kind(properties);
     movers::compile(geometry.dtype(), compute)?;
-    let config = PlanConfig { device, folder: folder.map(Path::to_owned), deterministic };
+    let config = PlanConfig { device, compute, folder: folder.map(Path::to_owned), deterministic };
     let plans = Plans::new(&cudnn, config);
     let described = describe(&cudnn, properties)?;
     let target = Target::Described(&described);

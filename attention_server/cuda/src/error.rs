@@ -79,13 +79,19 @@ pub enum CudaError {
         /// What was tried.
         message: String,
     },
-    /// A call of the driver that failed. The device may be lost: then every later call fails too.
-    #[error("the GPU failed at {call}: {message}")]
+    /// A call of the driver that failed.
+    #[error(
+        "the GPU failed at {call}: {message}; {}",
+        if *lost { "the device is lost to this process: see `dmesg` for its Xid, and start the server anew" }
+        else { "see what `nvidia-smi` says of its memory and load" }
+    )]
     Driver {
         /// What was called.
         call: &'static str,
         /// What the driver says.
         message: String,
+        /// Whether every later call will fail too.
+        lost: bool,
     },
     /// The kernels that move data did not compile.
     #[error("NVRTC cannot compile the kernels that move data: {message}")]
@@ -104,6 +110,36 @@ pub enum CudaError {
         place: &'static str,
         /// What the driver says.
         message: String,
+    },
+    /// A driver that is too old.
+    #[error("the NVIDIA driver is for CUDA {found}; install one for CUDA 13 (580 or later)")]
+    OldDriver {
+        /// The version of CUDA it is for.
+        found: String,
+    },
+    /// A mask in too many parts.
+    #[error(
+        "task {index} of the batch is cut into more than {max} pieces by its mask; cut the task, or send it to CPU servers"
+    )]
+    TooManyPieces {
+        /// Index of the task in the batch.
+        index: usize,
+        /// The most there may be.
+        max: usize,
+    },
+    /// Something that must be computed by itself, while other batches are under way.
+    #[error("{waves} waves are under way; finish them first")]
+    Busy {
+        /// How many.
+        waves: usize,
+    },
+    /// A batch that is not computed as one wave.
+    #[error(
+        "the batch makes {waves} waves, and one is measured; give tasks of one direction and geometry, and fewer of them"
+    )]
+    NotOneWave {
+        /// How many it makes.
+        waves: usize,
     },
     /// A batch that does not fit what the kernel may take.
     #[error(
@@ -151,6 +187,6 @@ pub enum CudaError {
 impl CudaError {
     /// True when the device will not compute anything again.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, CudaError::Driver { .. })
+        matches!(self, CudaError::Driver { lost: true, .. })
     }
 }

@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use cudarc::driver::CudaContext;
-use outboard_attention::kernel::{KernelTask, Operands, QueryInput, Results};
+use outboard_attention::kernel::{KernelError, KernelTask, Operands, QueryInput, Results};
 use outboard_attention::{AnyTensor, DType, Direction, HeadGeometry, MAX_HEAD_DIM, Task, TensorView};
 
-use crate::batch::{BatchLayout, Cut, LaidTask, OperandPlace, TaskOperands, call_geometry};
+use crate::batch::{BatchLayout, Cut, LaidTask, MAX_PIECES, OperandPlace, TaskOperands, call_geometry};
 use crate::cudnn::{Cudnn, Handle, device_properties};
 use crate::gpu::memory::Pinning;
 use crate::gpu::{self, DeviceInfo, driver};
@@ -70,7 +70,9 @@ impl CudaConfig {
 /// A GPU that computes core attention.
 ///
 /// It belongs to one thread at a time. Batches may overlap: [`CudaKernel::begin`] returns as soon as a batch is on its
-/// way, and [`CudaKernel::finish`] waits for the oldest.
+/// way, and [`CudaKernel::finish`] waits for the oldest. Dropping it drops what is under way without a word.
+///
+/// Backward, D must be what it is by its definition, `rowsum(dO * O)`: a row whose dO is zero is taken to have a D of zero.
 pub struct CudaKernel {
     pub(crate) config: CudaConfig,
     info: DeviceInfo,
@@ -82,6 +84,15 @@ pub struct CudaKernel {
     pub(crate) streams: Streams,
     busy_seconds: f64,
     failed: Option<CudaError>,
+}
+
+impl Drop for CudaKernel {
+    fn drop(&mut self) {
+        // Streams, handle and plans go with their context current, and nothing under way.
+        let _ = self.streams.context.bind_to_thread();
+        let _ = gpu::settle(&self.streams.context);
+        self.background = None;
+    }
 }
 
 /// A running wave and whose tasks are in it.
@@ -132,6 +143,7 @@ impl CudaKernel {
         let handle = Handle::new(&cudnn)?;
         let plan_config = PlanConfig {
             device: device_kind(&device_properties(&cudnn, &handle)?).0,
+            compute: info.compute,
             folder: config.plan_folder.clone(),
             deterministic: config.deterministic,
         };
@@ -163,12 +175,14 @@ impl CudaKernel {
         &self.version
     }
 
-    /// Backend, architecture, element type, library, how backward sums, and revision. Kernels of equal ids give equal
+    /// Backend, architecture and number of processors (which the heuristics know), element type, library, how backward
+    /// sums, and revision. Kernels of equal ids give equal
     /// bits, but for dQ where the id says `atomic`.
     pub fn numerics_id(&self, dtype: DType) -> String {
         let (major, minor) = self.info.compute;
+        let processors = self.info.processors;
         let order = if self.is_deterministic() { "deterministic" } else { "atomic" };
-        format!("cuda-sm{major}{minor}-{dtype}-cudnn{}-{order}-r{REVISION}", self.version)
+        format!("cuda-sm{major}{minor}x{processors}-{dtype}-cudnn{}-{order}-r{REVISION}", self.version)
     }
 
     /// Whether equal tasks give equal bits backward as well.
@@ -183,8 +197,9 @@ impl CudaKernel {
 
     /// Bytes of device memory held.
     pub fn device_bytes(&self) -> usize {
-        let lanes = self.free.iter().map(Lane::device_bytes).sum::<usize>();
-        lanes + self.streams.work.bytes() + self.streams.workspace.bytes()
+        let free = self.free.iter().map(Lane::device_bytes).sum::<usize>();
+        let running = self.running.iter().map(|tagged| tagged.wave.device_bytes()).sum::<usize>();
+        free + running + self.streams.work.bytes() + self.streams.workspace.bytes()
     }
 
     fn cut(&self, direction: Direction) -> Cut {
@@ -210,10 +225,26 @@ impl CudaKernel {
         Ok(())
     }
 
-    /// Bytes of device memory that a task takes.
-    pub fn task_bytes(&self, geometry: &HeadGeometry, direction: Direction, task: &Task) -> usize {
+    /// Bytes of device memory that a task takes, to be compared with [`CudaKernel::batch_bytes`].
+    ///
+    /// # Errors
+    /// [`CudaError`] when it is not computed at all.
+    pub fn task_bytes(
+        &self,
+        geometry: &HeadGeometry,
+        direction: Direction,
+        task: &Task,
+    ) -> Result<usize, CudaError> {
+        CudaKernel::supports(geometry)?;
+        task.check(geometry).map_err(|source| KernelError::Invalid { index: 0, source })?;
         let laid = LaidTask { geometry, task };
-        device_bytes(&BatchLayout::new(self.cut(direction), call_geometry(geometry), &[laid]))
+        let layout = BatchLayout::new(self.cut(direction), call_geometry(geometry), &[laid]);
+        layout.map(|layout| device_bytes(&layout)).map_err(too_many)
+    }
+
+    /// Bytes of device memory that one wave may take.
+    pub fn batch_bytes(&self) -> usize {
+        self.config.batch_bytes
     }
 
     /// Sends a batch on its way. `number` comes back with each of its tasks. `done` is called for those that end
@@ -234,6 +265,12 @@ impl CudaKernel {
         let waves = self.waves(&batch)?;
         let mut batch: Vec<Option<KernelTask<'_>>> = batch.into_iter().map(Some).collect();
         for wave in waves {
+            if let Some(error) = self.failed.clone() {
+                for index in wave {
+                    done(Finished { batch: number, index, results: Err(error.clone()) });
+                }
+                continue;
+            }
             let tasks = wave.iter().filter_map(|&index| Some((index, batch[index].take()?))).collect();
             self.begin_wave(number, tasks, done);
         }
@@ -257,7 +294,10 @@ impl CudaKernel {
             if moved > limit {
                 return Err(CudaError::TooLarge { index, needed: moved, limit });
             }
-            let needed = self.task_bytes(&task.geometry, kind.0, task.task);
+            let needed = self.task_bytes(&task.geometry, kind.0, task.task).map_err(|error| match error {
+                CudaError::TooManyPieces { max, .. } => CudaError::TooManyPieces { index, max },
+                error => error,
+            })?;
             if needed > limit {
                 return Err(CudaError::TooLarge { index, needed, limit });
             }
@@ -279,13 +319,21 @@ impl CudaKernel {
         tasks: Vec<(usize, KernelTask<'_>)>,
         done: &mut dyn FnMut(Finished),
     ) {
-        let lane = loop {
-            if let Some(lane) = self.free.pop() {
-                break lane;
-            }
+        while self.free.is_empty() && !self.running.is_empty() {
             self.finish(done);
+        }
+        // There is none only after failures that cost lanes.
+        let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context, self.config.pinning), Ok);
+        let lane = match lane {
+            Ok(lane) => lane,
+            Err(error) => {
+                for (index, _) in tasks {
+                    done(Finished { batch: number, index, results: Err(error.clone()) });
+                }
+                return;
+            }
         };
-        let staged = self.stage(lane, &tasks);
+        let staged = self.stage(lane, &tasks).map_err(|(lane, error)| (Some(lane), error));
         let started = staged.and_then(|staged| staged.start(&mut self.streams));
         match started {
             Ok(wave) => {
@@ -298,7 +346,7 @@ impl CudaKernel {
                 self.running.push_back(Tagged { wave, entries });
             }
             Err((lane, error)) => {
-                self.free.push(lane);
+                self.free.extend(lane);
                 self.note(&error);
                 for (index, _) in tasks {
                     done(Finished { batch: number, index, results: Err(error.clone()) });
@@ -314,13 +362,20 @@ impl CudaKernel {
         tasks: &[(usize, KernelTask<'_>)],
     ) -> Result<StagedWave, (Lane, CudaError)> {
         let Some((_, first)) = tasks.first() else {
-            return Err((lane, CudaError::NoDevice { message: "a wave without tasks".to_owned() }));
+            return Err((lane, CudaError::NotOneWave { waves: 0 }));
         };
+        // cuDNN builds plans for the context that is current, which another kernel's may be.
+        if let Err(error) = self.streams.context.bind_to_thread() {
+            return Err((lane, driver("cuCtxSetCurrent")(error)));
+        }
         let direction = first.operands.direction();
         let geometry = call_geometry(&first.geometry);
         let laid: Vec<LaidTask<'_>> =
             tasks.iter().map(|(_, task)| LaidTask { geometry: &task.geometry, task: task.task }).collect();
-        let layout = BatchLayout::new(self.cut(direction), geometry, &laid);
+        let layout = match BatchLayout::new(self.cut(direction), geometry, &laid) {
+            Ok(layout) => layout,
+            Err(index) => return Err((lane, too_many(index))),
+        };
         let mut plans = Vec::with_capacity(layout.calls.len());
         for call in &layout.calls {
             let geometry = call.geometry(geometry);
@@ -346,7 +401,7 @@ impl CudaKernel {
     pub fn finish(&mut self, done: &mut dyn FnMut(Finished)) {
         let Some(Tagged { wave, entries }) = self.running.pop_front() else { return };
         let ended = wave.wait().and_then(|()| wave.seconds());
-        match ended {
+        let (wave, error) = match ended {
             Ok(seconds) => {
                 self.busy_seconds += seconds;
                 let mut results: Vec<Results> = Vec::with_capacity(entries.len());
@@ -369,18 +424,19 @@ impl CudaKernel {
                     }
                 }
                 copy::scatter(copies, self.config.copy_threads);
+                self.free.push(wave.into_lane());
                 for ((batch, index), results) in tags.into_iter().zip(results) {
                     done(Finished { batch, index, results: Ok(results) });
                 }
+                return;
             }
-            Err(error) => {
-                self.note(&error);
-                for Entry { batch, index, .. } in entries {
-                    done(Finished { batch, index, results: Err(error.clone()) });
-                }
-            }
+            Err(error) => (wave, error),
+        };
+        self.free.extend(wave.abandon(&self.streams.context));
+        self.note(&error);
+        for Entry { batch, index, .. } in entries {
+            done(Finished { batch, index, results: Err(error.clone()) });
         }
-        self.free.push(wave.into_lane());
     }
 
     /// Waves under way.
@@ -396,16 +452,22 @@ impl CudaKernel {
     /// Computes a batch and calls `done(index, results)` for each of its tasks.
     ///
     /// # Errors
-    /// [`CudaError`] when a task is not computable, and then none is, or when the device fails.
+    /// [`CudaError`] when a task is not computable, and then none is, or when the device fails; [`CudaError::Busy`] while
+    /// other batches are under way.
     pub fn run(
         &mut self,
         batch: Vec<KernelTask<'_>>,
         done: &(dyn Fn(usize, Results) + Sync),
     ) -> Result<(), CudaError> {
+        if self.under_way() > 0 {
+            return Err(CudaError::Busy { waves: self.under_way() });
+        }
         let mut failed = None;
         let mut each = |finished: Finished| match finished.results {
             Ok(results) => done(finished.index, results),
-            Err(error) => failed = Some(error),
+            Err(error) => {
+                failed.get_or_insert(error);
+            }
         };
         self.begin(0, batch, &mut each)?;
         while self.under_way() > 0 {
@@ -414,6 +476,7 @@ impl CudaKernel {
         failed.map_or(Ok(()), Err)
     }
 
+    /// Remembers a failure that ends the device.
     fn note(&mut self, error: &CudaError) {
         if error.is_fatal() && self.failed.is_none() {
             tracing::error!(%error, device = %self.info, "the device failed; it computes nothing more");
@@ -443,7 +506,11 @@ fn moved_bytes(geometry: &HeadGeometry, direction: Direction, task: &Task) -> us
 fn device_bytes(layout: &BatchLayout) -> usize {
     let moved = layout.operand_bytes + layout.operand_slack + layout.result_bytes;
     // Operands and results have a lane each, of which there are several.
-    layout.work_bytes + LANES * moved
+    layout.work_bytes + layout.table_bytes() + LANES * moved
+}
+
+fn too_many(index: usize) -> CudaError {
+    CudaError::TooManyPieces { index, max: MAX_PIECES }
 }
 
 fn start_background(
@@ -454,7 +521,7 @@ fn start_background(
     let (cudnn, context) = (Arc::clone(cudnn), Arc::clone(context));
     let enter = move || {
         context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
-        Handle::new(&cudnn)
+        Ok((Handle::new(&cudnn)?, context))
     };
     Background::start(Arc::clone(plans), enter)
         .inspect_err(

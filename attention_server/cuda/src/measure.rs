@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use outboard_attention::kernel::KernelTask;
 
-use crate::gpu::driver;
 use crate::gpu::memory::{self, DeviceMemory, PinnedMemory};
+use crate::gpu::{driver, settle};
 use crate::kernel::LANES;
 use crate::wave::{Lane, RunningWave, Streams};
 use crate::{CudaError, CudaKernel};
@@ -40,11 +40,11 @@ impl CudaKernel {
     /// results are downloaded and thrown away, while the batches before and after are computed.
     ///
     /// # Errors
-    /// As [`CudaKernel::run`]; [`CudaError::TooLarge`] too when the batch needs more than one wave.
+    /// As [`CudaKernel::run`], and [`CudaError::NotOneWave`].
     pub fn measure(&mut self, batch: Vec<KernelTask<'_>>, times: usize) -> Result<Measured, CudaError> {
-        if self.waves(&batch)?.len() != 1 {
-            let limit = self.config.batch_bytes;
-            return Err(CudaError::TooLarge { index: 0, needed: limit.saturating_add(1), limit });
+        let waves = self.waves(&batch)?.len();
+        if waves != 1 {
+            return Err(CudaError::NotOneWave { waves });
         }
         let tasks: Vec<_> = batch.into_iter().enumerate().collect();
         let mut ready = Vec::new();
@@ -121,7 +121,11 @@ impl CudaKernel {
             let ways = usize::from(up) + usize::from(down);
             Ok((TIMES * ways * bytes) as f64 / begun.elapsed().as_secs_f64())
         };
-        Ok(Transfers { up: rate(true, false)?, down: rate(false, true)?, both: rate(true, true)? })
+        let rates = [(true, false), (false, true), (true, true)].map(|(up, down)| rate(up, down));
+        // A failed copy may have left others under way, and the memory goes now.
+        settle(context)?;
+        let [up, down, both] = rates;
+        Ok(Transfers { up: up?, down: down?, both: both? })
     }
 }
 

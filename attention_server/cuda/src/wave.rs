@@ -12,9 +12,9 @@ use outboard_attention::{DType, Direction};
 use crate::CudaError;
 use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape, Tensors};
 use crate::cudnn::{self, Handle, Raw};
-use crate::gpu::driver;
 use crate::gpu::memory::{DeviceMemory, PinnedMemory, Pinning, download, upload};
 use crate::gpu::movers::{Movers, Places};
+use crate::gpu::{driver, settle};
 use crate::graph::Ids;
 use crate::plan::Plan;
 
@@ -38,12 +38,12 @@ pub(crate) struct Lane {
 /// The streams of a device, and what runs on them.
 #[derive(Debug)]
 pub(crate) struct Streams {
-    pub(crate) context: Arc<CudaContext>,
+    /// Enqueues on `compute`, and so goes before it.
+    pub(crate) handle: Handle,
     pub(crate) upload: Arc<CudaStream>,
     pub(crate) compute: Arc<CudaStream>,
     pub(crate) download: Arc<CudaStream>,
-    /// Enqueues on `compute`.
-    pub(crate) handle: Handle,
+    pub(crate) context: Arc<CudaContext>,
     /// Where sequences lie while they are computed.
     pub(crate) work: DeviceMemory,
     /// What cuDNN works in.
@@ -55,11 +55,12 @@ pub(crate) struct Streams {
 /// A wave whose tables and operands lie in its lane's staging memory.
 #[derive(Debug)]
 pub(crate) struct StagedWave {
+    /// First, since dropping it waits for the device, which may still run the plans.
+    lane: Lane,
     layout: BatchLayout,
     tables: BatchTables,
     plans: Vec<Arc<Plan>>,
     scale: f32,
-    lane: Lane,
     operands: usize,
 }
 
@@ -110,20 +111,20 @@ impl Streams {
         handle: Handle,
     ) -> Result<Streams, CudaError> {
         let stream = || context.new_stream().map_err(driver("cuStreamCreate"));
-        let compute = stream()?;
-        // SAFETY: the stream belongs to the context that the handle was made in, and lives in the same value.
-        unsafe { handle.set_stream(compute.cu_stream().cast())? };
-        Ok(Streams {
-            upload: stream()?,
-            compute,
-            download: stream()?,
+        let streams = Streams {
             handle,
+            upload: stream()?,
+            compute: stream()?,
+            download: stream()?,
             work: DeviceMemory::new(context),
             workspace: DeviceMemory::new(context),
             bf16: Movers::new(context, DType::Bf16, compute_capability)?,
             f16: Movers::new(context, DType::F16, compute_capability)?,
             context: Arc::clone(context),
-        })
+        };
+        // SAFETY: the stream belongs to the context that the handle was made in, and outlives it in the same value.
+        unsafe { streams.handle.set_stream(streams.compute.cu_stream().cast())? };
+        Ok(streams)
     }
 
     fn movers(&self, dtype: DType) -> &Movers {
@@ -160,7 +161,7 @@ impl StagedWave {
         // SAFETY: a lane that is not part of a running wave is not used by the device.
         let staging = unsafe { lane.staging.slice_mut() };
         staging[..tables.tables.bytes().len()].copy_from_slice(tables.tables.bytes());
-        Ok(StagedWave { layout, tables, plans, scale, lane, operands })
+        Ok(StagedWave { lane, layout, tables, plans, scale, operands })
     }
 
     /// The bytes of all operands, to be written before the wave is started.
@@ -176,14 +177,10 @@ impl StagedWave {
     }
 
     /// Enqueues everything.
-    pub(crate) fn start(mut self, streams: &mut Streams) -> Result<RunningWave, (Lane, CudaError)> {
+    pub(crate) fn start(mut self, streams: &mut Streams) -> Result<RunningWave, (Option<Lane>, CudaError)> {
         match self.enqueue(streams) {
             Ok(()) => Ok(RunningWave { staged: self }),
-            Err(error) => {
-                // What was enqueued before the failure may still use the lane.
-                let _ = streams.context.synchronize();
-                Err((self.lane, error))
-            }
+            Err(error) => Err((settled(self.lane, &streams.context), error)),
         }
     }
 
@@ -298,6 +295,19 @@ impl StagedWave {
     }
 }
 
+/// The lane of a wave that failed, once nothing that was enqueued before uses it; none where that cannot be known: then
+/// its memory is lost, rather than given to another wave or to the system while the device may still use it.
+fn settled(lane: Lane, context: &CudaContext) -> Option<Lane> {
+    match settle(context) {
+        Ok(()) => Some(lane),
+        Err(error) => {
+            tracing::error!(%error, "leaking the memory of a wave");
+            std::mem::forget(lane);
+            None
+        }
+    }
+}
+
 impl RunningWave {
     /// Waits until the results are on the host.
     pub(crate) fn wait(&self) -> Result<(), CudaError> {
@@ -340,6 +350,16 @@ impl RunningWave {
     /// The wave's operands, tables and plans, to be started once more. After [`RunningWave::wait`].
     pub(crate) fn again(self) -> StagedWave {
         self.staged
+    }
+
+    /// The lane of a wave that failed, if it can be used again.
+    pub(crate) fn abandon(self, context: &CudaContext) -> Option<Lane> {
+        settled(self.staged.lane, context)
+    }
+
+    /// Bytes of device memory held.
+    pub(crate) fn device_bytes(&self) -> usize {
+        self.staged.lane.device_bytes()
     }
 
     /// The lane, for another wave. After [`RunningWave::wait`].

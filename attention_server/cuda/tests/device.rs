@@ -192,8 +192,28 @@ fn a_batch_beyond_the_memory_goes_in_waves() {
     let tokens = 100_000;
     let task = Task::new(DOCUMENT, Span::to(tokens), Span::to(tokens), Span::to(2), &Mask::causal(tokens, 2))
         .unwrap();
-    let needed = kernel.task_bytes(&geometry, Direction::Forward, &task);
+    let needed = kernel.task_bytes(&geometry, Direction::Forward, &task).unwrap();
     assert!(needed > 64 << 20);
+    // The batch above went in several waves.
+    let all: usize =
+        cases.iter().map(|case| kernel.task_bytes(&geometry, Direction::Backward, &case.task).unwrap()).sum();
+    assert!(all > 2 * kernel.batch_bytes(), "{all}");
+}
+
+/// Gradients that have all but vanished are no gradients, not NaN.
+#[test]
+fn a_gradient_of_subnormals_gives_no_nan() {
+    let Some(mut kernel) = kernel(config()) else { return };
+    let mut random = Random(29);
+    let geometry = geometry(2, 1, 64, DType::Bf16);
+    let mut case = Case::new(&mut random, geometry, common::causal_task(200, 1), 1.0);
+    for row in [3, 77] {
+        let stride = case.d_o.stride;
+        case.d_o.data[row * stride..][..2 * 64].fill(1e-39);
+        case.d.data[row * 2..][..2].fill(1e-39);
+    }
+    case.d_o = case.d_o.clone().rounded(DType::Bf16);
+    check_all(&mut kernel, &[case]);
 }
 
 /// Where tensors lie decides no bit.

@@ -235,6 +235,7 @@ fn show(kernel: &CudaKernel, rows: &[Row], output: &Output) -> anyhow::Result<()
         "wall ms",
         "busy",
         "enqueue us",
+        "up, kernels, down ms",
     ];
     let mut table = table(header, 3);
     for row in rows {

@@ -354,7 +354,7 @@ fn check(cut: Cut, cases: &[Case]) -> usize {
     let geometry = call_geometry(&cases[0].geometry);
     let tasks: Vec<LaidTask<'_>> =
         cases.iter().map(|case| LaidTask { geometry: &case.geometry, task: &case.task }).collect();
-    let layout = BatchLayout::new(cut, geometry, &tasks);
+    let layout = BatchLayout::new(cut, geometry, &tasks).unwrap();
     let capacities: Vec<usize> = layout.calls.iter().map(|call| call.sequences.len() + SPARE).collect();
     let mut operands = vec![0xff; layout.operand_bytes];
     let mut sources = Vec::new();
@@ -474,7 +474,8 @@ fn offsets_are_64_bit() {
         Cut { direction: Direction::Forward, ordered: false, in_place: false },
         call_geometry(&geometry),
         &[LaidTask { geometry: &geometry, task: &task }],
-    );
+    )
+    .unwrap();
     let tables = layout.tables(&[layout.calls[0].sequences.len()]);
     let offsets: Vec<i64> =
         read(tables.tables.bytes(), tables.calls[0].q_offsets, layout.calls[0].sequences.len() + 1);

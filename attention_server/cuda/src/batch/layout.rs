@@ -157,11 +157,22 @@ struct HeadOf<'a> {
     laid: &'a LaidTask<'a>,
 }
 
-/// The heads of a task, in order, and their pieces.
-fn heads(cut: Cut, task: &Task) -> Vec<Head<'_>> {
-    let of_head = |head| task.mask().slices_of(head).flat_map(|slice| pieces(slice, cut)).collect();
-    let all = task.kv_heads().start()..task.kv_heads().end();
-    all.map(|head| Head { task, pieces: of_head(head) }).collect()
+/// Pieces of a task at most, over all heads. Each costs about a hundred bytes of tables and a sequence of a call.
+pub(crate) const MAX_PIECES: usize = 1 << 18;
+
+/// The heads of a task, in order, and their pieces; none when there are too many.
+fn heads(cut: Cut, task: &Task) -> Option<Vec<Head<'_>>> {
+    let mut left = MAX_PIECES;
+    let mut heads = Vec::new();
+    for head in task.kv_heads().start()..task.kv_heads().end() {
+        let mut of_head = Vec::new();
+        for slice in task.mask().slices_of(head) {
+            pieces(slice, cut, &mut of_head, left)?;
+        }
+        left -= of_head.len();
+        heads.push(Head { task, pieces: of_head });
+    }
+    Some(heads)
 }
 
 /// Whether the tensors of a task can be used in place: cuDNN then reads the heads of each token where they lie, and forward
@@ -226,7 +237,14 @@ impl Slab {
 
 impl BatchLayout {
     /// Lays out tasks of one direction, call geometry and scale.
-    pub(crate) fn new(cut: Cut, geometry: CallGeometry, tasks: &[LaidTask<'_>]) -> BatchLayout {
+    ///
+    /// # Errors
+    /// The index of a task that is cut into more than [`MAX_PIECES`].
+    pub(crate) fn new(
+        cut: Cut,
+        geometry: CallGeometry,
+        tasks: &[LaidTask<'_>],
+    ) -> Result<BatchLayout, usize> {
         let mut layout = BatchLayout {
             direction: cut.direction,
             geometry,
@@ -246,7 +264,8 @@ impl BatchLayout {
             key_heads: Vec::new(),
             key_index: SpanIndex::default(),
         };
-        let heads: Vec<Vec<Head<'_>>> = tasks.iter().map(|laid| heads(cut, laid.task)).collect();
+        let heads = tasks.iter().enumerate().map(|(index, laid)| heads(cut, laid.task).ok_or(index));
+        let heads: Vec<Vec<Head<'_>>> = heads.collect::<Result<_, _>>()?;
         let in_place: Vec<bool> = tasks
             .iter()
             .zip(&heads)
@@ -257,7 +276,7 @@ impl BatchLayout {
             layout.place_results(laid, heads);
         }
         layout.place_heads(tasks, &heads, &in_place);
-        layout
+        Ok(layout)
     }
 
     fn place_operands(&mut self, laid: &LaidTask<'_>) {
@@ -639,6 +658,15 @@ pub(crate) struct BatchTables {
 }
 
 impl BatchLayout {
+    /// About the bytes of the tables.
+    pub(crate) fn table_bytes(&self) -> usize {
+        let sequences: usize = self.calls.iter().map(|call| call.sequences.len()).sum();
+        let moves = self.moves.len() + self.row_moves.len() + self.made_up.len();
+        let spans = self.row_index.spans.len() + self.key_index.spans.len();
+        // Lengths and offsets of a sequence take 56 bytes, and plans have room for up to four times as many.
+        4 * 56 * sequences + 48 * (moves + self.row_heads.len() + self.key_heads.len()) + 24 * spans
+    }
+
     /// The tables, for plans that take so many sequences each: `capacities` has one for each call.
     pub(crate) fn tables(&self, capacities: &[usize]) -> BatchTables {
         let mut tables = Tables::default();

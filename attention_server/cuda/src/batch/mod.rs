@@ -7,8 +7,8 @@ mod pieces;
 mod tables;
 
 pub(crate) use layout::{
-    BatchLayout, BatchTables, Call, CallTables, LaidTask, MoveTable, OperandPlace, Regions, TaskOperands,
-    Tensors, call_geometry,
+    BatchLayout, BatchTables, Call, CallTables, LaidTask, MAX_PIECES, MoveTable, OperandPlace, Regions,
+    TaskOperands, Tensors, call_geometry,
 };
 pub(crate) use pieces::{Cut, Shape};
 pub(crate) use tables::{KeyHead, MadeUp, Move, RowHead, RowMove};

@@ -82,20 +82,23 @@ impl Piece {
     }
 }
 
-/// The pieces of `slice`, disjoint and with exactly its cells, in a fixed order.
-pub(crate) fn pieces(slice: &BandSlice, cut: Cut) -> Vec<Piece> {
-    let mut pieces = Vec::new();
-    for region in regions(slice) {
+/// Appends the pieces of `slice`, disjoint and with exactly its cells, in a fixed order. None, and not all of them, when
+/// `pieces` then has more than `max`.
+pub(crate) fn pieces(slice: &BandSlice, cut: Cut, pieces: &mut Vec<Piece>, max: usize) -> Option<()> {
+    for region in regions(slice, max)? {
         match cut.direction {
-            Direction::Forward => cut_rows(&region, &mut pieces),
-            Direction::Backward => cut_squares(&region, cut.ordered, &mut pieces),
+            Direction::Forward => cut_rows(&region, pieces),
+            Direction::Backward => cut_squares(&region, cut.ordered, pieces),
+        }
+        if pieces.len() > max {
+            return None;
         }
     }
-    pieces
+    Some(())
 }
 
-/// The slice as rectangles and trapezoids.
-fn regions(slice: &BandSlice) -> Vec<Piece> {
+/// The slice as rectangles and trapezoids, none when they are more than `max`.
+fn regions(slice: &BandSlice, max: usize) -> Option<Vec<Piece>> {
     // Positions are at most 2^30 and band ends any i64, so sums are taken in i128 and clamped to the rows.
     let (first, end) = (slice.q().start() as i128, slice.q().end() as i128);
     let (left, right) = (slice.kv().start() as i128, slice.kv().end() as i128);
@@ -105,7 +108,7 @@ fn regions(slice: &BandSlice) -> Vec<Piece> {
     let begins = hi.map_or(first, |hi| first.max(left - hi));
     let ends = lo.map_or(end, |lo| end.min(right - lo));
     if begins >= ends {
-        return Vec::new();
+        return Some(Vec::new());
     }
     // A row that an end just touches is as well in the triangle as beside it.
     let upper_until = hi.map_or(begins, |hi| (right - hi).clamp(begins, ends));
@@ -126,9 +129,13 @@ fn regions(slice: &BandSlice) -> Vec<Piece> {
         // Both bind between.
         (Some(lo), Some(hi)) if lower_from < upper_until => {
             let block = (hi - lo + 1).min(MAX_BAND_ROWS as i128);
+            if (late - early) / block > max as i128 {
+                return None;
+            }
             let mut from = early;
             while from < late {
-                let to = (from + block).min(late);
+                // Blocks end at multiples of their size, so that a cut of the task by rows moves none.
+                let to = ((from / block + 1) * block).min(late);
                 let middle = to - 1 + lo;
                 push((from, to - 1), (from + lo, middle), Shape::Causal, true);
                 push((from, to), (middle, to + hi), Shape::Causal, false);
@@ -142,7 +149,7 @@ fn regions(slice: &BandSlice) -> Vec<Piece> {
     if let Some(lo) = lo {
         push((late, ends), (late + lo, right), Shape::Causal, true);
     }
-    regions
+    Some(regions)
 }
 
 /// Cuts a region into blocks of rows, from its first on.
@@ -216,6 +223,12 @@ mod tests {
         piece.shape == Shape::Full || key + piece.q.len() <= piece.kv.len() + row
     }
 
+    fn pieces(slice: &BandSlice, cut: Cut) -> Vec<Piece> {
+        let mut pieces = Vec::new();
+        super::pieces(slice, cut, &mut pieces, usize::MAX).unwrap();
+        pieces
+    }
+
     fn check(q: Span, kv: Span, lo: Option<i64>, hi: Option<i64>) {
         let slice = BandSlice::new(q, kv, lo, hi).unwrap();
         for cut in CUTS {
@@ -275,6 +288,26 @@ mod tests {
             check(tail, Span::to(100_000), lo, hi);
             check(Span::to(3000), Span::to(100_000), lo, hi);
         }
+    }
+
+    #[test]
+    fn a_mask_of_too_many_pieces_is_given_up() {
+        let all = Span::to(1 << 30);
+        let diagonal = BandSlice::new(all, all, Some(0), Some(0)).unwrap();
+        for cut in CUTS {
+            let mut pieces = Vec::new();
+            assert!(super::pieces(&diagonal, cut, &mut pieces, 1000).is_none());
+            assert!(pieces.len() < 100_000);
+        }
+    }
+
+    #[test]
+    fn a_cut_by_rows_moves_no_block_of_a_band() {
+        let (kv, lo, hi) = (Span::to(9000), Some(-700), Some(5));
+        let of = |q| pieces(&BandSlice::new(q, kv, lo, hi).unwrap(), CUTS[0]);
+        let whole = of(Span::to(9000));
+        let (first, second) = (of(Span::at(0, 706 * 4)), of(Span::at(706 * 4, 9000 - 706 * 4)));
+        assert_eq!([first, second].concat(), whole);
     }
 
     #[test]

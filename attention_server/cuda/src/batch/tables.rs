@@ -104,6 +104,12 @@ pub(crate) struct PieceSpan {
     pub(crate) zero: i32,
 }
 
+// kernels.cu checks the same.
+const _: () = {
+    assert!(size_of::<Move>() == 40 && size_of::<RowMove>() == 32 && size_of::<MadeUp>() == 48);
+    assert!(size_of::<RowHead>() == 48 && size_of::<KeyHead>() == 48 && size_of::<PieceSpan>() == 24);
+};
+
 /// Which pieces each block of [`BLOCK`] rows or keys of a head meets, in the order of the pieces.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SpanIndex {

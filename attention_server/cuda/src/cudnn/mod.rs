@@ -7,6 +7,7 @@ pub(crate) mod names;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::path::{Path, PathBuf};
 use std::ptr::null_mut;
 use std::sync::Arc;
@@ -39,8 +40,8 @@ pub(crate) struct Cudnn {
     last_error: unsafe extern "C" fn(*mut c_char, usize),
     error_string: unsafe extern "C" fn(c_int) -> *const c_char,
     version: usize,
-    /// Keeps the code above mapped.
-    _libraries: Vec<Library>,
+    /// Keeps the code above mapped, for good: threads and exit handlers of these libraries may outlive this value.
+    _libraries: ManuallyDrop<Vec<Library>>,
 }
 
 impl fmt::Debug for Cudnn {
@@ -103,13 +104,14 @@ impl Cudnn {
             last_error: symbol!("cudnnGetLastErrorString"),
             error_string: symbol!("cudnnGetErrorString"),
             version,
-            _libraries: libraries,
+            _libraries: ManuallyDrop::new(libraries),
         }))
     }
 
-    /// Whether it has a backward kernel that sums in a fixed order.
-    pub(crate) fn can_order(&self) -> bool {
-        self.version >= FIRST_ORDERED
+    /// Whether it has a backward kernel that sums in a fixed order, as far as is known: elsewhere than on Hopper the
+    /// knobs of such a kernel are others.
+    pub(crate) fn can_order(&self, compute: (i32, i32)) -> bool {
+        self.version >= FIRST_ORDERED && compute == (9, 0)
     }
 
     /// The version, such as 9.19.0.
@@ -408,7 +410,9 @@ pub(crate) unsafe fn execute(
     // SAFETY: handle, plan and pack are live; the caller vouches for the memory.
     let status = unsafe { (cudnn.execute)(handle.raw, plan.raw, pack.raw) };
     // Unlike everything before, this can fail for what has happened on the device.
-    cudnn
-        .check(status, || "executing a plan".to_owned())
-        .map_err(|error| CudaError::Driver { call: "cudnnBackendExecute", message: error.to_string() })
+    cudnn.check(status, || "executing a plan".to_owned()).map_err(|error| CudaError::Driver {
+        call: "cudnnBackendExecute",
+        message: error.to_string(),
+        lost: true,
+    })
 }

@@ -27,12 +27,22 @@ __device__ u16 narrow(float x) {
 }
 #endif
 
+// Checked against tables.rs, which checks the same sizes.
+#define SIZE(type, bytes) static_assert(sizeof(type) == bytes, #type)
+
 struct Move { i64 source, target; int rows, stride, group, dim, padded, reversed; };
 struct RowMove { i64 source, target; int rows, stride, group, reversed; };
 struct MadeUp { i64 d, d_o, target; int rows, stride, group, padded, reversed, zero; };
 struct RowHead { i64 values, lse; int rows, heads, first_head, group, dim, padded, first_block, narrow; };
 struct KeyHead { i64 dk, dv; int keys, heads, head, group, dim, v_dim, padded, first_block; };
 struct PieceSpan { i64 place; int start, end, reversed, zero; };
+
+SIZE(Move, 40);
+SIZE(RowMove, 32);
+SIZE(MadeUp, 48);
+SIZE(RowHead, 48);
+SIZE(KeyHead, 48);
+SIZE(PieceSpan, 24);
 
 #define FIRST_ROW ((i64)blockIdx.x * blockDim.y + threadIdx.y)
 #define ROW_STEP ((i64)gridDim.x * blockDim.y)
@@ -103,7 +113,8 @@ extern "C" __global__ void make_up(const float* __restrict__ tensors, u16* __res
         largest = fmaxf(largest, fabsf(x[i]));
       }
       largest = max_of_lanes(largest);
-      const float unit = largest > 0 ? 1 / largest : 0;
+      // Below the smallest normal float the reciprocal would overflow; D is as good as zero then.
+      const float unit = largest >= 1.17549435e-38f ? 1 / largest : 0;
       float sum = 0, smallest = 2;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {

@@ -30,7 +30,7 @@ impl DeviceMemory {
         if bytes <= self.bytes {
             return Ok(());
         }
-        let grown = grown(bytes);
+        let grown = grown(bytes, "device")?;
         self.free();
         self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         // SAFETY: plain allocation; it is freed once, by `free`.
@@ -102,7 +102,7 @@ impl PinnedMemory {
         if bytes <= self.bytes {
             return Ok(());
         }
-        let grown = grown(bytes);
+        let grown = grown(bytes, "pinned host")?;
         self.free();
         self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let failed = |message: String| CudaError::Memory { bytes: grown, place: "pinned host", message };
@@ -123,8 +123,8 @@ impl PinnedMemory {
     /// # Safety
     /// The device must not be writing them.
     pub(crate) unsafe fn slice(&self) -> &[u8] {
-        // SAFETY: the memory is live, of this size, and was zeroed or written by whoever made it; any byte is a `u8`. The
-        // caller vouches for the device.
+        // SAFETY: the memory is live and of this size; the system zeroed it for the driver, or `register` did; any byte is a
+        // `u8`. The caller vouches for the device.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 
@@ -145,10 +145,14 @@ impl PinnedMemory {
                 // SAFETY: it was allocated by `reserve`. On a lost device nothing can be done about a failure.
                 Pinning::Driver => drop(bound.map(|()| unsafe { result::free_host(address.cast()) })),
                 Pinning::Registered => {
-                    // SAFETY: `register` told the driver of this address, and allocated it with this layout.
-                    unsafe {
-                        let _ = bound.map(|()| sys::cuMemHostUnregister(address.cast()));
-                        std::alloc::dealloc(address, huge(self.bytes));
+                    // SAFETY: `register` told the driver of this address.
+                    let unregistered =
+                        bound.and_then(|()| unsafe { sys::cuMemHostUnregister(address.cast()) }.result());
+                    match (unregistered, huge(self.bytes)) {
+                        // SAFETY: it was allocated with this layout, and the driver has let go of it.
+                        (Ok(()), Ok(layout)) => unsafe { std::alloc::dealloc(address, layout) },
+                        // Memory that the device may still use is better lost than given to another.
+                        (error, _) => tracing::warn!(?error, bytes = self.bytes, "leaking pinned memory"),
                     }
                 }
             }
@@ -164,14 +168,13 @@ impl Drop for PinnedMemory {
 }
 
 /// The layout of huge pages.
-fn huge(bytes: usize) -> std::alloc::Layout {
-    // Sizes are multiples of a huge page and far below the largest, so the layout is always sound.
-    std::alloc::Layout::from_size_align(bytes, STEP).unwrap_or(std::alloc::Layout::new::<[u8; STEP]>())
+fn huge(bytes: usize) -> Result<std::alloc::Layout, String> {
+    std::alloc::Layout::from_size_align(bytes, STEP).map_err(|error| error.to_string())
 }
 
 /// Allocates memory in huge pages where there are any, and tells the driver.
 fn register(bytes: usize) -> Result<NonNull<u8>, String> {
-    let layout = huge(bytes);
+    let layout = huge(bytes)?;
     // SAFETY: the layout is not empty.
     let address = NonNull::new(unsafe { std::alloc::alloc(layout) }).ok_or("no memory")?;
     // SAFETY: the range is the allocation, which starts and ends at a page.
@@ -192,9 +195,11 @@ fn register(bytes: usize) -> Result<NonNull<u8>, String> {
     Ok(address)
 }
 
-fn grown(bytes: usize) -> usize {
-    // An eighth more than asked for, so that batches of slowly growing size do not each allocate.
-    (bytes + bytes / 8).next_multiple_of(STEP)
+/// An eighth more than asked for, so that batches of slowly growing size do not each allocate.
+fn grown(bytes: usize, place: &'static str) -> Result<usize, CudaError> {
+    let grown = bytes.checked_add(bytes / 8).and_then(|bytes| bytes.checked_next_multiple_of(STEP));
+    let fits = grown.filter(|bytes| isize::try_from(*bytes).is_ok());
+    fits.ok_or_else(|| CudaError::Memory { bytes, place, message: "no machine has so many".to_owned() })
 }
 
 /// Enqueues a copy of the first `bytes` to the device.
@@ -207,6 +212,7 @@ pub(crate) unsafe fn upload(
     to: &DeviceMemory,
     bytes: usize,
 ) -> Result<(), CudaError> {
+    assert!(bytes <= from.bytes && bytes <= to.bytes, "an upload beyond its memory");
     // SAFETY: the caller vouches for both ends.
     let copied = unsafe {
         let source = std::slice::from_raw_parts(from.address.as_ptr(), bytes);
@@ -225,6 +231,7 @@ pub(crate) unsafe fn download(
     to: &mut PinnedMemory,
     bytes: usize,
 ) -> Result<(), CudaError> {
+    assert!(bytes <= from.bytes && bytes <= to.bytes, "a download beyond its memory");
     // SAFETY: the caller vouches for both ends.
     let copied = unsafe {
         let target = std::slice::from_raw_parts_mut(to.address.as_ptr(), bytes);

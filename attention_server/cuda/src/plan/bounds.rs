@@ -1,8 +1,8 @@
 //! Which bounds plans are built for. Pure.
 //!
 //! A plan serves any call within its bounds with the same bits: bounds only say how many blocks are started, and blocks
-//! without work end at once. So plans are built for few bounds, four times apart, and a larger one may stand in while
-//! the right one is built.
+//! without work end at once. So plans are built for few bounds, and a larger one may stand in while the right one is
+//! built.
 
 use outboard_attention::Direction;
 
@@ -17,7 +17,7 @@ pub(crate) fn for_call(direction: Direction, call: Bounds) -> Bounds {
     match direction {
         // Blocks are started for rows; keys are run through.
         Direction::Forward => {
-            let rows = step(call.rows, 128, 8);
+            let rows = step(call.rows, 256, 4);
             Bounds { sequences, rows, keys: step(call.keys.max(rows), 1 << 16, 16) }
         }
         // Blocks are started for keys, and a few that round and sum for rows.

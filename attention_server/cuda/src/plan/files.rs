@@ -26,8 +26,15 @@ struct File {
     engine: Engine,
     /// What cuDNN wrote; empty where only the engine is kept.
     plan: String,
-    /// CRC-32C of `plan`: it holds machine code.
+    /// CRC-32C of key, engine and plan, which holds machine code.
     checksum: u32,
+}
+
+impl File {
+    fn sum(key: &str, engine: &Engine, plan: &str) -> u32 {
+        let engine = format!("{engine:?}");
+        [key, &engine, plan].iter().fold(0, |sum, part| crc32c::crc32c_append(sum, part.as_bytes()))
+    }
 }
 
 impl PlanFiles {
@@ -50,7 +57,7 @@ impl PlanFiles {
         if file.format != FORMAT || file.key != key {
             return ignore(&path, "it was written for something else");
         }
-        if crc32c::crc32c(file.plan.as_bytes()) != file.checksum {
+        if File::sum(&file.key, &file.engine, &file.plan) != file.checksum {
             return ignore(&path, "its checksum does not match");
         }
         Some((file.engine, file.plan))
@@ -59,13 +66,17 @@ impl PlanFiles {
     /// Stores under `key`. That it cannot be stored costs time at the next start, nothing else.
     pub(crate) fn write(&self, key: &str, engine: &Engine, plan: String) {
         let path = self.path(key);
-        let checksum = crc32c::crc32c(plan.as_bytes());
+        let checksum = File::sum(key, engine, &plan);
         let file = File { format: FORMAT, key: key.to_owned(), engine: engine.clone(), plan, checksum };
-        let temporary = self.folder.join(format!(".{}-{checksum:08x}.unfinished", std::process::id()));
+        // A name that no other thread, process or machine has: the folder may be shared.
+        let unique =
+            std::hash::BuildHasher::hash_one(&std::collections::hash_map::RandomState::new(), checksum);
+        let temporary = self.folder.join(format!(".{}-{unique:016x}.unfinished", std::process::id()));
         let written = fs::create_dir_all(&self.folder)
             .and_then(|()| fs::write(&temporary, serde_json::to_string(&file)?))
             .and_then(|()| fs::rename(&temporary, &path));
         if let Err(error) = written {
+            let _ = fs::remove_file(&temporary);
             tracing::warn!(path = %path.display(), %error, "cannot keep a plan; it will be built again at the next start");
         }
     }
@@ -105,6 +116,8 @@ mod tests {
         let sound = fs::read_to_string(&path).unwrap();
         for spoiled in [
             sound.replace("a plan", "a plum"),
+            sound.replace("\"index\":6", "\"index\":5"),
+            sound.replace("[24,2]", "[24,3]"),
             sound.replace("\"format\":1", "\"format\":0"),
             sound.replace("9.25.1", "9.25.2"),
             sound.chars().take(sound.len() / 2).collect(),

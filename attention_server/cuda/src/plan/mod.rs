@@ -4,10 +4,12 @@ mod bounds;
 mod engine;
 mod files;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 
 use outboard_attention::Direction;
 
@@ -31,6 +33,8 @@ const BACKLOG: usize = 32;
 pub(crate) struct PlanConfig {
     /// Names the kind of device, for the files.
     pub(crate) device: String,
+    /// Its compute capability.
+    pub(crate) compute: (i32, i32),
     /// Where plans are kept between runs, if they are.
     pub(crate) folder: Option<PathBuf>,
     /// Whether backward may add in an order that is not fixed.
@@ -49,7 +53,7 @@ pub(crate) struct Plans {
 
 impl Plans {
     pub(crate) fn new(cudnn: &Arc<Cudnn>, mut config: PlanConfig) -> Plans {
-        config.deterministic &= cudnn.can_order();
+        config.deterministic &= cudnn.can_order(config.compute);
         let files = config.folder.clone().map(PlanFiles::new);
         Plans { cudnn: Arc::clone(cudnn), config, files, engines: Mutex::default(), ready: Mutex::default() }
     }
@@ -83,7 +87,12 @@ impl Plans {
         }
         let asked = GraphKey { direction, shape, geometry, bounds: ASKED };
         let name = self.name(&asked, None);
-        let engine = match self.files.as_ref().and_then(|files| files.read(&name)) {
+        let stored = self.files.as_ref().and_then(|files| files.read(&name));
+        // A kernel that is not what its name says would be worse than asking anew.
+        let sound = |engine: &Engine| {
+            engine.deterministic == (direction == Direction::Forward || self.config.deterministic)
+        };
+        let engine = match stored.filter(|(engine, _)| sound(engine)) {
             Some((engine, _)) => engine,
             None => {
                 let graph = graph::build(&self.cudnn, &asked, self.corner(direction), target.handle())?;
@@ -179,9 +188,10 @@ impl Plans {
             None => format!("choice {wanted}"),
         };
         format!(
-            "cudnn {} {} {direction} {shape} {dtype} h{heads} g{group} d{dim} b{sequences} q{rows} k{keys} {by}",
+            "cudnn {} {} {direction} {shape} {:?} {dtype} h{heads} g{group} d{dim} b{sequences} q{rows} k{keys} {by}",
             self.cudnn.version(),
-            self.config.device
+            self.config.device,
+            self.corner(*direction)
         )
     }
 }
@@ -197,42 +207,77 @@ pub(crate) fn device_kind(properties: &str) -> (String, (i32, i32)) {
     (format!("{name} sm{major}{minor} {} processors", number("multiProcessorCount")), compute)
 }
 
-/// Builds plans on a thread of its own. It ends when the last sender does.
-#[derive(Clone, Debug)]
+/// Builds plans on a thread of its own, which ends, with the plan in hand, when this is dropped.
+#[derive(Debug)]
 pub(crate) struct Background {
-    wanted: SyncSender<GraphKey>,
+    wanted: Option<SyncSender<GraphKey>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Background {
-    /// Starts the thread. `enter` makes a handle there, in the device's context.
-    pub(crate) fn start(
+    /// Starts the thread. `enter` makes a handle there, in the device's context, which it returns to be kept as long.
+    pub(crate) fn start<C>(
         plans: Arc<Plans>,
-        enter: impl FnOnce() -> Result<Handle, CudaError> + Send + 'static,
+        enter: impl FnOnce() -> Result<(Handle, C), CudaError> + Send + 'static,
     ) -> std::io::Result<Background> {
         let (wanted, keys) = sync_channel(BACKLOG);
-        std::thread::Builder::new().name("plans".into()).spawn(move || build_all(&plans, enter, &keys))?;
-        Ok(Background { wanted })
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let run = move || build_all(plans, enter, &keys, &stopped);
+        let thread = std::thread::Builder::new().name("plans".into()).spawn(run)?;
+        Ok(Background { wanted: Some(wanted), stop, thread: Some(thread) })
     }
 
     /// Asks for a plan. A full backlog is no loss: the next call asks again.
     pub(crate) fn want(&self, key: GraphKey) {
-        let _ = self.wanted.try_send(key);
+        if let Some(wanted) = &self.wanted {
+            let _ = wanted.try_send(key);
+        }
     }
 }
 
-fn build_all(plans: &Plans, enter: impl FnOnce() -> Result<Handle, CudaError>, keys: &Receiver<GraphKey>) {
-    let handle = match enter() {
-        Ok(handle) => handle,
+impl Drop for Background {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.wanted = None;
+        if let Some(thread) = self.thread.take() {
+            // It ends by itself; that it panicked was reported when it did.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn build_all<C>(
+    plans: Arc<Plans>,
+    enter: impl FnOnce() -> Result<(Handle, C), CudaError>,
+    keys: &Receiver<GraphKey>,
+    stop: &AtomicBool,
+) {
+    let (handle, context) = match enter() {
+        Ok(entered) => entered,
         Err(error) => {
             tracing::warn!(%error, "cannot build plans in the background; larger ones will stand in");
             return;
         }
     };
+    let mut failed = HashSet::new();
     while let Ok(key) = keys.recv() {
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+        if failed.contains(&key) {
+            continue;
+        }
         if let Err(error) = plans.build(key, Target::Device(&handle)) {
             tracing::warn!(?key, %error, "cannot build a plan in the background; a larger one stands in");
+            failed.insert(key);
         }
     }
+    // Plans and handle need the context to go.
+    drop(plans);
+    drop(handle);
+    drop(context);
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
