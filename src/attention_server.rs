@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use outboard_attention::kernel::Isa;
-use outboard_attention_server::{EngineOptions, Service, ServiceOptions};
+use outboard_attention_server::{CpuOptions, DeviceOptions, EngineOptions, Service, ServiceOptions};
 use serde_json::json;
 
 use crate::{cores, lifetime};
@@ -53,12 +53,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         Some(threads) => usize::from(threads),
         None => cores::available()?.len(),
     };
-    let engine = EngineOptions {
-        isa: args.isa.unwrap_or_else(Isa::detect),
-        threads,
-        memory_bytes: args.memory_mib << 20,
-        ..EngineOptions::default()
-    };
+    let cpu = CpuOptions { isa: args.isa.unwrap_or_else(Isa::detect), threads, ..CpuOptions::default() };
+    let engine = EngineOptions { device: DeviceOptions::Cpu(cpu), memory_bytes: args.memory_mib << 20 };
     let service = ServiceOptions {
         listen: args.listen,
         advertise: args.advertise.clone(),
@@ -69,15 +65,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.context("cannot start the async runtime")?;
-    let served = runtime.block_on(serve(args, engine, service));
+    let served = runtime.block_on(serve(args, (engine, threads), service));
     // A read of standard input cannot be cancelled, and would keep the process.
     runtime.shutdown_background();
     served
 }
 
-async fn serve(args: Args, engine: EngineOptions, options: ServiceOptions) -> anyhow::Result<()> {
+async fn serve(
+    args: Args,
+    (engine, threads): (EngineOptions, usize),
+    options: ServiceOptions,
+) -> anyhow::Result<()> {
     let mut service = outboard_attention_server::serve(&engine, options).await?;
-    say_ready(&args, &service, &engine);
+    say_ready(&args, &service, threads);
     tokio::select! {
         signal = lifetime::signalled() => tracing::info!("draining after {}", signal?),
         () = lifetime::parent_gone(), if args.end_with_stdin => tracing::info!("draining, since the parent is gone"),
@@ -86,7 +86,7 @@ async fn serve(args: Args, engine: EngineOptions, options: ServiceOptions) -> an
     Ok(service.shut_down().await?)
 }
 
-fn say_ready(args: &Args, service: &Service, engine: &EngineOptions) {
+fn say_ready(args: &Args, service: &Service, threads: usize) {
     let (address, pid) = (service.address(), std::process::id());
     let running = service.engine();
     let numerics_ids: Vec<&str> = running.numerics().map(|(_, id)| id).collect();
@@ -94,14 +94,13 @@ fn say_ready(args: &Args, service: &Service, engine: &EngineOptions) {
         println!(
             "{}",
             json!({"kind": "ready", "role": "attention-server", "address": address.to_string(), "pid": pid,
-                   "numerics_ids": numerics_ids, "threads": engine.threads, "memory_bytes": engine.memory_bytes})
+                   "numerics_ids": numerics_ids, "threads": threads, "memory_bytes": running.memory_bytes()})
         );
     } else {
-        let mib = engine.memory_bytes >> 20;
+        let mib = running.memory_bytes() >> 20;
         println!(
-            "attention server ready at {address}, pid {pid}: {}, {} threads, {mib} MiB",
-            numerics_ids.join(" "),
-            engine.threads
+            "attention server ready at {address}, pid {pid}: {}, {threads} threads, {mib} MiB",
+            numerics_ids.join(" ")
         );
     }
 }

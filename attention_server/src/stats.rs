@@ -21,13 +21,17 @@ pub(crate) struct Stats {
 }
 
 impl Stats {
-    pub(crate) fn computed(&self, direction: Direction, cells: u64, time: Duration) {
+    pub(crate) fn computed(&self, direction: Direction, cells: u64) {
         let tasks = match direction {
             Direction::Forward => &self.forward_tasks,
             Direction::Backward => &self.backward_tasks,
         };
         tasks.fetch_add(1, Ordering::Relaxed);
         self.cells.fetch_add(cells, Ordering::Relaxed);
+    }
+
+    /// Adds to the time that the device has computed.
+    pub(crate) fn computed_for(&self, time: Duration) {
         self.compute_nanos.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
     }
 
