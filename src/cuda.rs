@@ -1,5 +1,6 @@
 //! GPUs on the command line: how they are used, and how they are opened.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::ValueEnum;
@@ -11,14 +12,15 @@ pub(crate) struct CudaArgs {
     /// Folders of cuDNN, cuBLASLt and NVRTC, separated by colons [default: $OUTBOARD_CUDA_LIBRARIES, then wherever the
     /// system's loader finds them].
     #[arg(long, value_name = "DIRS")]
-    cuda_libraries: Option<std::ffi::OsString>,
+    cuda_libraries: Option<OsString>,
     /// Where execution plans are kept between runs; `none` keeps none [default: outboard/plans in the user's cache folder].
     #[arg(long, value_name = "DIR")]
     cuda_plans: Option<PathBuf>,
     /// How backward sums: `ordered` gives equal bits in every run, where cuDNN can (9.25 and later); `fastest` does not.
     #[arg(long, value_name = "HOW", default_value = "ordered")]
     cuda_sums: Sums,
-    /// Device memory that one batch may take, in MiB.
+    /// Device memory that one batch may take, in MiB. Up to three are under way at once, and what they bring and take lies
+    /// in pinned host memory besides.
     #[arg(long, value_name = "MIB", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     cuda_batch_mib: u64,
 }
@@ -27,6 +29,24 @@ pub(crate) struct CudaArgs {
 enum Sums {
     Ordered,
     Fastest,
+}
+
+impl CudaArgs {
+    /// The same arguments for another process.
+    pub(crate) fn words(&self) -> Vec<OsString> {
+        let sums = match self.cuda_sums {
+            Sums::Ordered => "ordered",
+            Sums::Fastest => "fastest",
+        };
+        let mut words: Vec<OsString> = vec!["--cuda-sums".into(), sums.into()];
+        words.extend(["--cuda-batch-mib".into(), self.cuda_batch_mib.to_string().into()]);
+        let libraries = self.cuda_libraries.clone().map(|folders| ("--cuda-libraries", folders));
+        let plans = self.cuda_plans.clone().map(|folder| ("--cuda-plans", folder.into_os_string()));
+        for (flag, value) in libraries.into_iter().chain(plans) {
+            words.extend([flag.into(), value]);
+        }
+        words
+    }
 }
 
 #[cfg(feature = "cuda")]
@@ -66,8 +86,8 @@ impl CudaArgs {
 
 /// Why a build without CUDA opens no GPU.
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn absent(device: usize) -> anyhow::Error {
+pub(crate) fn absent(device: impl std::fmt::Display) -> anyhow::Error {
     anyhow::anyhow!(
-        "this build has no CUDA backend, so it cannot open cuda:{device}; build it with --features cuda"
+        "this build has no CUDA backend, so it cannot open {device}; build it with --features cuda"
     )
 }

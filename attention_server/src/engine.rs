@@ -86,6 +86,11 @@ impl Engine {
         &self.shared.facts.name
     }
 
+    /// Threads that compute, where a CPU does.
+    pub fn threads(&self) -> Option<usize> {
+        self.shared.facts.threads
+    }
+
     /// The element types that it computes, each with its numerics id.
     pub fn numerics(&self) -> impl Iterator<Item = (DType, &str)> {
         self.shared.facts.numerics_ids.iter().map(|(dtype, id)| (*dtype, &**id))

@@ -172,9 +172,11 @@ impl Service {
         self.drain.cancel();
         // Streams end once their last result is out; clients that do not read it are cut off.
         let left = deadline.saturating_duration_since(Instant::now()).max(LAST_RESULTS);
-        let served = tokio::time::timeout(left, &mut self.serving).await;
+        // A task that has ended may have been awaited already, and must not be again.
+        let cut_off =
+            !self.serving.is_finished() && tokio::time::timeout(left, &mut self.serving).await.is_err();
         self.engine.close();
-        if served.is_err() {
+        if cut_off {
             self.serving.abort();
             tracing::warn!(address = %self.address, "cut off clients that did not read their results");
         }

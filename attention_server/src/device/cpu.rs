@@ -19,6 +19,7 @@ pub(super) fn open(options: &CpuOptions, workspace_bytes: u64) -> Result<Opened,
     let kernel = CpuKernel::new(config).map_err(|e| ServerError::Kernel(e.to_string()))?;
     let facts = Facts {
         name: "cpu".to_owned(),
+        threads: Some(threads),
         numerics_ids: DType::ALL.map(|dtype| (dtype, kernel.numerics_id(dtype).into())).into(),
         batch_flops: batch_flops_per_thread * threads as f64,
         admission: Box::new(Limits(config)),

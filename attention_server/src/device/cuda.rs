@@ -26,6 +26,7 @@ pub(super) fn open(options: &CudaOptions) -> Result<Opened, ServerError> {
     let device = kernel.device();
     let facts = Facts {
         name: format!("cuda:{} {}", device.number, device.name),
+        threads: None,
         numerics_ids: [DType::Bf16, DType::F16].map(|dtype| (dtype, kernel.numerics_id(dtype).into())).into(),
         batch_flops: *batch_flops,
         admission: Box::new(Limits),

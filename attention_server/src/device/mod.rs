@@ -27,6 +27,8 @@ pub(crate) struct Opened {
 pub(crate) struct Facts {
     /// For people, such as "cpu" or "cuda:0 NVIDIA H200".
     pub(crate) name: String,
+    /// Threads of a CPU that compute.
+    pub(crate) threads: Option<usize>,
     /// The element types that it computes, each with its numerics id.
     pub(crate) numerics_ids: Vec<(DType, Arc<str>)>,
     /// Work of one batch, in FLOPs.

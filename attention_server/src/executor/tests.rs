@@ -221,6 +221,7 @@ fn start_slow(wave: Duration, wave_tasks: usize, batch_tasks: usize) -> (Engine,
             Fake { seen: shared, wave, wave_tasks, running: VecDeque::new(), busy: 0.0, dead: false };
         let facts = Facts {
             name: "fake:0".to_owned(),
+            threads: None,
             numerics_ids: vec![(DType::F32, "fake".into())],
             batch_flops: flops * batch_tasks as f64,
             admission: Box::new(Anything),
