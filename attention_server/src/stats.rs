@@ -17,6 +17,7 @@ pub(crate) struct Stats {
     pub(crate) cancelled_tasks: AtomicU64,
     pub(crate) bytes_in: AtomicU64,
     pub(crate) bytes_out: AtomicU64,
+    /// Of a CPU the wall time of its batches, of a GPU the time of its kernels.
     pub(crate) compute_nanos: AtomicU64,
 }
 

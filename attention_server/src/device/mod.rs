@@ -9,6 +9,7 @@ mod cuda;
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use outboard_attention::DType;
 use outboard_attention::kernel::{KernelTask, Results};
@@ -74,6 +75,11 @@ pub(crate) trait Device {
 
     /// Ends the tasks of the oldest wave under way, and waits for it.
     fn finish(&mut self, _ended: OnEnd<'_>) {}
+
+    /// How long no wave may end while some are under way; a device that takes longer is lost.
+    fn patience(&self) -> Duration {
+        Duration::from_secs(120)
+    }
 
     /// Seconds computed so far, where the device counts them itself.
     fn busy_seconds(&self) -> Option<f64> {

@@ -27,8 +27,7 @@ use ledger::{Ledger, Running};
 /// How long to wait for tasks before looking again whether a wave has ended.
 const MOMENT: Duration = Duration::from_micros(100);
 
-/// How long no wave may end while some are under way. Each takes well under a second.
-const STALLED: Duration = Duration::from_secs(120);
+const PANICKED: &str = "the kernel panicked; this is a defect, please report it";
 
 /// Opens a device on a thread of its own, which computes with it until the queue is closed and empty. `share` makes of the
 /// device's facts what the thread shares with others.
@@ -63,7 +62,7 @@ struct Executor {
     abandoned: bool,
     /// Of the device's own count, what the counters have.
     counted: f64,
-    /// When the device last ended a wave or had none.
+    /// When the device last took a batch or ended a wave.
     progressed: Instant,
 }
 
@@ -71,6 +70,8 @@ struct Executor {
 enum Next {
     Begin(Vec<QueuedTask>),
     Finish,
+    /// The device takes longer than it may.
+    Abandon,
     End,
 }
 
@@ -107,8 +108,14 @@ impl Executor {
             match self.next() {
                 Next::Begin(batch) => self.begin(batch),
                 Next::Finish => self.finish(),
+                Next::Abandon => {
+                    let seconds = self.device.patience().as_secs_f64();
+                    let message = format!("the device has not answered for {seconds:.1} s");
+                    self.abandon(&TaskError::unavailable(message));
+                }
                 Next::End => return,
             }
+            self.progressed = Instant::now();
             self.count_busy();
             if self.under_way() == 0 {
                 let error = TaskError::internal("the kernel returned without a result for this task");
@@ -118,13 +125,12 @@ impl Executor {
         }
     }
 
-    fn next(&mut self) -> Next {
+    fn next(&self) -> Next {
         let Shared { queue, stats, facts, .. } = &*self.shared;
         let dropped = |error: &TaskError| stats.failed(error);
         loop {
             if self.under_way() == 0 {
                 let batch = queue.next_batch(facts.batch_flops, dropped);
-                self.progressed = Instant::now();
                 return batch.map_or(Next::End, Next::Begin);
             }
             if self.device.is_ready() {
@@ -135,12 +141,8 @@ impl Executor {
             } else if let Some(batch) = queue.try_next_batch(facts.batch_flops, MOMENT, dropped) {
                 return Next::Begin(batch);
             }
-            if self.progressed.elapsed() > STALLED {
-                let message = format!("the device has not answered for {} s", STALLED.as_secs());
-                self.abandoned = true;
-                let error = TaskError::unavailable(message);
-                self.shared.lose(&error);
-                self.ledger.fail_all(&error);
+            if self.progressed.elapsed() > self.device.patience() {
+                return Next::Abandon;
             }
         }
     }
@@ -197,14 +199,14 @@ impl Executor {
 
     /// Ends those tasks of a refused batch that are at fault, and offers the others once more. Where none is, all end.
     fn offer_rest(&mut self, held: Vec<Held>, Refused { error, tasks }: Refused) {
+        // A device that refuses what it has partly computed breaks its word; nobody knows whose the rest is then.
+        if error.fatal || tasks.len() != held.len() {
+            return self.fail(Refused { error, tasks });
+        }
         let (mut rest, mut rest_tasks) = (Vec::new(), Vec::new());
         let whole = held.len();
         for (one, running) in held.into_iter().zip(tasks) {
-            let verdict = match error.fatal {
-                true => Ok(()),
-                false => kernel_task(&one).and_then(|task| self.device.check(&task)),
-            };
-            match verdict {
+            match self.check(&one) {
                 Ok(()) => {
                     rest.push(one);
                     rest_tasks.push(running);
@@ -212,24 +214,32 @@ impl Executor {
                 Err(own) => self.ledger.fail(running, own.error),
             }
         }
-        if error.fatal {
-            self.shared.lose(&error.error);
+        if rest.len() == whole {
+            return self.fail(Refused { error, tasks: rest_tasks });
         }
-        let refused = match rest.len() == whole {
-            true => Err(Refused { error, tasks: rest_tasks }),
-            false => self.offer(&rest, rest_tasks),
-        };
-        if let Err(Refused { error, tasks }) = refused {
-            for running in tasks {
-                self.ledger.fail(running, error.error.clone());
-            }
+        if let Err(refused) = self.offer(&rest, rest_tasks) {
+            self.fail(refused);
+        }
+    }
+
+    fn check(&self, held: &Held) -> Result<(), DeviceError> {
+        let checked =
+            catch_unwind(AssertUnwindSafe(|| kernel_task(held).and_then(|task| self.device.check(&task))));
+        checked.unwrap_or_else(|_| Err(DeviceError { error: TaskError::internal(PANICKED), fatal: false }))
+    }
+
+    fn fail(&self, Refused { error: DeviceError { error, fatal }, tasks }: Refused) {
+        if fatal {
+            self.shared.lose(&error);
+        }
+        for running in tasks {
+            self.ledger.fail(running, error.clone());
         }
     }
 
     fn finish(&mut self) {
         let (device, ledger) = (&mut self.device, &self.ledger);
         let outcome = catch_unwind(AssertUnwindSafe(|| device.finish(&|ended| ledger.end(ended))));
-        self.progressed = Instant::now();
         if outcome.is_err() {
             self.panicked();
         }
@@ -237,12 +247,18 @@ impl Executor {
 
     /// Ends every task in hand, since it is not known whose the panic was.
     fn panicked(&mut self) {
-        let error = TaskError::internal("the kernel panicked; this is a defect, please report it");
-        if !self.device.survives_panic() {
-            self.abandoned = true;
-            self.shared.lose(&error);
+        let error = TaskError::internal(PANICKED);
+        match self.device.survives_panic() {
+            true => self.ledger.fail_all(&error),
+            false => self.abandon(&error),
         }
-        self.ledger.fail_all(&error);
+    }
+
+    /// Calls the device no more, and ends every task in hand.
+    fn abandon(&mut self, error: &TaskError) {
+        self.abandoned = true;
+        self.shared.lose(error);
+        self.ledger.fail_all(error);
     }
 
     fn count_busy(&mut self) {

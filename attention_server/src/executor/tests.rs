@@ -32,6 +32,8 @@ enum Fate {
     DeviceDies,
     /// Its wave ends without a word of it.
     Forgotten,
+    /// Its wave never ends.
+    Hangs,
     /// The device panics when it begins, or ends.
     PanicsAtBegin,
     PanicsAtEnd,
@@ -39,12 +41,13 @@ enum Fate {
     BatchRefused,
 }
 
-const FATES: [Fate; 8] = [
+const FATES: [Fate; 9] = [
     Fate::Computed,
     Fate::TooLarge,
     Fate::WaveFails,
     Fate::DeviceDies,
     Fate::Forgotten,
+    Fate::Hangs,
     Fate::PanicsAtBegin,
     Fate::PanicsAtEnd,
     Fate::BatchRefused,
@@ -158,7 +161,8 @@ impl Device for Fake {
     }
 
     fn is_ready(&self) -> bool {
-        self.running.front().is_some_and(|wave| wave.until <= Instant::now())
+        let hangs = |wave: &Wave| wave.tasks.iter().any(|(_, _, fate, _)| *fate == Fate::Hangs);
+        self.running.front().is_some_and(|wave| wave.until <= Instant::now() && !hangs(wave))
     }
 
     fn is_full(&self) -> bool {
@@ -192,6 +196,10 @@ impl Device for Fake {
             index: 0,
             results: Err(fails(ErrorKind::Internal, "nobody's", false)),
         });
+    }
+
+    fn patience(&self) -> Duration {
+        Duration::from_millis(500)
     }
 
     fn busy_seconds(&self) -> Option<f64> {
@@ -307,9 +315,10 @@ async fn batches_overlap_and_every_task_ends_once() {
     let (engine, seen) = start(2, 3);
     let ends = ends(ship(&engine, &[Fate::Computed; 60])).await;
     assert!(ends.iter().all(Result::is_ok));
-    let busy = engine.stats().compute_seconds;
     let by_tasks: Duration = ends.iter().flatten().map(|outcome| outcome.compute).sum();
-    settled(engine, &seen, &ends).await;
+    settled(engine.clone(), &seen, &ends).await;
+    // The device counts its time, and the thread that read it has ended.
+    let busy = engine.stats().compute_seconds;
     let seen = seen.lock().unwrap();
     assert_eq!(seen.batches.iter().sum::<usize>(), 60);
     assert!(seen.overlapping >= 5 && seen.most_under_way == LANES, "{seen:?}");
@@ -322,7 +331,7 @@ async fn batches_overlap_and_every_task_ends_once() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_task_that_arrives_late_joins_waves_under_way() {
-    let (engine, seen) = start_slow(Duration::from_millis(500), 1, 1);
+    let (engine, seen) = start_slow(Duration::from_millis(200), 1, 1);
     let first = ship(&engine, &[Fate::Computed]);
     tokio::time::sleep(Duration::from_millis(50)).await;
     let second = ship(&engine, &[Fate::Computed]);
@@ -394,6 +403,19 @@ async fn a_panic_ends_every_task_and_the_device_with_them() {
         assert!(ends[19].is_err() && engine.is_draining());
         settled(engine, &seen, &ends).await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_device_that_does_not_answer_is_lost() {
+    let (engine, seen) = start(1, 1);
+    let mut fates = [Fate::Computed; 12];
+    fates[4] = Fate::Hangs;
+    let ends = ends(ship(&engine, &fates)).await;
+    for (n, kind) in kinds(&ends).into_iter().enumerate() {
+        assert_eq!(kind, (n >= 4).then_some(ErrorKind::Unavailable), "task {n}");
+    }
+    assert!(engine.lost().unwrap().message.contains("not answered"), "{:?}", engine.lost());
+    settled(engine, &seen, &ends).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
