@@ -152,3 +152,27 @@ fn say_ready(args: &Args, service: &Service) {
         println!("attention server ready at {address}, pid {pid}: {what}, {mib} MiB");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use outboard_attention_server::EngineOptions;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_drains_ends_alone() {
+        let (stop, stopped) = watch::channel(false);
+        let mut servers = Vec::new();
+        for _ in 0..2 {
+            let engine = Engine::start(&EngineOptions::default()).unwrap();
+            let service = serve_engine(engine.clone(), ServiceOptions::default()).await.unwrap();
+            servers.push((engine, tokio::spawn(end(service, stopped.clone()))));
+        }
+        let (second, first) = (servers.pop().unwrap(), servers.pop().unwrap());
+        first.0.drain();
+        first.1.await.unwrap().unwrap();
+        assert!(!second.1.is_finished() && !second.0.is_draining());
+        stop.send_replace(true);
+        second.1.await.unwrap().unwrap();
+    }
+}

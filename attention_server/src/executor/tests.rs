@@ -14,7 +14,7 @@ use outboard_transport::{InProcess, Pending, TaskHandler, TaskInputs, TaskOutcom
 use tokio::runtime::Handle;
 
 use crate::device::{Admission, Device, DeviceError, Ended, Facts, OnEnd, Opened};
-use crate::{Engine, ServerError};
+use crate::{Engine, ServerError, ServiceOptions, serve_engine};
 
 const WAVE: Duration = Duration::from_millis(5);
 const LANES: usize = 3;
@@ -389,6 +389,18 @@ async fn a_lost_device_takes_no_more_tasks() {
     settled(engine, &seen, &ends).await;
     let begun = seen.lock().unwrap().batches.len();
     assert!(begun <= 2 + LANES, "{begun} batches were begun on a device that is lost");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_service_ends_with_its_device() {
+    let (engine, seen) = start(1, 1);
+    let mut service = serve_engine(engine.clone(), ServiceOptions::default()).await.unwrap();
+    let ends = ends(ship(&engine, &[Fate::Computed, Fate::DeviceDies])).await;
+    assert_eq!(kinds(&ends), [None, Some(ErrorKind::Unavailable)]);
+    let error = service.ended().await.unwrap_err().to_string();
+    assert!(error.contains("fake:0") && error.contains("the bus is gone"), "{error}");
+    service.shut_down().await.unwrap();
+    settled(engine, &seen, &ends).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
