@@ -19,10 +19,22 @@ pub(crate) struct CudaArgs {
     /// How backward sums: `ordered` gives equal bits in every run, where cuDNN can (9.25 and later); `fastest` does not.
     #[arg(long, value_name = "HOW", default_value = "ordered")]
     cuda_sums: Sums,
-    /// Device memory that one batch may take, in MiB. Up to three are under way at once, and what they bring and take lies
-    /// in pinned host memory besides.
-    #[arg(long, value_name = "MIB", default_value_t = 8192, value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
-    cuda_batch_mib: u64,
+    /// Device memory that one batch may take, in MiB [default: a third of the device's, which is also the most]. Up to three
+    /// are under way at once, and what they bring and take lies in pinned host memory besides.
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
+    cuda_batch_mib: Option<u64>,
+    /// How pinned host memory is made: `driver`, or `registered` from huge pages.
+    #[arg(long, value_name = "HOW", default_value = "driver")]
+    cuda_pinning: Pinning,
+    /// Move all tensors into an order of their own first, even where cuDNN could use them as they lie. Changes no bit.
+    #[arg(long)]
+    cuda_move_all: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Pinning {
+    Driver,
+    Registered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -34,19 +46,22 @@ enum Sums {
 impl CudaArgs {
     /// The same arguments for another process.
     pub(crate) fn words(&self) -> Vec<OsString> {
-        let sums = match self.cuda_sums {
-            Sums::Ordered => "ordered",
-            Sums::Fastest => "fastest",
-        };
-        let mut words: Vec<OsString> = vec!["--cuda-sums".into(), sums.into()];
-        words.extend(["--cuda-batch-mib".into(), self.cuda_batch_mib.to_string().into()]);
-        let libraries = self.cuda_libraries.clone().map(|folders| ("--cuda-libraries", folders));
-        let plans = self.cuda_plans.clone().map(|folder| ("--cuda-plans", folder.into_os_string()));
-        for (flag, value) in libraries.into_iter().chain(plans) {
-            words.extend([flag.into(), value]);
-        }
-        words
+        let CudaArgs { cuda_libraries, cuda_plans, cuda_sums, cuda_batch_mib, cuda_pinning, cuda_move_all } =
+            self;
+        let valued = [
+            ("--cuda-libraries", cuda_libraries.clone()),
+            ("--cuda-plans", cuda_plans.clone().map(PathBuf::into_os_string)),
+            ("--cuda-sums", named(cuda_sums)),
+            ("--cuda-batch-mib", cuda_batch_mib.map(|mib| mib.to_string().into())),
+            ("--cuda-pinning", named(cuda_pinning)),
+        ];
+        let valued = valued.into_iter().filter_map(|(flag, value)| Some([OsString::from(flag), value?]));
+        valued.flatten().chain(cuda_move_all.then(|| "--cuda-move-all".into())).collect()
     }
+}
+
+fn named(value: &impl ValueEnum) -> Option<OsString> {
+    Some(value.to_possible_value()?.get_name().into())
 }
 
 #[cfg(feature = "cuda")]
@@ -71,9 +86,14 @@ impl CudaArgs {
         outboard_cuda::CudaConfig {
             libraries: folders.unwrap_or_default(),
             plan_folder,
-            batch_bytes: usize::try_from(self.cuda_batch_mib << 20).unwrap_or(usize::MAX),
+            batch_bytes: self.cuda_batch_mib.map_or(usize::MAX, |mib| (mib as usize).saturating_mul(1 << 20)),
             deterministic: self.cuda_sums == Sums::Ordered,
             copy_threads: cores.clamp(1, 8),
+            in_place: !self.cuda_move_all,
+            pinning: match self.cuda_pinning {
+                Pinning::Driver => outboard_cuda::Pinning::Driver,
+                Pinning::Registered => outboard_cuda::Pinning::Registered,
+            },
             ..outboard_cuda::CudaConfig::new(device)
         }
     }
@@ -90,4 +110,30 @@ pub(crate) fn absent(device: impl std::fmt::Display) -> anyhow::Error {
     anyhow::anyhow!(
         "this build has no CUDA backend, so it cannot open {device}; build it with --features cuda"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    struct Command {
+        #[command(flatten)]
+        cuda: CudaArgs,
+    }
+
+    #[test]
+    fn arguments_are_passed_on_as_they_were_given() {
+        let all = "--cuda-libraries a:b --cuda-plans none --cuda-sums fastest --cuda-batch-mib 64 --cuda-pinning registered \
+                   --cuda-move-all";
+        for given in ["", all] {
+            let parse = |words: Vec<OsString>| {
+                Command::parse_from([OsString::from("x")].into_iter().chain(words)).cuda
+            };
+            let first = parse(given.split_whitespace().map(OsString::from).collect());
+            assert_eq!(format!("{:?}", parse(first.words())), format!("{first:?}"));
+        }
+    }
 }

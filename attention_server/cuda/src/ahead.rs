@@ -8,7 +8,7 @@ use crate::CudaError;
 use crate::batch::{Shape, call_geometry};
 use crate::cudnn::Cudnn;
 use crate::gpu::movers;
-use crate::graph::{Bounds, GraphKey};
+use crate::graph::{Bounds, CallGeometry, GraphKey};
 use crate::kernel::CudaKernel;
 use crate::plan::{PlanConfig, Plans, Target, describe, device_kind};
 
@@ -19,6 +19,8 @@ pub struct AheadPlan {
     pub direction: Direction,
     /// "full" or "causal".
     pub shape: &'static str,
+    /// Whether it is for tensors in place, or for heads one after the other.
+    pub in_place: bool,
     /// cuDNN's number of the engine.
     pub engine: i64,
     /// Its knobs: type and value.
@@ -51,21 +53,25 @@ pub fn plan_ahead(
     let plans = Plans::new(&cudnn, config);
     let described = describe(&cudnn, properties)?;
     let target = Target::Described(&described);
-    let geometry = call_geometry(geometry);
+    let (geometry, kv_heads) = (call_geometry(geometry), geometry.kv_heads());
     let mut made = Vec::new();
     for direction in [Direction::Forward, Direction::Backward] {
         for (name, shape) in [("full", Shape::Full), ("causal", Shape::Causal)] {
-            let bounds = Bounds { sequences: 16, rows: 4096, keys: 4096 };
-            let (plan, _) = plans.get(GraphKey { direction, shape, geometry, bounds }, target)?;
-            let engine = plans.engine(direction, shape, geometry, target)?;
-            made.push(AheadPlan {
-                direction,
-                shape: name,
-                engine: engine.index,
-                knobs: engine.knobs,
-                deterministic: engine.deterministic,
-                workspace: plan.workspace,
-            });
+            for heads in [1, kv_heads] {
+                let bounds = Bounds { sequences: 16, rows: 4096, keys: 4096 };
+                let geometry = CallGeometry { heads, ..geometry };
+                let (plan, _) = plans.get(GraphKey { direction, shape, geometry, bounds }, target)?;
+                let engine = plans.engine(direction, shape, geometry, target)?;
+                made.push(AheadPlan {
+                    direction,
+                    shape: name,
+                    in_place: heads > 1,
+                    engine: engine.index,
+                    knobs: engine.knobs,
+                    deterministic: engine.deterministic,
+                    workspace: plan.workspace,
+                });
+            }
         }
     }
     Ok(made)

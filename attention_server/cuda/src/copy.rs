@@ -1,7 +1,8 @@
 //! Copies between tensors and pinned memory, by several threads where it pays.
 
+use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use outboard_attention::{AnyTensor, TensorView};
+use outboard_attention::{AnyTensor, DType, TensorView};
 
 use crate::batch::OperandPlace;
 
@@ -56,15 +57,30 @@ pub(crate) fn gather(sources: Vec<(Source<'_>, OperandPlace)>, target: &mut [u8]
     each(parts, total, threads, |part| part.source.copy(part.first, part.target));
 }
 
-/// Copies each source to its target.
-pub(crate) fn scatter(copies: Vec<(&[f32], &mut [f32])>, threads: usize) {
-    let total: usize = copies.iter().map(|(source, _)| size_of_val(*source)).sum();
+/// Elements of any type as bytes, and where they go in f32: as many.
+pub(crate) struct Widened<'a, 'b> {
+    pub(crate) dtype: DType,
+    /// Aligned for the type.
+    pub(crate) from: &'a [u8],
+    pub(crate) to: &'b mut [f32],
+}
+
+/// Copies each source to its target, widened to f32.
+pub(crate) fn scatter(copies: Vec<Widened<'_, '_>>, threads: usize) {
+    let total: usize = copies.iter().map(|copy| size_of_val(copy.to)).sum();
     let elements = part_bytes(total, threads).div_ceil(size_of::<f32>()).max(1);
     let parts = copies
         .into_iter()
-        .flat_map(|(source, target)| source.chunks(elements).zip(target.chunks_mut(elements)))
+        .flat_map(|Widened { dtype, from, to }| {
+            let parts = from.chunks(elements * dtype.bytes()).zip(to.chunks_mut(elements));
+            parts.map(move |(from, to)| Widened { dtype, from, to })
+        })
         .collect();
-    each(parts, total, threads, |(source, target)| target.copy_from_slice(source));
+    each(parts, total, threads, |Widened { dtype, from, to }| match dtype {
+        DType::Bf16 => bytemuck::cast_slice::<u8, bf16>(from).convert_to_f32_slice(to),
+        DType::F16 => bytemuck::cast_slice::<u8, f16>(from).convert_to_f32_slice(to),
+        _ => to.copy_from_slice(bytemuck::cast_slice(from)),
+    });
 }
 
 fn part_bytes(total: usize, threads: usize) -> usize {
@@ -142,6 +158,7 @@ mod tests {
         let wide: Vec<bf16> = (0..tokens * 100).map(|i| bf16::from_bits(i as u16)).collect();
         let strided = TensorView::new("strided", &wide, [tokens, 3, 30], 100).unwrap();
         let floats: Vec<f32> = (0..5 * tokens).map(|i| i as f32).collect();
+        let narrow: Vec<bf16> = floats[..1234].iter().map(|x| bf16::from_f32(*x)).collect();
         let whole = TensorView::contiguous("whole", &floats, [tokens, 5, 1]).unwrap();
         let first = OperandPlace { start: 16, bytes: tokens * 90 * 2 };
         let second = OperandPlace { start: first.start + first.bytes + 12, bytes: tokens * 20 };
@@ -159,8 +176,14 @@ mod tests {
 
             let mut out = vec![0.0; floats.len()];
             let (a, b) = out.split_at_mut(1234);
-            scatter(vec![(&floats[..1234], a), (&floats[1234..], b)], threads);
-            assert!(out == floats, "{threads} threads");
+            let from = |part: &'static str| match part {
+                "narrow" => bytemuck::cast_slice::<bf16, u8>(&narrow),
+                _ => bytemuck::cast_slice(&floats[1234..]),
+            };
+            let first = Widened { dtype: DType::Bf16, from: from("narrow"), to: a };
+            scatter(vec![first, Widened { dtype: DType::F32, from: from("wide"), to: b }], threads);
+            assert!(out[1234..] == floats[1234..], "{threads} threads");
+            assert!(out[..1234].iter().zip(&narrow).all(|(a, b)| *a == b.to_f32()), "{threads} threads");
         }
     }
 }

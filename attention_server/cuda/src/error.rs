@@ -151,6 +151,6 @@ pub enum CudaError {
 impl CudaError {
     /// True when the device will not compute anything again.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, CudaError::Driver { .. } | CudaError::Cudnn { .. })
+        matches!(self, CudaError::Driver { .. })
     }
 }

@@ -11,6 +11,7 @@ use outboard_attention::{AnyTensor, DType, Direction, HeadGeometry, MAX_HEAD_DIM
 
 use crate::batch::{BatchLayout, Cut, LaidTask, OperandPlace, TaskOperands, call_geometry};
 use crate::cudnn::{Cudnn, Handle, device_properties};
+use crate::gpu::memory::Pinning;
 use crate::gpu::{self, DeviceInfo, driver};
 use crate::graph::{CallGeometry, GraphKey};
 use crate::plan::{Background, PlanConfig, Plans, Target, device_kind};
@@ -21,7 +22,7 @@ use crate::{CudaError, copy};
 const REVISION: u32 = 1;
 
 /// Waves under way at most: one each uploaded, computed and downloaded.
-const LANES: usize = 3;
+pub(crate) const LANES: usize = 3;
 
 /// Query heads of a kv head at most.
 const MAX_GROUP: usize = 128;
@@ -35,14 +36,19 @@ pub struct CudaConfig {
     pub libraries: Vec<PathBuf>,
     /// Where execution plans are kept between runs. Without it they are built anew, which takes up to seconds each.
     pub plan_folder: Option<PathBuf>,
-    /// Bytes of device memory that one wave may take: operands, results, and what lies between. A batch is cut into as
-    /// many waves as it needs.
+    /// Bytes of device memory that one wave may take: operands, results, and what lies between; never more than a third of
+    /// the device's. A batch is cut into as many waves as it needs.
     pub batch_bytes: usize,
     /// Whether backward sums in a fixed order, where cuDNN can (9.25 and later). Otherwise it is faster, and the last bits
     /// of dQ differ from run to run.
     pub deterministic: bool,
     /// Threads that copy operands and results, at least one.
     pub copy_threads: usize,
+    /// How pinned memory is made.
+    pub pinning: Pinning,
+    /// Whether cuDNN reads and writes tensors where they lie, where it can. Otherwise all are moved into an order of its
+    /// own first. It changes no bit.
+    pub in_place: bool,
 }
 
 impl CudaConfig {
@@ -52,9 +58,11 @@ impl CudaConfig {
             device,
             libraries: Vec::new(),
             plan_folder: None,
-            batch_bytes: 8 << 30,
+            batch_bytes: usize::MAX,
             deterministic: true,
             copy_threads: 4,
+            pinning: Pinning::default(),
+            in_place: true,
         }
     }
 }
@@ -64,14 +72,14 @@ impl CudaConfig {
 /// It belongs to one thread at a time. Batches may overlap: [`CudaKernel::begin`] returns as soon as a batch is on its
 /// way, and [`CudaKernel::finish`] waits for the oldest.
 pub struct CudaKernel {
-    config: CudaConfig,
+    pub(crate) config: CudaConfig,
     info: DeviceInfo,
     version: String,
     plans: Arc<Plans>,
     background: Option<Background>,
     free: Vec<Lane>,
     running: VecDeque<Tagged>,
-    streams: Streams,
+    pub(crate) streams: Streams,
     busy_seconds: f64,
     failed: Option<CudaError>,
 }
@@ -116,8 +124,9 @@ impl CudaKernel {
     ///
     /// # Errors
     /// [`CudaError`] when there is no usable device, driver or library; it says which, and what to install.
-    pub fn new(config: CudaConfig) -> Result<CudaKernel, CudaError> {
+    pub fn new(mut config: CudaConfig) -> Result<CudaKernel, CudaError> {
         let (context, info) = gpu::open(config.device)?;
+        config.batch_bytes = config.batch_bytes.min(info.memory_bytes / 3);
         let cudnn = Cudnn::load(&config.libraries)?;
         context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let handle = Handle::new(&cudnn)?;
@@ -129,7 +138,7 @@ impl CudaKernel {
         let plans = Arc::new(Plans::new(&cudnn, plan_config));
         let background = start_background(&plans, &cudnn, &context);
         let streams = Streams::new(&context, info.compute, handle)?;
-        let free = (0..LANES).map(|_| Lane::new(&context)).collect();
+        let free = (0..LANES).map(|_| Lane::new(&context, config.pinning)).collect::<Result<_, _>>()?;
         Ok(CudaKernel {
             version: cudnn.version(),
             config,
@@ -179,7 +188,7 @@ impl CudaKernel {
     }
 
     fn cut(&self, direction: Direction) -> Cut {
-        Cut { direction, ordered: self.is_deterministic() }
+        Cut { direction, ordered: self.is_deterministic(), in_place: self.config.in_place }
     }
 
     /// Whether tasks of this geometry are computed.
@@ -233,7 +242,7 @@ impl CudaKernel {
 
     /// Batches of tasks, by index, that are computed as one: of one direction, call geometry and scale, and within the
     /// memory.
-    fn waves(&self, batch: &[KernelTask<'_>]) -> Result<Vec<Vec<usize>>, CudaError> {
+    pub(crate) fn waves(&self, batch: &[KernelTask<'_>]) -> Result<Vec<Vec<usize>>, CudaError> {
         let limit = self.config.batch_bytes;
         let mut waves: Vec<(Kind, usize, Vec<usize>)> = Vec::new();
         for (index, task) in batch.iter().enumerate() {
@@ -243,6 +252,11 @@ impl CudaKernel {
             task.check_tensors(index)?;
             CudaKernel::supports(&task.geometry)?;
             let kind = kind(task);
+            // What comes in and goes out is soon counted; only then is the task laid out.
+            let moved = moved_bytes(&task.geometry, kind.0, task.task);
+            if moved > limit {
+                return Err(CudaError::TooLarge { index, needed: moved, limit });
+            }
             let needed = self.task_bytes(&task.geometry, kind.0, task.task);
             if needed > limit {
                 return Err(CudaError::TooLarge { index, needed, limit });
@@ -271,21 +285,8 @@ impl CudaKernel {
             }
             self.finish(done);
         };
-        let started = match self.stage(lane, &tasks) {
-            Ok(mut staged) => {
-                let places = staged.layout().operands.clone();
-                let mut copies = Vec::new();
-                for ((_, task), places) in tasks.iter().zip(&places) {
-                    copies.extend(operands(task, places));
-                }
-                copy::gather(copies, staged.operands(), self.config.copy_threads);
-                staged.start(&mut self.streams)
-            }
-            Err((lane, error)) => {
-                self.free.push(lane);
-                Err(error)
-            }
-        };
+        let staged = self.stage(lane, &tasks);
+        let started = staged.and_then(|staged| staged.start(&mut self.streams));
         match started {
             Ok(wave) => {
                 let entry = |(index, task): (usize, KernelTask<'_>)| Entry {
@@ -296,11 +297,9 @@ impl CudaKernel {
                 let entries = tasks.into_iter().map(entry).collect();
                 self.running.push_back(Tagged { wave, entries });
             }
-            Err(error) => {
+            Err((lane, error)) => {
+                self.free.push(lane);
                 self.note(&error);
-                while self.free.len() + self.running.len() < LANES {
-                    self.free.push(Lane::new(&self.streams.context));
-                }
                 for (index, _) in tasks {
                     done(Finished { batch: number, index, results: Err(error.clone()) });
                 }
@@ -308,7 +307,12 @@ impl CudaKernel {
         }
     }
 
-    fn stage(&self, lane: Lane, tasks: &[(usize, KernelTask<'_>)]) -> Result<StagedWave, (Lane, CudaError)> {
+    /// Lays out the tasks of a wave and copies their operands.
+    pub(crate) fn stage(
+        &self,
+        lane: Lane,
+        tasks: &[(usize, KernelTask<'_>)],
+    ) -> Result<StagedWave, (Lane, CudaError)> {
         let Some((_, first)) = tasks.first() else {
             return Err((lane, CudaError::NoDevice { message: "a wave without tasks".to_owned() }));
         };
@@ -319,6 +323,7 @@ impl CudaKernel {
         let layout = BatchLayout::new(self.cut(direction), geometry, &laid);
         let mut plans = Vec::with_capacity(layout.calls.len());
         for call in &layout.calls {
+            let geometry = call.geometry(geometry);
             let key = GraphKey { direction, shape: call.shape, geometry, bounds: call.bounds() };
             match self.plans.get(key, Target::Device(&self.streams.handle)) {
                 Ok((plan, wanted)) => {
@@ -330,7 +335,11 @@ impl CudaKernel {
                 Err(error) => return Err((lane, error)),
             }
         }
-        StagedWave::new(layout, plans, first.geometry.scale(), lane)
+        let mut staged = StagedWave::new(layout, plans, first.geometry.scale(), lane)?;
+        let places = staged.layout().operands.clone();
+        let copies = tasks.iter().zip(&places).flat_map(|((_, task), places)| operands(task, places));
+        copy::gather(copies.collect(), staged.operands(), self.config.copy_threads);
+        Ok(staged)
     }
 
     /// Waits for the oldest wave under way, if there is one, and ends its tasks.
@@ -347,11 +356,16 @@ impl CudaKernel {
                     results.push(of_task);
                 }
                 let mut copies = Vec::new();
+                let dtype = wave.layout().geometry.dtype;
                 for (of_task, place) in results.iter_mut().zip(&wave.layout().results) {
-                    let mut from = place.start;
-                    for (part, len) in parts(of_task).into_iter().zip(place.lens) {
-                        copies.push((&wave.results()[from..from + len], part));
-                        from += len.next_multiple_of(4);
+                    for (i, part) in parts(of_task).into_iter().enumerate() {
+                        let dtype = if place.narrow && i == 0 { dtype } else { DType::F32 };
+                        let (start, bytes) = (place.starts[i], place.lens[i] * dtype.bytes());
+                        copies.push(copy::Widened {
+                            dtype,
+                            from: &wave.results()[start..start + bytes],
+                            to: part,
+                        });
                     }
                 }
                 copy::scatter(copies, self.config.copy_threads);
@@ -400,81 +414,12 @@ impl CudaKernel {
         failed.map_or(Ok(()), Err)
     }
 
-    /// Computes a batch `times` times over from operands that lie in pinned memory, and returns the seconds that this
-    /// took and those that kernels ran. For benchmarks: results are downloaded each time and thrown away.
-    ///
-    /// # Errors
-    /// As [`CudaKernel::run`]; [`CudaError::TooLarge`] too when the batch needs more than one wave.
-    pub fn measure(&mut self, batch: Vec<KernelTask<'_>>, times: usize) -> Result<Measured, CudaError> {
-        let waves = self.waves(&batch)?;
-        if waves.len() != 1 {
-            let limit = self.config.batch_bytes;
-            return Err(CudaError::TooLarge { index: 0, needed: limit.saturating_add(1), limit });
-        }
-        let tasks: Vec<_> = batch.into_iter().enumerate().collect();
-        let mut staged = Vec::new();
-        for _ in 0..LANES {
-            let lane = Lane::new(&self.streams.context);
-            let mut wave = self.stage(lane, &tasks).map_err(|(_, error)| error)?;
-            let places = wave.layout().operands.clone();
-            let mut copies = Vec::new();
-            for ((_, task), places) in tasks.iter().zip(&places) {
-                copies.extend(operands(task, places));
-            }
-            copy::gather(copies, wave.operands(), self.config.copy_threads);
-            staged.push(wave);
-        }
-        let mut measured = Measured::default();
-        let mut running: VecDeque<RunningWave> = VecDeque::new();
-        let mut begun = None;
-        // The first round through all lanes warms up, and is not counted.
-        for round in 0..times + LANES {
-            if round == LANES {
-                while let Some(wave) = running.pop_front() {
-                    wave.wait()?;
-                    staged.push(wave.again());
-                }
-                begun = Some(std::time::Instant::now());
-                measured = Measured::default();
-            }
-            if staged.is_empty()
-                && let Some(wave) = running.pop_front()
-            {
-                wave.wait()?;
-                measured.kernel_seconds.push(wave.seconds()?);
-                staged.push(wave.again());
-            }
-            if let Some(wave) = staged.pop() {
-                let start = std::time::Instant::now();
-                running.push_back(wave.start(&mut self.streams)?);
-                measured.enqueue_seconds.push(start.elapsed().as_secs_f64());
-            }
-        }
-        while let Some(wave) = running.pop_front() {
-            wave.wait()?;
-            measured.kernel_seconds.push(wave.seconds()?);
-        }
-        measured.seconds = begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
-        Ok(measured)
-    }
-
     fn note(&mut self, error: &CudaError) {
         if error.is_fatal() && self.failed.is_none() {
             tracing::error!(%error, device = %self.info, "the device failed; it computes nothing more");
             self.failed = Some(error.clone());
         }
     }
-}
-
-/// What [`CudaKernel::measure`] measured.
-#[derive(Clone, Debug, Default)]
-pub struct Measured {
-    /// From the first start to the last end.
-    pub seconds: f64,
-    /// Of the kernels, each time: those that move data included.
-    pub kernel_seconds: Vec<f64>,
-    /// Of the host, each time, to enqueue everything.
-    pub enqueue_seconds: Vec<f64>,
 }
 
 /// What tasks of one wave have in common: direction, call geometry and the bits of the scale.
@@ -484,8 +429,19 @@ fn kind(task: &KernelTask<'_>) -> Kind {
     (task.operands.direction(), call_geometry(&task.geometry), task.geometry.scale().to_bits())
 }
 
+/// Bytes that a task takes at least: those of operands and results, all in 16 bits.
+fn moved_bytes(geometry: &HeadGeometry, direction: Direction, task: &Task) -> usize {
+    let shapes = task.shapes(geometry);
+    let elements = |shape: [usize; 3]| shape.iter().fold(1, |product: usize, n| product.saturating_mul(*n));
+    let all = match direction {
+        Direction::Forward => [shapes.q, shapes.k, shapes.v, shapes.o],
+        Direction::Backward => [shapes.q, shapes.k, shapes.v, shapes.q],
+    };
+    all.into_iter().map(elements).fold(0, usize::saturating_add).saturating_mul(2)
+}
+
 fn device_bytes(layout: &BatchLayout) -> usize {
-    let moved = layout.operand_bytes + layout.result_len * size_of::<f32>();
+    let moved = layout.operand_bytes + layout.operand_slack + layout.result_bytes;
     // Operands and results have a lane each, of which there are several.
     layout.work_bytes + LANES * moved
 }

@@ -19,11 +19,15 @@ mod error;
 mod gpu;
 mod graph;
 mod kernel;
+#[allow(unsafe_code)]
+mod measure;
 mod plan;
 #[allow(unsafe_code)]
 mod wave;
 
 pub use ahead::{AheadPlan, plan_ahead};
 pub use error::CudaError;
+pub use gpu::memory::Pinning;
 pub use gpu::{DeviceInfo, devices};
-pub use kernel::{CudaConfig, CudaKernel, Finished, Measured};
+pub use kernel::{CudaConfig, CudaKernel, Finished};
+pub use measure::{Measured, Transfers};

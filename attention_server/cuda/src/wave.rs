@@ -10,10 +10,10 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 use outboard_attention::{DType, Direction};
 
 use crate::CudaError;
-use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape};
+use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape, Tensors};
 use crate::cudnn::{self, Handle, Raw};
 use crate::gpu::driver;
-use crate::gpu::memory::{DeviceMemory, PinnedMemory, download, upload};
+use crate::gpu::memory::{DeviceMemory, PinnedMemory, Pinning, download, upload};
 use crate::gpu::movers::{Movers, Places};
 use crate::graph::Ids;
 use crate::plan::Plan;
@@ -21,9 +21,14 @@ use crate::plan::Plan;
 /// Operands start at a multiple of this after the tables, in bytes.
 const OPERANDS: usize = 256;
 
-/// Memory for what a wave brings in and takes out.
+/// Memory for what a wave brings in and takes out, and the events of its way.
 #[derive(Debug)]
 pub(crate) struct Lane {
+    started: CudaEvent,
+    uploaded: CudaEvent,
+    begun: CudaEvent,
+    computed: CudaEvent,
+    downloaded: CudaEvent,
     staging: PinnedMemory,
     input: DeviceMemory,
     output: DeviceMemory,
@@ -61,25 +66,35 @@ pub(crate) struct StagedWave {
 /// A wave on its way through the device.
 #[derive(Debug)]
 pub(crate) struct RunningWave {
-    begun: CudaEvent,
-    computed: CudaEvent,
-    /// Before the memory, so that it is dropped first.
-    downloaded: Passed,
     staged: StagedWave,
 }
 
-/// An event that is waited for when it is dropped: the device must be through with memory before that goes.
-#[derive(Debug)]
-struct Passed(CudaEvent);
+impl Drop for Lane {
+    fn drop(&mut self) {
+        // The device must be through with the memory before it goes. On a lost device this fails at once, and nothing is
+        // under way any more.
+        for event in [&self.uploaded, &self.computed, &self.downloaded] {
+            let _ = event.synchronize();
+        }
+    }
+}
 
 impl Lane {
-    pub(crate) fn new(context: &Arc<CudaContext>) -> Lane {
-        Lane {
-            staging: PinnedMemory::new(context),
+    pub(crate) fn new(context: &Arc<CudaContext>, pinning: Pinning) -> Result<Lane, CudaError> {
+        // Whoever waits sleeps.
+        let flags = Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC);
+        let event = || context.new_event(flags).map_err(driver("cuEventCreate"));
+        Ok(Lane {
+            started: event()?,
+            uploaded: event()?,
+            begun: event()?,
+            computed: event()?,
+            downloaded: event()?,
+            staging: PinnedMemory::new(context, pinning),
             input: DeviceMemory::new(context),
             output: DeviceMemory::new(context),
-            results: PinnedMemory::new(context),
-        }
+            results: PinnedMemory::new(context, pinning),
+        })
     }
 
     /// Bytes of device memory held.
@@ -132,11 +147,11 @@ impl StagedWave {
         let tables = layout.tables(&capacities);
         let operands = tables.tables.bytes().len().next_multiple_of(OPERANDS);
         let input = operands + layout.operand_bytes;
-        let output = layout.result_len * size_of::<f32>();
+        let output = layout.result_bytes;
         let reserved = lane
             .staging
             .reserve(input)
-            .and_then(|()| lane.input.reserve(input))
+            .and_then(|()| lane.input.reserve(input + layout.operand_slack))
             .and_then(|()| lane.output.reserve(output))
             .and_then(|()| lane.results.reserve(output));
         if let Err(error) = reserved {
@@ -161,41 +176,42 @@ impl StagedWave {
     }
 
     /// Enqueues everything.
-    pub(crate) fn start(mut self, streams: &mut Streams) -> Result<RunningWave, CudaError> {
+    pub(crate) fn start(mut self, streams: &mut Streams) -> Result<RunningWave, (Lane, CudaError)> {
         match self.enqueue(streams) {
-            Ok([begun, computed, downloaded]) => {
-                Ok(RunningWave { begun, computed, downloaded: Passed(downloaded), staged: self })
-            }
+            Ok(()) => Ok(RunningWave { staged: self }),
             Err(error) => {
-                // What was enqueued before the failure may still use the memory that goes now.
+                // What was enqueued before the failure may still use the lane.
                 let _ = streams.context.synchronize();
-                Err(error)
+                Err((self.lane, error))
             }
         }
     }
 
-    fn enqueue(&mut self, streams: &mut Streams) -> Result<[CudaEvent; 3], CudaError> {
+    fn enqueue(&mut self, streams: &mut Streams) -> Result<(), CudaError> {
         streams.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let workspace = self.plans.iter().map(|plan| plan.workspace).max().unwrap_or(0);
         // Growing frees, and freeing waits for what is enqueued, so no running wave loses its work memory.
         streams.work.reserve(self.layout.work_bytes)?;
         streams.workspace.reserve(workspace)?;
-        let timed = Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC);
-        let event = |stream: &CudaStream| stream.record_event(timed).map_err(driver("cuEventRecord"));
+        let record =
+            |event: &CudaEvent, stream: &CudaStream| event.record(stream).map_err(driver("cuEventRecord"));
+        let wait =
+            |stream: &CudaStream, event: &CudaEvent| stream.wait(event).map_err(driver("cuStreamWaitEvent"));
         let input = self.operands + self.layout.operand_bytes;
+        record(&self.lane.started, &streams.upload)?;
         // SAFETY: staging and input hold `input` bytes, and stay with the running wave.
         unsafe { upload(&streams.upload, &self.lane.staging, &self.lane.input, input)? };
-        let uploaded = event(&streams.upload)?;
-        streams.compute.wait(&uploaded).map_err(driver("cuStreamWaitEvent"))?;
-        let begun = event(&streams.compute)?;
+        record(&self.lane.uploaded, &streams.upload)?;
+        wait(&streams.compute, &self.lane.uploaded)?;
+        record(&self.lane.begun, &streams.compute)?;
         self.compute(streams)?;
-        let computed = event(&streams.compute)?;
-        streams.download.wait(&computed).map_err(driver("cuStreamWaitEvent"))?;
-        let output = self.layout.result_len * size_of::<f32>();
+        record(&self.lane.computed, &streams.compute)?;
+        wait(&streams.download, &self.lane.computed)?;
+        let output = self.layout.result_bytes;
         // SAFETY: output and results hold `output` bytes, and stay with the running wave, which nobody reads from until
         // the event has passed.
         unsafe { download(&streams.download, &self.lane.output, &mut self.lane.results, output)? };
-        Ok([begun, computed, event(&streams.download)?])
+        record(&self.lane.downloaded, &streams.download)
     }
 
     /// Enqueues the kernels.
@@ -237,16 +253,23 @@ impl StagedWave {
         let (hidden, one) = (f32::NEG_INFINITY, 1.0f32);
         let scalar = |value: &f32| std::ptr::from_ref(value).cast_mut().cast::<std::ffi::c_void>();
         let regions = &self.layout.regions;
+        let forward = self.layout.direction == Direction::Forward;
+        let in_place = call.tensors != Tensors::Slabs;
+        let place = |in_place: bool, memory: sys::CUdeviceptr, region: usize| match in_place {
+            true => at(memory, 0),
+            false => work(region),
+        };
         let mut tensors = vec![
-            (Ids::Q, work(regions.q)),
-            (Ids::K, work(regions.k)),
-            (Ids::V, work(regions.v)),
-            (Ids::O, work(regions.o)),
-            (Ids::LSE, work(regions.lse)),
+            (Ids::Q, place(in_place && forward, places.tensors, regions.q)),
+            (Ids::K, place(in_place, places.tensors, regions.k)),
+            (Ids::V, place(in_place, places.tensors, regions.v)),
+            (Ids::O, place(in_place && forward, places.output, regions.o)),
+            (Ids::LSE, place(in_place && forward, places.output, regions.lse)),
             (Ids::ROWS, table(tables.rows)),
             (Ids::KEYS, table(tables.keys)),
             (Ids::Q_OFFSETS, table(tables.q_offsets)),
-            (Ids::KV_OFFSETS, table(tables.kv_offsets)),
+            (Ids::K_OFFSETS, table(tables.k_offsets)),
+            (Ids::V_OFFSETS, table(tables.v_offsets)),
             (Ids::ROW_OFFSETS, table(tables.row_offsets)),
             (Ids::LSE_OFFSETS, table(tables.lse_offsets)),
             (Ids::SCALE, scalar(&self.scale)),
@@ -278,31 +301,40 @@ impl StagedWave {
 impl RunningWave {
     /// Waits until the results are on the host.
     pub(crate) fn wait(&self) -> Result<(), CudaError> {
-        self.downloaded.0.synchronize().map_err(driver("cuEventSynchronize"))
+        self.staged.lane.downloaded.synchronize().map_err(driver("cuEventSynchronize"))
     }
 
     /// True when [`RunningWave::wait`] would not wait, or would fail.
     pub(crate) fn is_done(&self) -> bool {
-        self.downloaded.0.try_is_complete().unwrap_or(true)
+        self.staged.lane.downloaded.try_is_complete().unwrap_or(true)
     }
 
     /// Seconds of the kernels. After [`RunningWave::wait`].
     pub(crate) fn seconds(&self) -> Result<f64, CudaError> {
-        let milliseconds = self.begun.elapsed_ms(&self.computed).map_err(driver("cuEventElapsedTime"))?;
+        let Lane { begun, computed, .. } = &self.staged.lane;
+        let milliseconds = begun.elapsed_ms(computed).map_err(driver("cuEventElapsedTime"))?;
         Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    /// Seconds from the start of its upload to the ends of upload, kernels and download. After [`RunningWave::wait`].
+    pub(crate) fn way(&self) -> Result<[f64; 3], CudaError> {
+        let Lane { started, uploaded, computed, downloaded, .. } = &self.staged.lane;
+        let mut way = [0.0; 3];
+        for (seconds, event) in way.iter_mut().zip([uploaded, computed, downloaded]) {
+            *seconds = f64::from(started.elapsed_ms(event).map_err(driver("cuEventElapsedTime"))?) / 1e3;
+        }
+        Ok(way)
     }
 
     pub(crate) fn layout(&self) -> &BatchLayout {
         &self.staged.layout
     }
 
-    /// All results. After [`RunningWave::wait`].
-    pub(crate) fn results(&self) -> &[f32] {
-        let bytes = self.staged.layout.result_len * size_of::<f32>();
+    /// The bytes of all results, each at a multiple of 16. After [`RunningWave::wait`].
+    pub(crate) fn results(&self) -> &[u8] {
         // SAFETY: the download has passed, and nothing writes there until the lane is used again.
         let results = unsafe { self.staged.lane.results.slice() };
-        // Pinned memory starts at a page.
-        bytemuck::cast_slice(&results[..bytes])
+        &results[..self.staged.layout.result_bytes]
     }
 
     /// The wave's operands, tables and plans, to be started once more. After [`RunningWave::wait`].
@@ -313,12 +345,5 @@ impl RunningWave {
     /// The lane, for another wave. After [`RunningWave::wait`].
     pub(crate) fn into_lane(self) -> Lane {
         self.staged.lane
-    }
-}
-
-impl Drop for Passed {
-    fn drop(&mut self) {
-        // On a lost device this fails at once, and nothing is under way any more.
-        let _ = self.0.synchronize();
     }
 }

@@ -13,6 +13,7 @@ const WAVES: usize = 3;
 
 struct Cuda {
     kernel: CudaKernel,
+    /// Bytes of device memory that a task may take. The kernel's own limit may be lower, and is known once it said so.
     batch_bytes: usize,
 }
 
@@ -48,16 +49,23 @@ impl Device for Cuda {
         batch: Vec<KernelTask<'_>>,
         ended: OnEnd<'_>,
     ) -> Result<(), DeviceError> {
-        Ok(self.kernel.begin(number, batch, &mut |finished| ended(finished.into()))?)
+        let begun = self.kernel.begin(number, batch, &mut |finished| ended(finished.into()));
+        if let Err(CudaError::TooLarge { limit, .. }) = &begun {
+            self.batch_bytes = *limit;
+        }
+        Ok(begun?)
     }
 
     fn check(&self, task: &KernelTask<'_>) -> Result<(), DeviceError> {
         task.check_tensors(0).map_err(CudaError::from)?;
         CudaKernel::supports(&task.geometry)?;
-        let needed = self.kernel.task_bytes(&task.geometry, task.operands.direction(), task.task);
+        let mut needed = least_bytes(task);
+        if needed <= self.batch_bytes {
+            needed = self.kernel.task_bytes(&task.geometry, task.operands.direction(), task.task);
+        }
         if needed > self.batch_bytes {
             let message = format!(
-                "the task needs {needed} bytes of device memory, this server has {} for one; cut the task into fewer tokens, \
+                "the task needs {needed} bytes or more of device memory, this server has {} for one; cut the task into fewer tokens, \
                  or start the server with a larger --cuda-batch-mib",
                 self.batch_bytes
             );
@@ -85,6 +93,14 @@ impl Device for Cuda {
     fn busy_seconds(&self) -> Option<f64> {
         Some(self.kernel.busy_seconds())
     }
+}
+
+/// Bytes of Q, K and V. What is larger is not even laid out.
+fn least_bytes(task: &KernelTask<'_>) -> usize {
+    let shapes = task.task.shapes(&task.geometry);
+    let bytes =
+        |shape: [usize; 3]| shape.into_iter().fold(task.geometry.dtype().bytes(), usize::saturating_mul);
+    [shapes.q, shapes.k, shapes.v].into_iter().map(bytes).fold(0, usize::saturating_add)
 }
 
 impl From<outboard_cuda::Finished> for Ended {
@@ -131,7 +147,6 @@ mod tests {
                 false,
             ),
             (CudaError::Driver { call: "cuLaunchKernel", message: message() }, ErrorKind::Unavailable, true),
-            (CudaError::Cudnn { call: "execute".into(), message: message() }, ErrorKind::Unavailable, true),
         ];
         for (error, kind, fatal) in cases {
             let mapped = DeviceError::from(error.clone());

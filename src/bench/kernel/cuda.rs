@@ -58,6 +58,17 @@ struct Row {
     busy: f64,
     /// Of the host, to enqueue a batch, median.
     enqueue_us: f64,
+    /// From the start of a batch's upload to the ends of upload, kernels and download, the last one measured.
+    way_ms: [f64; 3],
+}
+
+/// What the way in and out carries, in bytes a second.
+#[derive(Debug, Serialize)]
+struct Way {
+    kind: &'static str,
+    up: f64,
+    down: f64,
+    both: f64,
 }
 
 pub(super) fn run(args: &Args, device: usize, output: &mut Output) -> anyhow::Result<()> {
@@ -129,6 +140,14 @@ fn suite(args: &Args, kernel: &mut CudaKernel, output: &mut Output) -> anyhow::R
     batches.push(("mixed shards".to_owned(), subjects));
     batches.push(("their work as one".to_owned(), vec![causal(tokens, tokens, 0)?]));
     batches.push(("one small task".to_owned(), vec![causal(128, 1024, 0)?]));
+    let carried = kernel.measure_transfers(512 << 20)?;
+    let way = Way { kind: "transfers", up: carried.up, down: carried.down, both: carried.both };
+    output.write(&way)?;
+    let gigabytes = [way.up, way.down, way.both].map(|rate| format!("{:.1}", rate / 1e9));
+    output.say(&format!(
+        "pinned memory: up {} GB/s, down {}, both at once {}",
+        gigabytes[0], gigabytes[1], gigabytes[2]
+    ))?;
     let wanted = |name: &str| args.only.as_ref().is_none_or(|text| name.contains(text.as_str()));
     for (name, subjects) in &batches {
         for direction in [Direction::Forward, Direction::Backward] {
@@ -163,7 +182,8 @@ fn measure(
 ) -> anyhow::Result<Row> {
     let first = subjects.first().context("nothing is measured")?;
     let tasks = subjects.iter().map(|subject| subject.task(case.direction)).collect::<anyhow::Result<_>>()?;
-    let Measured { seconds, mut kernel_seconds, mut enqueue_seconds } = kernel.measure(tasks, repeats)?;
+    let Measured { seconds, mut kernel_seconds, mut enqueue_seconds, way_seconds } =
+        kernel.measure(tasks, repeats)?;
     let flops: f64 = subjects.iter().map(|s| s.task.flops(&s.geometry, case.direction)).sum();
     let busy = kernel_seconds.iter().sum::<f64>() / seconds;
     let typical = median(&mut kernel_seconds);
@@ -188,6 +208,7 @@ fn measure(
         wall_ms: seconds / repeats.max(1) as f64 * 1e3,
         busy,
         enqueue_us: median(&mut enqueue_seconds) * 1e6,
+        way_ms: way_seconds.last().copied().unwrap_or_default().map(|seconds| seconds * 1e3),
     })
 }
 
@@ -228,6 +249,7 @@ fn show(kernel: &CudaKernel, rows: &[Row], output: &Output) -> anyhow::Result<()
             format!("{:.3}", row.wall_ms),
             format!("{:.2}", row.busy),
             format!("{:.0}", row.enqueue_us),
+            row.way_ms.map(|ms| format!("{ms:.1}")).join(" "),
         ]);
     }
     output.say(&table.to_string())

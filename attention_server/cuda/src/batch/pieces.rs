@@ -45,6 +45,8 @@ pub(crate) struct Cut {
     /// that is hidden: rows wait for each other less where a piece has as many rows as keys, and triangles are best cut
     /// into squares and small triangles.
     pub(crate) ordered: bool,
+    /// Whether tensors may be used in place.
+    pub(crate) in_place: bool,
 }
 
 /// Keys of an ordered full piece at least.
@@ -198,9 +200,9 @@ mod tests {
     use super::*;
 
     const CUTS: [Cut; 3] = [
-        Cut { direction: Direction::Forward, ordered: true },
-        Cut { direction: Direction::Backward, ordered: false },
-        Cut { direction: Direction::Backward, ordered: true },
+        Cut { direction: Direction::Forward, ordered: true, in_place: true },
+        Cut { direction: Direction::Backward, ordered: false, in_place: true },
+        Cut { direction: Direction::Backward, ordered: true, in_place: true },
     ];
 
     fn sees(piece: &Piece, i: usize, j: usize) -> bool {

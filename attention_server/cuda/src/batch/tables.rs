@@ -58,9 +58,9 @@ pub(crate) struct MadeUp {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct RowHead {
-    /// First element of the task's O, or dQ, in the output.
+    /// First element of the task's O, or dQ, in the output: counted in 16 bits for a narrow O, else in f32.
     pub(crate) values: i64,
-    /// First of its LSE.
+    /// First of its LSE, in f32.
     pub(crate) lse: i64,
     pub(crate) rows: i32,
     /// Query heads of the task.
@@ -69,8 +69,10 @@ pub(crate) struct RowHead {
     pub(crate) group: i32,
     pub(crate) dim: i32,
     pub(crate) padded: i32,
-    pub(crate) first_piece: i32,
-    pub(crate) pieces: i32,
+    /// Index of the head's first block in [`SpanIndex::starts`].
+    pub(crate) first_block: i32,
+    /// 1 when no row has more than one piece, so that O goes out as it is, in 16 bits.
+    pub(crate) narrow: i32,
 }
 
 /// Keys of one kv head of a task, to be merged from pieces and query heads.
@@ -87,9 +89,7 @@ pub(crate) struct KeyHead {
     pub(crate) dim: i32,
     pub(crate) v_dim: i32,
     pub(crate) padded: i32,
-    pub(crate) first_piece: i32,
-    pub(crate) pieces: i32,
-    pub(crate) zero: i32,
+    pub(crate) first_block: i32,
 }
 
 /// Rows or keys of a piece, counted from the task's first, and where its results lie.
@@ -102,6 +102,37 @@ pub(crate) struct PieceSpan {
     pub(crate) end: i32,
     pub(crate) reversed: i32,
     pub(crate) zero: i32,
+}
+
+/// Which pieces each block of [`BLOCK`] rows or keys of a head meets, in the order of the pieces.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct SpanIndex {
+    /// First of each block's spans; one more entry ends the last.
+    pub(crate) starts: Vec<i32>,
+    pub(crate) spans: Vec<PieceSpan>,
+}
+
+/// Rows or keys that share their entry of a [`SpanIndex`]; the kernels know it too.
+pub(crate) const BLOCK: usize = 64;
+
+impl SpanIndex {
+    /// Adds a head of `len` rows or keys, and says which its first block is.
+    pub(crate) fn push(&mut self, len: usize, spans: &[PieceSpan]) -> i32 {
+        let first = self.starts.len().saturating_sub(1);
+        self.starts.truncate(first);
+        let mut blocks = vec![Vec::new(); len.div_ceil(BLOCK)];
+        for span in spans {
+            for block in &mut blocks[span.start as usize / BLOCK..(span.end as usize).div_ceil(BLOCK)] {
+                block.push(*span);
+            }
+        }
+        for block in blocks {
+            self.starts.push(self.spans.len() as i32);
+            self.spans.extend(block);
+        }
+        self.starts.push(self.spans.len() as i32);
+        first as i32
+    }
 }
 
 /// Tables one after the other.

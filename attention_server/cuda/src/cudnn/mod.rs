@@ -407,5 +407,8 @@ pub(crate) unsafe fn execute(
     pack.finalize(|| "gathering the tensors of a call".to_owned())?;
     // SAFETY: handle, plan and pack are live; the caller vouches for the memory.
     let status = unsafe { (cudnn.execute)(handle.raw, plan.raw, pack.raw) };
-    cudnn.check(status, || "executing a plan".to_owned())
+    // Unlike everything before, this can fail for what has happened on the device.
+    cudnn
+        .check(status, || "executing a plan".to_owned())
+        .map_err(|error| CudaError::Driver { call: "cudnnBackendExecute", message: error.to_string() })
 }

@@ -69,10 +69,21 @@ impl Drop for DeviceMemory {
     }
 }
 
+/// How pinned memory is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Pinning {
+    /// By the driver.
+    #[default]
+    Driver,
+    /// From huge pages of our own, which the driver is told of.
+    Registered,
+}
+
 /// Pinned memory of the host, which the device reads and writes by itself.
 #[derive(Debug)]
 pub(crate) struct PinnedMemory {
     context: Arc<CudaContext>,
+    pinning: Pinning,
     address: NonNull<u8>,
     bytes: usize,
 }
@@ -82,8 +93,8 @@ unsafe impl Send for PinnedMemory {}
 
 impl PinnedMemory {
     /// None yet.
-    pub(crate) fn new(context: &Arc<CudaContext>) -> PinnedMemory {
-        PinnedMemory { context: Arc::clone(context), address: NonNull::dangling(), bytes: 0 }
+    pub(crate) fn new(context: &Arc<CudaContext>, pinning: Pinning) -> PinnedMemory {
+        PinnedMemory { context: Arc::clone(context), pinning, address: NonNull::dangling(), bytes: 0 }
     }
 
     /// Makes room for `bytes`. What was there is lost when it grows; nothing that is enqueued may use it any more.
@@ -95,9 +106,14 @@ impl PinnedMemory {
         self.free();
         self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let failed = |message: String| CudaError::Memory { bytes: grown, place: "pinned host", message };
-        // SAFETY: plain allocation, cached as usual since the host reads it; it is freed once, by `free`.
-        let address = unsafe { result::malloc_host(grown, 0) }.map_err(|e| failed(e.to_string()))?;
-        self.address = NonNull::new(address.cast()).ok_or_else(|| failed("no address".to_owned()))?;
+        self.address = match self.pinning {
+            Pinning::Driver => {
+                // SAFETY: plain allocation, cached as usual since the host reads it; it is freed once, by `free`.
+                let address = unsafe { result::malloc_host(grown, 0) }.map_err(|e| failed(e.to_string()))?;
+                NonNull::new(address.cast()).ok_or_else(|| failed("no address".to_owned()))?
+            }
+            Pinning::Registered => register(grown).map_err(failed)?,
+        };
         self.bytes = grown;
         Ok(())
     }
@@ -107,8 +123,8 @@ impl PinnedMemory {
     /// # Safety
     /// The device must not be writing them.
     pub(crate) unsafe fn slice(&self) -> &[u8] {
-        // SAFETY: the memory is live, of this size, and was made by the driver, which zeroes or has written it; any byte
-        // is a `u8`. The caller vouches for the device.
+        // SAFETY: the memory is live, of this size, and was zeroed or written by whoever made it; any byte is a `u8`. The
+        // caller vouches for the device.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 
@@ -123,9 +139,19 @@ impl PinnedMemory {
 
     fn free(&mut self) {
         if self.bytes > 0 {
-            let address = self.address.as_ptr().cast();
-            // SAFETY: it was allocated by `reserve`. On a lost device nothing can be done about a failure.
-            let _ = self.context.bind_to_thread().map(|()| unsafe { result::free_host(address) });
+            let address = self.address.as_ptr();
+            let bound = self.context.bind_to_thread();
+            match self.pinning {
+                // SAFETY: it was allocated by `reserve`. On a lost device nothing can be done about a failure.
+                Pinning::Driver => drop(bound.map(|()| unsafe { result::free_host(address.cast()) })),
+                Pinning::Registered => {
+                    // SAFETY: `register` told the driver of this address, and allocated it with this layout.
+                    unsafe {
+                        let _ = bound.map(|()| sys::cuMemHostUnregister(address.cast()));
+                        std::alloc::dealloc(address, huge(self.bytes));
+                    }
+                }
+            }
         }
         (self.address, self.bytes) = (NonNull::dangling(), 0);
     }
@@ -135,6 +161,35 @@ impl Drop for PinnedMemory {
     fn drop(&mut self) {
         self.free();
     }
+}
+
+/// The layout of huge pages.
+fn huge(bytes: usize) -> std::alloc::Layout {
+    // Sizes are multiples of a huge page and far below the largest, so the layout is always sound.
+    std::alloc::Layout::from_size_align(bytes, STEP).unwrap_or(std::alloc::Layout::new::<[u8; STEP]>())
+}
+
+/// Allocates memory in huge pages where there are any, and tells the driver.
+fn register(bytes: usize) -> Result<NonNull<u8>, String> {
+    let layout = huge(bytes);
+    // SAFETY: the layout is not empty.
+    let address = NonNull::new(unsafe { std::alloc::alloc(layout) }).ok_or("no memory")?;
+    // SAFETY: the range is the allocation, which starts and ends at a page.
+    let advised =
+        unsafe { rustix::mm::madvise(address.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
+    if let Err(error) = advised {
+        tracing::debug!(%error, "no huge pages for pinned memory");
+    }
+    // SAFETY: the allocation has so many bytes, which are written before anything reads them.
+    unsafe { address.as_ptr().write_bytes(0, bytes) };
+    // SAFETY: the range is live until it is unregistered.
+    let registered = unsafe { sys::cuMemHostRegister_v2(address.as_ptr().cast(), bytes, 0) };
+    registered.result().map_err(|error| {
+        // SAFETY: it was allocated above with this layout.
+        unsafe { std::alloc::dealloc(address.as_ptr(), layout) };
+        error.to_string()
+    })?;
+    Ok(address)
 }
 
 fn grown(bytes: usize) -> usize {

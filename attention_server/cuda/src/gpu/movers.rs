@@ -118,11 +118,12 @@ impl Movers {
         regions: &Regions,
     ) -> Result<(), CudaError> {
         let at = |offset: usize| places.work + offset as sys::CUdeviceptr;
-        let [heads, pieces] =
-            [tables.row_heads.start, tables.row_pieces].map(|t| places.tables + t as sys::CUdeviceptr);
+        let table = |start: usize| places.tables + start as sys::CUdeviceptr;
+        let [starts, spans] = tables.row_index.map(table);
         let before = [at(regions.o), at(regions.lse), places.output];
+        let heads = [table(tables.row_heads.start), starts, spans];
         // SAFETY: as above.
-        unsafe { launch::<RowHead>(stream, &self.merge_outputs, tables.row_heads, &before, &[heads, pieces]) }
+        unsafe { launch::<RowHead>(stream, &self.merge_outputs, tables.row_heads, &before, &heads) }
     }
 
     /// Enqueues what sums the gradients of backward pieces.
@@ -138,8 +139,10 @@ impl Movers {
     ) -> Result<(), CudaError> {
         let at = |offset: usize| places.work + offset as sys::CUdeviceptr;
         let table = |start: usize| places.tables + start as sys::CUdeviceptr;
-        let rows = [table(tables.row_heads.start), table(tables.row_pieces)];
-        let keys = [table(tables.key_heads.start), table(tables.key_pieces)];
+        let [starts, spans] = tables.row_index.map(table);
+        let rows = [table(tables.row_heads.start), starts, spans];
+        let [starts, spans] = tables.key_index.map(table);
+        let keys = [table(tables.key_heads.start), starts, spans];
         // SAFETY: as above.
         unsafe {
             launch::<RowHead>(

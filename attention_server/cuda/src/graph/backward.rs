@@ -8,7 +8,7 @@ use crate::cudnn::names::{DataType, Pointwise, Reduction};
 
 pub(super) fn add(builder: &mut Builder, common: &Common) -> Result<(), CudaError> {
     let layouts = common.layouts;
-    let v = builder.ragged(Ids::V, common.io, layouts.kv.transposed(), common.kv_offsets)?;
+    let v = builder.ragged(Ids::V, common.io, layouts.kv.transposed(), common.v_offsets)?;
     let o = builder.ragged(Ids::O, common.io, layouts.q, common.q_offsets)?;
     let lse = builder.ragged(Ids::LSE, DataType::F32, layouts.lse, common.lse_offsets)?;
     let d_o = builder.ragged(Ids::D_O, common.io, layouts.q, common.q_offsets)?;
@@ -44,7 +44,7 @@ pub(super) fn add(builder: &mut Builder, common: &Common) -> Result<(), CudaErro
     builder.pointwise(multiply, weighted, Some(common.scale), ds)?;
     add_key_gradient(builder, common, key_offsets, [ds, common.q], Ids::DK)?;
 
-    let k = builder.interim_ragged(common.io, layouts.kv, common.kv_offsets)?;
+    let k = builder.interim_ragged(common.io, layouts.kv, common.k_offsets)?;
     builder.reshape(common.k, k)?;
     let sums = builder.ragged(Ids::DQ_SUMS, DataType::F32, layouts.q, common.row_offsets)?;
     builder.matmul([ds, k, sums], Lengths { m: Some(common.rows), n: None, k: Some(common.keys) }, false)?;
@@ -66,7 +66,7 @@ fn add_key_gradient(
     builder.reshape(weights, rounded)?;
     // With more than one query head cuDNN multiplies the offsets by the group; with one it takes them as they are. Either
     // way they name the sequence's first element.
-    let layout = if common.group == 1 { common.layouts.kv } else { common.layouts.kv_of_heads };
+    let layout = if common.group == 1 { common.layouts.kv_of_head } else { common.layouts.kv_of_heads };
     let gradient = builder.ragged(id, common.io, layout, offsets)?;
     builder.matmul(
         [rounded, x, gradient],

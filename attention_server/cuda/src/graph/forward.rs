@@ -7,7 +7,7 @@ use crate::cudnn::names::{DataType, Pointwise, Reduction};
 
 pub(super) fn add(builder: &mut Builder, common: &Common) -> Result<(), CudaError> {
     let layouts = common.layouts;
-    let v = builder.ragged(Ids::V, common.io, layouts.kv, common.kv_offsets)?;
+    let v = builder.ragged(Ids::V, common.io, layouts.kv, common.v_offsets)?;
     let o = builder.ragged(Ids::O, common.io, layouts.q, common.row_offsets)?;
     let lse = builder.ragged(Ids::LSE, DataType::F32, layouts.lse, common.lse_offsets)?;
 

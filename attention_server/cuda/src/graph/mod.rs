@@ -34,6 +34,9 @@ pub(crate) struct CallGeometry {
     pub(crate) group: usize,
     /// Elements of a head of Q, K, V and O.
     pub(crate) dim: usize,
+    /// kv heads that lie side by side in each token of K and V, and forward of Q, O and LSE (with their groups). A sequence
+    /// is one of them.
+    pub(crate) heads: usize,
 }
 
 /// The most that a call may hold: of sequences, and of tokens in each.
@@ -97,8 +100,10 @@ impl Ids {
     pub(crate) const KEYS: i64 = 21;
     /// First element in Q of each sequence, `i64[sequences + 1]`; also in O and dO backward.
     pub(crate) const Q_OFFSETS: i64 = 22;
-    /// First element in K and V.
-    pub(crate) const KV_OFFSETS: i64 = 23;
+    /// First element in K.
+    pub(crate) const K_OFFSETS: i64 = 23;
+    /// First element in V.
+    pub(crate) const V_OFFSETS: i64 = 27;
     /// First element in the results by row: O, or dQ.
     pub(crate) const ROW_OFFSETS: i64 = 24;
     /// First element in LSE.
@@ -141,7 +146,8 @@ struct Common {
     rows: Tensor,
     keys: Tensor,
     q_offsets: Tensor,
-    kv_offsets: Tensor,
+    k_offsets: Tensor,
+    v_offsets: Tensor,
     row_offsets: Tensor,
     lse_offsets: Tensor,
     q: Tensor,
@@ -157,6 +163,8 @@ struct Layouts {
     q: Layout,
     /// K and V.
     kv: Layout,
+    /// dK and dV of the only query head.
+    kv_of_head: Layout,
     /// dK and dV of each query head.
     kv_of_heads: Layout,
     /// Scores.
@@ -171,7 +179,7 @@ struct Layouts {
 
 impl Common {
     fn new(builder: &mut Builder, key: &GraphKey, corner: Corner) -> Result<Common, CudaError> {
-        let CallGeometry { dtype, group, dim } = key.geometry;
+        let CallGeometry { dtype, group, dim, heads } = key.geometry;
         let io = match dtype {
             DType::Bf16 => DataType::Bf16,
             DType::F16 => DataType::F16,
@@ -179,18 +187,23 @@ impl Common {
         };
         let Bounds { sequences, rows, keys } = key.bounds;
         let [b, h, s, t, d] = [sequences, group, rows, keys, dim].map(|n| n as i64);
+        let kv = heads as i64;
+        // Backward, rows lie apart for each head.
+        let of_rows = if key.direction == Direction::Forward { kv * h } else { h };
         let layouts = Layouts {
-            q: Layout { dims: [b, h, s, d], strides: [h * s * d, d, h * d, 1] },
-            kv: Layout { dims: [b, 1, t, d], strides: [t * d, d, d, 1] },
+            q: Layout { dims: [b, h, s, d], strides: [of_rows * s * d, d, of_rows * d, 1] },
+            kv: Layout { dims: [b, 1, t, d], strides: [kv * t * d, d, kv * d, 1] },
+            kv_of_head: Layout { dims: [b, 1, t, d], strides: [t * d, d, d, 1] },
             kv_of_heads: Layout { dims: [b, h, t, d], strides: [t * d * h, d, d * h, 1] },
             scores: Layout { dims: [b, h, s, t], strides: [h * s * t, s * t, t, 1] },
             row: Layout { dims: [b, h, s, 1], strides: [h * s, s, 1, 1] },
-            lse: Layout { dims: [b, h, s, 1], strides: [h * s, 1, h, 1] },
+            lse: Layout { dims: [b, h, s, 1], strides: [of_rows * s, 1, of_rows, 1] },
             products: Layout { dims: [b, h, s, d], strides: [h * s * d, s * d, h * d, 1] },
         };
         let offsets = Layout::vector(b + 1);
         let mut offset = |id| builder.device(id, DataType::I64, offsets);
-        let (q_offsets, kv_offsets) = (offset(Ids::Q_OFFSETS)?, offset(Ids::KV_OFFSETS)?);
+        let q_offsets = offset(Ids::Q_OFFSETS)?;
+        let (k_offsets, v_offsets) = (offset(Ids::K_OFFSETS)?, offset(Ids::V_OFFSETS)?);
         let (row_offsets, lse_offsets) = (offset(Ids::ROW_OFFSETS)?, offset(Ids::LSE_OFFSETS)?);
         let lengths = Layout { dims: [b, 1, 1, 1], strides: [1; 4] };
         Ok(Common {
@@ -202,11 +215,12 @@ impl Common {
             rows: builder.device(Ids::ROWS, DataType::I32, lengths)?,
             keys: builder.device(Ids::KEYS, DataType::I32, lengths)?,
             q_offsets,
-            kv_offsets,
+            k_offsets,
+            v_offsets,
             row_offsets,
             lse_offsets,
             q: builder.ragged(Ids::Q, io, layouts.q, q_offsets)?,
-            k: builder.ragged(Ids::K, io, layouts.kv.transposed(), kv_offsets)?,
+            k: builder.ragged(Ids::K, io, layouts.kv.transposed(), k_offsets)?,
             scale: builder.scalar(Ids::SCALE)?,
         })
     }

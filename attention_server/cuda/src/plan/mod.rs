@@ -76,6 +76,8 @@ impl Plans {
         geometry: CallGeometry,
         target: Target<'_>,
     ) -> Result<Engine, CudaError> {
+        // Where tensors lie must not decide how they are computed.
+        let geometry = CallGeometry { heads: 1, ..geometry };
         if let Some(engine) = lock(&self.engines).get(&(direction, shape, geometry)) {
             return Ok(engine.clone());
         }
@@ -161,7 +163,7 @@ impl Plans {
     /// Everything that an engine choice, or a plan by it, depends on.
     fn name(&self, key: &GraphKey, engine: Option<&Engine>) -> String {
         let GraphKey { direction, shape, geometry, bounds } = key;
-        let CallGeometry { dtype, group, dim } = geometry;
+        let CallGeometry { dtype, group, dim, heads } = geometry;
         let Bounds { sequences, rows, keys } = bounds;
         let shape = match shape {
             Shape::Full => "full",
@@ -177,7 +179,7 @@ impl Plans {
             None => format!("choice {wanted}"),
         };
         format!(
-            "cudnn {} {} {direction} {shape} {dtype} g{group} d{dim} b{sequences} q{rows} k{keys} {by}",
+            "cudnn {} {} {direction} {shape} {dtype} h{heads} g{group} d{dim} b{sequences} q{rows} k{keys} {by}",
             self.cudnn.version(),
             self.config.device
         )
