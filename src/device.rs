@@ -12,11 +12,37 @@ pub(crate) enum Device {
     Cuda(usize),
 }
 
+/// Devices for a process that can serve several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Devices {
+    One(Device),
+    /// Every GPU of this machine.
+    AllCuda,
+    /// Every usable GPU, or the CPU when there is none.
+    Auto,
+}
+
+impl Default for Devices {
+    fn default() -> Self {
+        Devices::One(Device::default())
+    }
+}
+
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Device::Cpu => f.write_str("cpu"),
             Device::Cuda(number) => write!(f, "cuda:{number}"),
+        }
+    }
+}
+
+impl fmt::Display for Devices {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Devices::One(device) => device.fmt(f),
+            Devices::AllCuda => f.write_str("cuda:all"),
+            Devices::Auto => f.write_str("auto"),
         }
     }
 }
@@ -33,6 +59,21 @@ impl FromStr for Device {
     }
 }
 
+impl FromStr for Devices {
+    type Err = String;
+
+    fn from_str(name: &str) -> Result<Self, String> {
+        match name {
+            "cuda:all" => Ok(Devices::AllCuda),
+            "auto" => Ok(Devices::Auto),
+            _ => match name.parse() {
+                Ok(device) => Ok(Devices::One(device)),
+                Err(_) => Err("it must be cpu, cuda:N such as cuda:0, cuda:all or auto".into()),
+            },
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -41,9 +82,14 @@ mod tests {
     fn devices_are_named_as_they_are_printed() {
         for name in ["cpu", "cuda:0", "cuda:17"] {
             assert_eq!(name.parse::<Device>().unwrap().to_string(), name);
+            assert_eq!(name.parse::<Devices>().unwrap(), Devices::One(name.parse().unwrap()));
+        }
+        for name in ["cuda:all", "auto"] {
+            assert_eq!(name.parse::<Devices>().unwrap().to_string(), name);
+            assert!(name.parse::<Device>().is_err(), "{name}");
         }
         for name in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:x", "CPU"] {
-            assert!(name.parse::<Device>().is_err(), "{name}");
+            assert!(name.parse::<Device>().is_err() && name.parse::<Devices>().is_err(), "{name}");
         }
     }
 }

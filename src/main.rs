@@ -35,7 +35,7 @@ struct Cli {
 enum Role {
     /// Train a small Llama whose core attention is computed by attention servers, and compare with local attention.
     Train(train::Args),
-    /// Run one attention server.
+    /// Run one attention server, or one for each GPU.
     AttentionServer(attention_server::Args),
     /// Run the coordinator: the pool, the jobs, and their plans.
     Coordinator(coordinator::Args),

@@ -6,7 +6,7 @@ mod command_support;
 use std::time::Duration;
 
 use command_support::{
-    Running, corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder,
+    Running, corpus, losses, outboard, outboard_fails, outboard_says, read_json, summary, temporary_folder,
 };
 use rustix::process::{Signal, test_kill_process};
 use serde_json::{Value, json};
@@ -111,6 +111,30 @@ fn the_roles_run_apart() {
         role.signal(Signal::TERM);
         role.expect_success();
     }
+}
+
+#[test]
+fn without_a_gpu_only_auto_starts_and_says_why_the_cpu_computes() {
+    let why = if cfg!(feature = "cuda") { "NVIDIA driver" } else { "--features cuda" };
+    let folder = temporary_folder();
+    let train: Vec<String> = train(folder.path(), &["--steps", "1", "--device", "cuda:0"]);
+    let train: Vec<&str> = train.iter().map(String::as_str).collect();
+    for args in [
+        &["attention-server", "--device", "cuda:0"],
+        &["attention-server", "--device", "cuda:all"],
+        &train[..],
+    ] {
+        let message = outboard_fails(args);
+        assert!(message.contains(why), "{args:?}: {message}");
+    }
+    let server = ["attention-server", "--json", "--end-with-stdin", "--device", "auto"];
+    let (ready, said) = outboard_says(&server);
+    assert!(said.lines().count() == 1 && said.contains(why) && said.contains("the CPU computes"), "{said}");
+    let ready: Value = serde_json::from_str(&ready).unwrap();
+    assert_eq!(ready["device"], "cpu");
+    assert!(ready["threads"].as_u64().unwrap() > 0);
+    let (_, said) = outboard_says(&server[..3]);
+    assert_eq!(said, "", "nothing is said where the CPU was asked for");
 }
 
 #[test]
@@ -317,7 +341,7 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
     let taken = taken.local_addr().unwrap().to_string();
     let data = corpus(folder.path());
     let data = data.to_str().unwrap();
-    let cases: [(&[&str], &[&str]); 25] = [
+    let cases: [(&[&str], &[&str]); 32] = [
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
@@ -327,6 +351,16 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
         (&["train", "--data", data, "--learning-rate", "NaN"], &["learning_rate", "NaN"]),
         (&["train", "--data", data, "--attention", "local", "--pool", "2"], &["--pool", "local"]),
         (&["train", "--data", data, "--coordinator", "http://127.0.0.1:1"], &["127.0.0.1:1", "coordinator"]),
+        (&["train", "--data", data, "--device", "cuda:all"], &["--device", "cuda:all", "cuda:N"]),
+        (
+            &["train", "--data", data, "--device", "cuda:0", "--attention", "local"],
+            &["cuda:0", "--attention local"],
+        ),
+        (&["train", "--data", data, "--device", "cuda:0", "--in-place"], &["cuda:0", "--in-place"]),
+        (&["train", "--data", data, "--device", "cuda:0", "--dtype", "f32"], &["cuda:0", "f32", "bf16"]),
+        (&["attention-server", "--device", "gpu"], &["--device", "gpu", "cuda:all", "auto"]),
+        (&["attention-server", "--device", "cuda:0", "--threads", "2"], &["--threads", "cuda:0"]),
+        (&["attention-server", "--device", "cuda:all", "--isa", "portable"], &["--isa", "cuda:all"]),
         (&["coordinator", "--listen", &taken], &[&taken, "in use"]),
         (&["attention-server", "--listen", &taken], &[&taken, "in use"]),
         (

@@ -1,15 +1,15 @@
 //! The engine: a task handler that any transport can plug into, in front of the executor.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use outboard_attention::DType;
-use outboard_attention::kernel::{CpuKernel, KernelConfig, task_workspace};
 use outboard_proto::v1::GetServerStatsResponse;
-use outboard_proto::{ErrorKind, TaskError, TaskHeader};
+use outboard_proto::{TaskError, TaskHeader};
 use outboard_transport::{ArrivedTask, ByteBudget, TaskHandler};
 
+use crate::device::{self, Facts, Opened};
 use crate::queue::TaskQueue;
 use crate::stats::Stats;
 use crate::{EngineOptions, ServerError, executor};
@@ -19,18 +19,11 @@ use crate::{EngineOptions, ServerError, executor};
 pub(crate) struct Shared {
     pub(crate) queue: TaskQueue,
     pub(crate) stats: Stats,
-    numerics_ids: Vec<(DType, Arc<str>)>,
-    pub(crate) batch_flops: f64,
-    kernel: KernelConfig,
+    pub(crate) facts: Facts,
+    memory_bytes: u64,
     budget: ByteBudget,
     draining: AtomicBool,
-}
-
-impl Shared {
-    /// The numerics id of an element type, `None` when the kernel does not compute it.
-    pub(crate) fn numerics_id(&self, dtype: DType) -> Option<&Arc<str>> {
-        self.numerics_ids.iter().find(|(of, _)| *of == dtype).map(|(_, id)| id)
-    }
+    lost: OnceLock<TaskError>,
 }
 
 /// A running engine. Clones share it; its executor ends once [`Engine::close`] was called and no task is left.
@@ -39,32 +32,78 @@ pub struct Engine {
     shared: Arc<Shared>,
 }
 
+impl Shared {
+    /// Takes no more tasks, since the device computes none any more.
+    pub(crate) fn lose(&self, error: &TaskError) {
+        if self.lost.set(error.clone()).is_ok() {
+            let device = &self.facts.name;
+            tracing::error!(device, %error, "the device is lost; the server drains, and refuses the tasks it holds");
+        }
+        self.draining.store(true, Ordering::Release);
+    }
+
+    /// What tasks are refused with when the device is lost.
+    pub(crate) fn lost(&self) -> Option<TaskError> {
+        let error = self.lost.get()?;
+        let device = &self.facts.name;
+        Some(TaskError::unavailable(format!(
+            "the server has lost {device}: {error}; send the task to another"
+        )))
+    }
+}
+
 impl Engine {
-    /// Starts the executor.
+    /// Starts the executor, which opens the device. That may take a GPU seconds.
     ///
     /// # Errors
-    /// [`ServerError::Kernel`] and [`ServerError::Thread`].
+    /// [`ServerError`] when the device cannot be opened, or the thread not be started.
     pub fn start(options: &EngineOptions) -> Result<Engine, ServerError> {
-        let workspace_bytes = usize::try_from(options.workspace_bytes()).unwrap_or(usize::MAX);
-        let config = KernelConfig { isa: options.isa, threads: options.threads, workspace_bytes };
-        let kernel = CpuKernel::new(config).map_err(|e| ServerError::Kernel(e.to_string()))?;
-        let shared = Arc::new(Shared {
+        let task_bytes = options.memory_bytes - options.workspace_bytes();
+        let (memory_bytes, options) = (options.memory_bytes, options.clone());
+        Engine::start_on(move || device::open(&options), memory_bytes, task_bytes)
+    }
+
+    /// Starts an engine on whatever `open` gives, with `task_bytes` of `memory_bytes` for buffers of tasks.
+    pub(crate) fn start_on(
+        open: impl FnOnce() -> Result<Opened, ServerError> + Send + 'static,
+        memory_bytes: u64,
+        task_bytes: u64,
+    ) -> Result<Engine, ServerError> {
+        let share = move |facts| Shared {
             queue: TaskQueue::default(),
             stats: Stats::default(),
-            numerics_ids: DType::ALL.map(|dtype| (dtype, kernel.numerics_id(dtype).into())).into(),
-            kernel: config,
-            batch_flops: options.batch_flops_per_thread * options.threads as f64,
-            budget: ByteBudget::new(options.memory_bytes - options.workspace_bytes()),
+            facts,
+            memory_bytes,
+            budget: ByteBudget::new(task_bytes),
             draining: AtomicBool::new(false),
-        });
-        // The thread owns itself: it ends by the queue's closing, and holds only what it shares.
-        executor::start(kernel, Arc::clone(&shared))?;
-        Ok(Engine { shared })
+            lost: OnceLock::new(),
+        };
+        Ok(Engine { shared: executor::start(open, share)? })
+    }
+
+    /// The device, for people: "cpu", or such as "cuda:0 NVIDIA H200".
+    pub fn device(&self) -> &str {
+        &self.shared.facts.name
+    }
+
+    /// Threads that compute, where a CPU does.
+    pub fn threads(&self) -> Option<usize> {
+        self.shared.facts.threads
     }
 
     /// The element types that it computes, each with its numerics id.
     pub fn numerics(&self) -> impl Iterator<Item = (DType, &str)> {
-        self.shared.numerics_ids.iter().map(|(dtype, id)| (*dtype, &**id))
+        self.shared.facts.numerics_ids.iter().map(|(dtype, id)| (*dtype, &**id))
+    }
+
+    /// The memory of [`EngineOptions::memory_bytes`].
+    pub fn memory_bytes(&self) -> u64 {
+        self.shared.memory_bytes
+    }
+
+    /// Why the device computes no task any more, if it was lost. The engine drains then.
+    pub fn lost(&self) -> Option<&TaskError> {
+        self.shared.lost.get()
     }
 
     /// Refuses new tasks from now on; those in hand run on.
@@ -110,7 +149,7 @@ impl Engine {
 
 impl TaskHandler for Engine {
     fn numerics_id(&self, dtype: DType) -> Option<&str> {
-        self.shared.numerics_id(dtype).map(|id| &**id)
+        self.shared.facts.numerics_id(dtype).map(|id| &**id)
     }
 
     fn budget(&self) -> &ByteBudget {
@@ -118,21 +157,13 @@ impl TaskHandler for Engine {
     }
 
     fn admit(&self, header: &TaskHeader) -> Result<(), TaskError> {
+        if let Some(error) = self.shared.lost() {
+            return Err(error);
+        }
         if self.is_draining() {
             return Err(TaskError::unavailable("the server is draining; send the task to another"));
         }
-        let KernelConfig { isa, threads, workspace_bytes: limit } = self.shared.kernel;
-        let needed = task_workspace(isa, threads, &header.geometry, header.direction, &header.task);
-        // A batch of any tasks then fits: it takes at most twice as much as one of them.
-        if needed > limit / 2 {
-            let message = format!(
-                "the task needs {needed} bytes of working memory, this server has {} for one (an eighth of its memory); cut the \
-                 task into fewer keys, or give the server more memory",
-                limit / 2
-            );
-            return Err(TaskError::new(ErrorKind::TooLarge, message));
-        }
-        Ok(())
+        self.shared.facts.admission.admit(header)
     }
 
     fn submit(&self, task: ArrivedTask) {

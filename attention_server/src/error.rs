@@ -9,6 +9,18 @@ pub enum ServerError {
     /// The kernel cannot be made.
     #[error("the kernel cannot be made: {0}")]
     Kernel(String),
+    /// The GPU cannot be used.
+    #[cfg(feature = "cuda")]
+    #[error(transparent)]
+    Cuda(#[from] outboard_cuda::CudaError),
+    /// The device failed for good while it was in use.
+    #[error("the device {device} is lost: {message}")]
+    Device {
+        /// Its name.
+        device: String,
+        /// Why.
+        message: String,
+    },
     /// The executor's thread cannot be started.
     #[error("the executor's thread cannot be started: {0}")]
     Thread(std::io::Error),

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod batch;
+mod device;
 mod engine;
 mod error;
 mod executor;
@@ -18,5 +19,7 @@ mod stats;
 pub use batch::{Ready, next_batch};
 pub use engine::Engine;
 pub use error::ServerError;
-pub use options::{EngineOptions, InPlace, ServiceOptions};
-pub use service::{Service, serve};
+#[cfg(feature = "cuda")]
+pub use options::CudaOptions;
+pub use options::{CpuOptions, DeviceOptions, EngineOptions, InPlace, ServiceOptions};
+pub use service::{Service, serve, serve_engine};

@@ -56,37 +56,65 @@ impl TaskQueue {
     pub(crate) fn next_batch(&self, max_flops: f64, dropped: impl Fn(&TaskError)) -> Option<Vec<QueuedTask>> {
         let mut state = self.lock();
         loop {
-            let hopeless = state.take_hopeless(Instant::now());
-            if !hopeless.is_empty() {
-                // Replies wake other threads; they are sent outside the lock.
-                drop(state);
-                for (task, error) in hopeless {
-                    dropped(&error);
-                    task.task.reply.send(Err(error));
-                }
-                state = self.lock();
-                continue;
-            }
-            let ready: Vec<Ready> =
-                state.ready.iter().map(|t| Ready { urgent: t.is_urgent(), flops: t.flops }).collect();
-            let chosen = next_batch(&ready, max_flops);
-            if !chosen.is_empty() {
-                let mut batch: Vec<_> = chosen.iter().rev().filter_map(|&i| state.ready.remove(i)).collect();
-                batch.reverse();
-                state.running += batch.len();
-                return Some(batch);
-            }
-            if state.closed {
-                return None;
+            let batch;
+            (state, batch) = self.take(state, max_flops, &dropped);
+            if batch.is_some() || state.closed {
+                return batch;
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
-    /// Tells the queue that `tasks` of a batch have ended.
+    /// As [`TaskQueue::next_batch`], but waits no longer than `patience` for tasks.
+    pub(crate) fn try_next_batch(
+        &self,
+        max_flops: f64,
+        patience: Duration,
+        dropped: impl Fn(&TaskError),
+    ) -> Option<Vec<QueuedTask>> {
+        let (state, batch) = self.take(self.lock(), max_flops, &dropped);
+        if batch.is_some() {
+            return batch;
+        }
+        let (state, _) = self.changed.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner);
+        self.take(state, max_flops, &dropped).1
+    }
+
+    /// Takes the next batch, if a task is ready.
+    fn take<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        max_flops: f64,
+        dropped: &impl Fn(&TaskError),
+    ) -> (MutexGuard<'a, State>, Option<Vec<QueuedTask>>) {
+        loop {
+            let hopeless = state.take_hopeless(Instant::now());
+            if hopeless.is_empty() {
+                break;
+            }
+            // Replies wake other threads; they are sent outside the lock.
+            drop(state);
+            for (task, error) in hopeless {
+                dropped(&error);
+                task.task.reply.send(Err(error));
+            }
+            state = self.lock();
+        }
+        let ready: Vec<Ready> =
+            state.ready.iter().map(|t| Ready { urgent: t.is_urgent(), flops: t.flops }).collect();
+        let chosen = next_batch(&ready, max_flops);
+        if chosen.is_empty() {
+            return (state, None);
+        }
+        let mut batch: Vec<_> = chosen.iter().rev().filter_map(|&i| state.ready.remove(i)).collect();
+        batch.reverse();
+        state.running += batch.len();
+        (state, Some(batch))
+    }
+
+    /// Tells the queue that `tasks` of those taken have ended.
     pub(crate) fn ended(&self, tasks: usize) {
         self.lock().running -= tasks;
-        self.changed.notify_all();
     }
 
     /// Tasks waiting or running.

@@ -45,17 +45,20 @@ struct Heartbeat {
 /// # Errors
 /// [`ServerError`] when any of this fails; then nothing is left running.
 pub async fn serve(engine: &EngineOptions, options: ServiceOptions) -> Result<Service, ServerError> {
-    let listen_error = |source| ServerError::Listen { address: options.listen, source };
-    let listener = TcpListener::bind(options.listen).await.map_err(listen_error)?;
-    let address = listener.local_addr().map_err(listen_error)?;
-    if options.coordinator.is_some() && options.advertise.is_none() && address.ip().is_unspecified() {
-        return Err(ServerError::NoAddress { address });
-    }
-    let memory_bytes = engine.memory_bytes;
-    let engine = Engine::start(engine)?;
-    let registered = register(&engine, address, memory_bytes, &options).await;
-    let registration = registered.inspect_err(|_| engine.close())?;
+    let engine = engine.clone();
+    // Opening a device may take a while.
+    let started = tokio::task::spawn_blocking(move || Engine::start(&engine)).await;
+    let engine = started.map_err(|e| ServerError::Kernel(e.to_string()))??;
+    serve_engine(engine, options).await
+}
 
+/// As [`serve`], for an engine that runs already.
+///
+/// # Errors
+/// [`ServerError`] when any of this fails; then the engine is closed, and nothing is left running.
+pub async fn serve_engine(engine: Engine, options: ServiceOptions) -> Result<Service, ServerError> {
+    let listening = listen(&engine, &options).await;
+    let (listener, address, registration) = listening.inspect_err(|_| engine.close())?;
     let (health, health_service) = tonic_health::server::health_reporter();
     health.set_serving::<AttentionServiceServer<()>>().await;
     let handler: Arc<dyn TaskHandler> = Arc::new(engine.clone());
@@ -74,10 +77,23 @@ pub async fn serve(engine: &EngineOptions, options: ServiceOptions) -> Result<Se
     Ok(Service { engine, address, options, drain, serving, health, heartbeat })
 }
 
+async fn listen(
+    engine: &Engine,
+    options: &ServiceOptions,
+) -> Result<(TcpListener, SocketAddr, Option<Registration>), ServerError> {
+    let listen_error = |source| ServerError::Listen { address: options.listen, source };
+    let listener = TcpListener::bind(options.listen).await.map_err(listen_error)?;
+    let address = listener.local_addr().map_err(listen_error)?;
+    if options.coordinator.is_some() && options.advertise.is_none() && address.ip().is_unspecified() {
+        return Err(ServerError::NoAddress { address });
+    }
+    let registration = register(engine, address, options).await?;
+    Ok((listener, address, registration))
+}
+
 async fn register(
     engine: &Engine,
     address: SocketAddr,
-    memory_bytes: u64,
     options: &ServiceOptions,
 ) -> Result<Option<Registration>, ServerError> {
     let Some(url) = &options.coordinator else { return Ok(None) };
@@ -89,8 +105,8 @@ async fn register(
         id: 0,
         host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         address: options.advertise.clone().unwrap_or_else(|| address.to_string()),
-        device: "cpu".to_owned(),
-        memory_bytes,
+        device: engine.device().to_owned(),
+        memory_bytes: engine.memory_bytes(),
         dtypes: engine.numerics().map(|(dtype, _)| DType::from(&dtype).into()).collect(),
         max_head_dim: MAX_HEAD_DIM as u32,
         numerics_ids: engine.numerics().map(|(_, id)| id.to_owned()).collect(),
@@ -113,10 +129,10 @@ impl Service {
     }
 
     /// Resolves when the server should be shut down although nobody here asked for it: serving failed, or the
-    /// coordinator asks it to drain. Then call [`Service::shut_down`].
+    /// coordinator asks it to drain, or the device is lost. Then call [`Service::shut_down`].
     ///
     /// # Errors
-    /// [`ServerError::Serve`].
+    /// [`ServerError::Serve`] and [`ServerError::Device`].
     pub async fn ended(&mut self) -> Result<(), ServerError> {
         let asked_to_drain = async {
             while !self.engine.is_draining() {
@@ -127,7 +143,13 @@ impl Service {
             served = &mut self.serving => served.unwrap_or_else(|e| {
                 Err(ServerError::Serve { address: self.address, message: e.to_string() })
             }),
-            () = asked_to_drain => Ok(()),
+            () = asked_to_drain => match self.engine.lost() {
+                None => Ok(()),
+                Some(error) => Err(ServerError::Device {
+                    device: self.engine.device().to_owned(),
+                    message: error.message.clone(),
+                }),
+            },
         }
     }
 
@@ -150,9 +172,11 @@ impl Service {
         self.drain.cancel();
         // Streams end once their last result is out; clients that do not read it are cut off.
         let left = deadline.saturating_duration_since(Instant::now()).max(LAST_RESULTS);
-        let served = tokio::time::timeout(left, &mut self.serving).await;
+        // A task that has ended may have been awaited already, and must not be again.
+        let cut_off =
+            !self.serving.is_finished() && tokio::time::timeout(left, &mut self.serving).await.is_err();
         self.engine.close();
-        if served.is_err() {
+        if cut_off {
             self.serving.abort();
             tracing::warn!(address = %self.address, "cut off clients that did not read their results");
         }

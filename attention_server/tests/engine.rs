@@ -94,8 +94,14 @@ fn widened(slice: &TensorSlice) -> Vec<f32> {
     }
 }
 
-/// Checks O against the f64 reference on the same rounded inputs.
 fn assert_right(request: &TaskRequest, results: &Results) {
+    // Weights may be rounded to bf16 before they meet V.
+    let most = if request.header.geometry.dtype() == DType::Bf16 { 4e-3 } else { 1e-5 };
+    assert_close(request, results, most);
+}
+
+/// Checks O against the f64 reference on the same rounded inputs.
+fn assert_close(request: &TaskRequest, results: &Results, most: f64) {
     let Results::Forward { o, lse } = results else { panic!("a forward task gave {results:?}") };
     let TaskInputs { q, k, v, .. } = &request.inputs;
     let [q_values, k_values, v_values] = [q, k, v].map(widened);
@@ -109,8 +115,6 @@ fn assert_right(request: &TaskRequest, results: &Results) {
             .fold(0.0, |most, d| if d <= most { most } else { d })
     };
     assert_eq!((o.len(), lse.len()), (exact.o.len(), exact.lse.len()));
-    // Weights may be rounded to bf16 before they meet V.
-    let most = if request.header.geometry.dtype() == DType::Bf16 { 4e-3 } else { 1e-5 };
     assert!(apart(o, &exact.o) < most && apart(lse, &exact.lse) < most);
 }
 
@@ -229,4 +233,56 @@ async fn a_task_larger_than_the_memory_is_refused() {
     let error = transport.ship(vec![request(1)]).pop().unwrap().await.unwrap_err();
     assert_eq!(error.kind, ErrorKind::TooLarge);
     engine.close();
+}
+
+/// Without a GPU this does nothing but say so; with OUTBOARD_REQUIRE_GPU=1 it fails instead.
+#[cfg(feature = "cuda")]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gpu_computes_what_it_can_and_refuses_the_rest() {
+    use outboard_attention_server::{CudaOptions, DeviceOptions};
+    use outboard_cuda::CudaConfig;
+    use outboard_transport::TaskHandler;
+
+    let libraries = std::env::var_os("OUTBOARD_CUDA_LIBRARIES");
+    let libraries = libraries.map(|all| std::env::split_paths(&all).collect()).unwrap_or_default();
+    let start = |batch_bytes| {
+        let kernel = CudaConfig { libraries: Vec::clone(&libraries), batch_bytes, ..CudaConfig::new(0) };
+        // A few tasks to a batch, so that batches overlap.
+        let device = DeviceOptions::Cuda(CudaOptions { batch_flops: 2e7, ..CudaOptions::new(kernel) });
+        Engine::start(&EngineOptions { device, ..EngineOptions::default() })
+    };
+    let engine = match start(1 << 30) {
+        Ok(engine) => engine,
+        Err(error) if std::env::var_os("OUTBOARD_REQUIRE_GPU").is_none() => {
+            println!("not run: {error}");
+            return;
+        }
+        Err(error) => panic!("{error}"),
+    };
+    assert!(engine.device().starts_with("cuda:0 "), "{}", engine.device());
+    let transport = InProcess::new(std::sync::Arc::new(engine.clone()), Handle::current());
+    let requests: Vec<_> =
+        (0..60).map(|n| request_of(n, [DType::Bf16, DType::F16, DType::F32][n % 3])).collect();
+    for (request, pending) in requests.iter().zip(transport.ship(requests.clone())) {
+        match (request.header.geometry.dtype(), pending.await) {
+            (DType::F32, outcome) => assert_eq!(outcome.unwrap_err().kind, ErrorKind::Unsupported),
+            (dtype, outcome) => {
+                let outcome = outcome.unwrap();
+                // Weights and O are rounded to the element type.
+                assert_close(request, &outcome.results, 1.2e-2);
+                assert_eq!(Some(&*outcome.numerics_id), engine.numerics_id(dtype));
+            }
+        }
+    }
+    let stats = engine.stats();
+    assert_eq!((stats.forward_tasks, stats.failed_tasks), (40, 20));
+    assert!(stats.batches > 1 && stats.compute_seconds > 0.0, "{stats:?}");
+    engine.close();
+
+    let small = start(64 << 10).unwrap();
+    let transport = InProcess::new(std::sync::Arc::new(small.clone()), Handle::current());
+    let error = transport.ship(vec![request_of(1, DType::Bf16)]).pop().unwrap().await.unwrap_err();
+    assert_eq!(error.kind, ErrorKind::TooLarge, "{error}");
+    assert!(!small.is_draining());
+    small.close();
 }

@@ -36,9 +36,9 @@ pub(super) fn open(device: Device, cpu: CpuOptions, cuda: &CudaArgs) -> anyhow::
         #[cfg(feature = "cuda")]
         Device::Cuda(number) => Ok(Box::new(Cuda(cuda.open(number)?))),
         #[cfg(not(feature = "cuda"))]
-        Device::Cuda(number) => {
+        Device::Cuda(_) => {
             let _ = cuda;
-            Err(crate::cuda::absent(number))
+            Err(crate::cuda::absent(device))
         }
     }
 }

@@ -8,6 +8,8 @@ use outboard_trainer::{ModelConfig, TrainConfig};
 
 use super::protocol::{Data, Mode};
 use crate::cores;
+use crate::cuda::CudaArgs;
+use crate::device::Device;
 
 /// Arguments of `outboard train`.
 #[derive(Debug, clap::Args)]
@@ -38,9 +40,9 @@ pub(crate) struct Args {
     head_dim: usize,
     /// Element type of Q, K, V and dO as they travel and are computed: f32, bf16 or f16. They are rounded to it, for local
     /// attention too; the model itself, outputs and gradients stay f32. Losses are not scaled, so with f16 small
-    /// gradients vanish.
-    #[arg(long, default_value_t = ModelConfig::default().attention_dtype)]
-    dtype: DType,
+    /// gradients vanish [default: f32, with --device cuda:N bf16].
+    #[arg(long)]
+    dtype: Option<DType>,
     /// Width of the model.
     #[arg(long, default_value_t = ModelConfig::default().dim)]
     dim: usize,
@@ -54,10 +56,14 @@ pub(crate) struct Args {
     /// by step.
     #[arg(long, value_enum, default_value_t = Attention::Both)]
     attention: Attention,
+    /// What the pool computes on: cpu, or cuda:N for a dedicated attention server on that GPU. The ranks, and the local
+    /// attention that is compared with, stay on the CPU.
+    #[arg(long, value_name = "DEVICE", default_value_t)]
+    device: Device,
     /// Start this many dedicated attention servers instead of the ranks' in-place ones.
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..=256))]
     pool: Option<u32>,
-    /// Let every rank bring an in-place server too [default unless --pool or --coordinator is given].
+    /// Let every rank bring an in-place server too [default unless --pool, --coordinator or a GPU is given].
     #[arg(long)]
     in_place: bool,
     /// Use the coordinator at this URL, and the servers of its pool, instead of an embedded one.
@@ -76,12 +82,14 @@ pub(crate) struct Args {
     /// Memory of each attention server, in MiB: a quarter for its kernel to work in, the rest for task buffers.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     memory_mib: u64,
-    /// Fail when local and pooled losses differ by more than this, relative.
-    #[arg(long, default_value_t = 1e-4)]
-    loss_tolerance: f64,
+    /// Fail when local and pooled losses differ by more than this, relative [default: 1e-4, with --device cuda:N 1e-2].
+    #[arg(long)]
+    loss_tolerance: Option<f64>,
     /// Write figures as JSON lines to this file; "-" is standard output, and moves everything else to standard error.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+    #[command(flatten)]
+    cuda: CudaArgs,
 }
 
 /// Choice of trainings.
@@ -106,9 +114,12 @@ pub(crate) struct Run {
     pub(crate) in_place: bool,
     /// Dedicated servers to start.
     pub(crate) dedicated: u32,
+    /// What these compute on.
+    pub(crate) device: Device,
+    pub(crate) cuda: CudaArgs,
     /// Cores of each rank.
     pub(crate) rank_cores: Vec<Vec<usize>>,
-    /// Cores of each dedicated server.
+    /// Cores of each dedicated server, or none for all.
     pub(crate) server_cores: Vec<Vec<usize>>,
     /// Whether cores are shared, so that speed says nothing.
     pub(crate) cores_shared: bool,
@@ -129,8 +140,19 @@ impl Args {
         if !pooled && (self.pool.is_some() || self.in_place || self.coordinator.is_some()) {
             bail!("--attention local uses no pool; leave out --pool, --in-place and --coordinator");
         }
-        if !(self.loss_tolerance.is_finite() && self.loss_tolerance >= 0.0) {
-            bail!("--loss-tolerance is {}; it must be finite and at least 0", self.loss_tolerance);
+        let on_gpu = self.device != Device::Cpu;
+        let (usual_dtype, usual_tolerance) = match on_gpu {
+            // Two kernels that round P and dS of 16 bits in their own ways.
+            true => (DType::Bf16, 1e-2),
+            false => (ModelConfig::default().attention_dtype, 1e-4),
+        };
+        let dtype = self.dtype.unwrap_or(usual_dtype);
+        let loss_tolerance = self.loss_tolerance.unwrap_or(usual_tolerance);
+        if !(loss_tolerance.is_finite() && loss_tolerance >= 0.0) {
+            bail!("--loss-tolerance is {loss_tolerance}; it must be finite and at least 0");
+        }
+        if on_gpu {
+            self.check_gpu(pooled, dtype)?;
         }
         let model = ModelConfig {
             layers: self.layers,
@@ -138,7 +160,7 @@ impl Args {
             q_heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            attention_dtype: self.dtype,
+            attention_dtype: dtype,
             ffn_dim: self.ffn_dim.unwrap_or(self.dim.saturating_mul(3)),
             ..ModelConfig::default()
         };
@@ -161,25 +183,53 @@ impl Args {
 
         let cores = cores::available()?;
         let each = usize::from(self.cores_per_rank);
-        let (ranks, dedicated) = (self.ranks as usize, self.pool.unwrap_or(0));
+        let (ranks, dedicated) = (self.ranks as usize, self.pool.unwrap_or(u32::from(on_gpu)));
         let share = |index| cores::share(&cores, index, each);
         let owners = ranks + dedicated as usize;
+        let server_cores = match on_gpu {
+            // Cores only bring a GPU its work: those that the ranks leave, or all.
+            true => vec![cores.get(ranks * each..).unwrap_or_default().to_vec(); dedicated as usize],
+            false => (ranks..owners).map(share).collect(),
+        };
         Ok(Run {
             job: self.job.unwrap_or_else(|| format!("train-{}", std::process::id())),
             model,
             train,
             modes,
             data,
-            in_place: pooled && (self.in_place || (self.pool.is_none() && self.coordinator.is_none())),
+            in_place: pooled && (self.in_place || (dedicated == 0 && self.coordinator.is_none())),
             coordinator: self.coordinator,
             dedicated,
+            device: self.device,
+            cuda: self.cuda,
             rank_cores: (0..ranks).map(share).collect(),
-            server_cores: (ranks..owners).map(share).collect(),
+            server_cores,
             cores_shared: owners * each > cores.len(),
             memory_mib: self.memory_mib,
-            loss_tolerance: self.loss_tolerance,
+            loss_tolerance,
             json: self.json,
         })
+    }
+}
+
+impl Args {
+    /// Refuses what does not go with a GPU.
+    fn check_gpu(&self, pooled: bool, dtype: DType) -> anyhow::Result<()> {
+        let device = self.device;
+        if !pooled {
+            bail!(
+                "--device {device} is for the pool, and --attention local uses none; leave one of them out"
+            );
+        }
+        if self.in_place {
+            bail!(
+                "--device {device} starts dedicated servers; leave out --in-place, whose servers compute on the CPU"
+            );
+        }
+        if dtype == DType::F32 {
+            bail!("--dtype is f32, and --device {device} computes bf16 and f16");
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,7 @@
 //! Child processes that speak JSON lines, and that never outlive their parent: they end when their standard input does,
 //! and are killed when their handle is dropped.
 
+use std::ffi::OsString;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ pub(crate) struct JsonChild {
 
 impl JsonChild {
     /// Starts this program again with other arguments. Its standard error is the parent's.
-    pub(crate) fn start(name: String, args: &[String]) -> anyhow::Result<JsonChild> {
+    pub(crate) fn start(name: String, args: &[OsString]) -> anyhow::Result<JsonChild> {
         let program = std::env::current_exe().context("cannot find this program's own file")?;
         let mut child = Command::new(program)
             .args(args)

@@ -1,6 +1,7 @@
 //! The processes of a run: an embedded coordinator, dedicated attention servers, and the ranks.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
@@ -44,6 +45,7 @@ pub(crate) struct Cluster {
 struct Ready {
     address: SocketAddr,
     pid: u32,
+    device: String,
 }
 
 /// The run's coordinator, and the counters its servers had before the run.
@@ -76,11 +78,15 @@ impl Cluster {
     async fn start_servers(&mut self, run: &Run) -> anyhow::Result<()> {
         let Some(coordinator) = &self.coordinator else { return Ok(()) };
         for (index, cores) in run.server_cores.iter().enumerate() {
-            let cores: Vec<_> = cores.iter().map(usize::to_string).collect();
-            let memory = run.memory_mib.to_string();
+            let (memory, device) = (run.memory_mib.to_string(), run.device.to_string());
             let args = ["attention-server", "--json", "--end-with-stdin", "--coordinator", &coordinator.url];
-            let more = ["--memory-mib", &memory, "--cores", &cores.join(",")];
-            let args: Vec<String> = args.iter().chain(&more).map(|&arg| arg.to_owned()).collect();
+            let more = ["--memory-mib", &memory, "--device", &device];
+            let mut args: Vec<OsString> = args.into_iter().chain(more).map(OsString::from).collect();
+            if !cores.is_empty() {
+                let cores: Vec<_> = cores.iter().map(usize::to_string).collect();
+                args.extend(["--cores".into(), cores.join(",").into()]);
+            }
+            args.extend(run.cuda.words());
             let mut child = JsonChild::start(format!("attention server {index}"), &args)?;
             let ready = child.expect(START_LIMIT).await?;
             self.servers.push((child, ready));
@@ -103,7 +109,7 @@ impl Cluster {
                 memory_bytes: run.memory_mib << 20,
                 data: run.data.clone(),
             };
-            let mut child = JsonChild::start(format!("rank {rank}"), &["train-rank".to_owned()])?;
+            let mut child = JsonChild::start(format!("rank {rank}"), &["train-rank".into()])?;
             child.send(&ToRank::Setup(Box::new(setup))).await?;
             self.ranks.push(child);
         }
@@ -143,7 +149,8 @@ impl Cluster {
             lines.push(format!("coordinator {}{numerics}", coordinator.url));
         }
         for (child, ready) in &self.servers {
-            lines.push(format!("{} ready at {}, pid {}", child.name, ready.address, ready.pid));
+            let Ready { address, pid, device } = ready;
+            lines.push(format!("{} ready at {address}, pid {pid} on {device}", child.name));
         }
         for (rank, cores) in self.ranks.iter().zip(&self.cores) {
             let server = if self.in_place { " with an attention server in place" } else { "" };

@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use outboard_attention::kernel::{Isa, KernelConfig};
 use outboard_attention::{Document, DocumentId, HomeRange, Span};
-use outboard_attention_server::{EngineOptions, InPlace, Service, ServiceOptions};
+use outboard_attention_server::{CpuOptions, DeviceOptions, EngineOptions, InPlace, Service, ServiceOptions};
 use outboard_proto::describe;
 use outboard_trainer::{Exchange, ExchangeConfig, Packer, StepPacking, Trainer, require_one_thread};
 use outboard_transport::TaskHandler;
@@ -117,11 +117,9 @@ impl Pool {
         let in_place = match setup.in_place {
             false => None,
             true => {
-                let engine = EngineOptions {
-                    threads: setup.cores.len(),
-                    memory_bytes: setup.memory_bytes,
-                    ..EngineOptions::default()
-                };
+                let cpu = CpuOptions { threads: setup.cores.len(), ..CpuOptions::default() };
+                let engine =
+                    EngineOptions { device: DeviceOptions::Cpu(cpu), memory_bytes: setup.memory_bytes };
                 let options = ServiceOptions {
                     coordinator: Some(coordinator.clone()),
                     in_place: Some(InPlace { job: setup.job.clone(), rank }),

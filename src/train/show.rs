@@ -14,6 +14,7 @@ use super::args::Run;
 use super::cluster::Cluster;
 use super::protocol::Mode;
 use super::report::{Record, StepLine, Summary, Training};
+use crate::device::Device;
 
 /// Where figures and words go.
 pub(crate) struct Show {
@@ -22,6 +23,7 @@ pub(crate) struct Show {
     /// Words go to standard error when standard output carries JSON.
     words_to_stderr: bool,
     cores_shared: bool,
+    device: Device,
 }
 
 impl Show {
@@ -40,7 +42,7 @@ impl Show {
             bar.set_style(style);
             bar.enable_steady_tick(Duration::from_millis(250));
         }
-        Ok(Show { bar, json, words_to_stderr: to_stdout, cores_shared: run.cores_shared })
+        Ok(Show { bar, json, words_to_stderr: to_stdout, cores_shared: run.cores_shared, device: run.device })
     }
 
     /// Says what runs where.
@@ -75,7 +77,7 @@ impl Show {
         let Some(summary) = record.summary() else { return Ok(()) };
         self.write_json(&summary)?;
         self.say(&training_table(&summary.trainings).to_string());
-        for line in summary_words(&summary, self.cores_shared) {
+        for line in summary_words(&summary, self.cores_shared, self.device) {
             self.say(&line);
         }
         Ok(())
@@ -145,11 +147,14 @@ fn training_table(trainings: &[Training]) -> Table {
     table
 }
 
-fn summary_words(summary: &Summary, cores_shared: bool) -> Vec<String> {
+fn summary_words(summary: &Summary, cores_shared: bool, device: Device) -> Vec<String> {
     let mut lines = vec![format!("Q, K, V and dO of core attention in {}", summary.dtype)];
     if let Some((speedup, ideal)) = summary.speedup.zip(summary.ideal_speedup) {
         let share = if ideal > 1.0 { 100.0 * (speedup - 1.0) / (ideal - 1.0) } else { 0.0 };
         lines.push(match cores_shared {
+            _ if device != Device::Cpu => {
+                format!("speedup {speedup:.3} by {device} over attention on the ranks' cores")
+            }
             false => format!("speedup {speedup:.3}, ideal {ideal:.3}: {share:.0}% of what balance can give"),
             true => "no speedup is claimed: ranks and servers share cores".to_owned(),
         });

@@ -62,6 +62,8 @@ pub fn corpus(folder: &Path) -> PathBuf {
 fn command(args: &[impl AsRef<str>]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_outboard"));
     command.args(args.iter().map(AsRef::as_ref));
+    // What these tests say does not depend on the machine's GPUs: there are none.
+    command.env("CUDA_VISIBLE_DEVICES", "");
     command
 }
 
@@ -71,6 +73,14 @@ pub fn outboard(args: &[impl AsRef<str>]) -> String {
     let error = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{}: {error}", output.status);
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// Runs to a successful end without input, and gives what it printed to standard output and error.
+pub fn outboard_says(args: &[&str]) -> (String, String) {
+    let output = command(args).stdin(Stdio::null()).output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{args:?}: {}: {error}", output.status);
+    (String::from_utf8(output.stdout).unwrap(), error)
 }
 
 /// Runs to a failure with exit code 2 and gives what it printed to standard error.

@@ -22,11 +22,11 @@ use crate::device::Device;
 const REPEATS: u32 = 5;
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    if let Device::Cuda(device) = args.device {
+    if let Device::Cuda(number) = args.device {
         #[cfg(feature = "cuda")]
-        return cuda::run(&args, device, &mut Output::new(args.json.as_deref())?);
+        return cuda::run(&args, number, &mut Output::new(args.json.as_deref())?);
         #[cfg(not(feature = "cuda"))]
-        return Err(crate::cuda::absent(device));
+        return Err(crate::cuda::absent(Device::Cuda(number)));
     }
     let isa = args::isa(args.simd)?;
     let cores = Cores::claim()?;
