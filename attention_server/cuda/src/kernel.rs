@@ -277,30 +277,45 @@ impl CudaKernel {
         Ok(())
     }
 
+    /// Whether this kernel computes a task: what [`CudaKernel::begin`] asks of each.
+    ///
+    /// # Errors
+    /// [`CudaError`] saying why not. The index in it is `index`.
+    pub fn check_task(&self, index: usize, task: &KernelTask<'_>) -> Result<(), CudaError> {
+        self.check(index, task).map(|_| ())
+    }
+
+    /// The same, with the bytes of device memory that the task takes.
+    fn check(&self, index: usize, task: &KernelTask<'_>) -> Result<usize, CudaError> {
+        if matches!(task.operands, Operands::Stage { .. }) {
+            return Err(CudaError::Stage { index });
+        }
+        task.check_tensors(index)?;
+        CudaKernel::supports(&task.geometry)?;
+        let (limit, direction) = (self.config.batch_bytes, task.operands.direction());
+        // What comes in and goes out is soon counted; only then is the task laid out.
+        let moved = moved_bytes(&task.geometry, direction, task.task);
+        if moved > limit {
+            return Err(CudaError::TooLarge { index, needed: moved, limit });
+        }
+        let needed = self.task_bytes(&task.geometry, direction, task.task).map_err(|error| match error {
+            CudaError::TooManyPieces { max, .. } => CudaError::TooManyPieces { index, max },
+            error => error,
+        })?;
+        if needed > limit {
+            return Err(CudaError::TooLarge { index, needed, limit });
+        }
+        Ok(needed)
+    }
+
     /// Batches of tasks, by index, that are computed as one: of one direction, call geometry and scale, and within the
     /// memory.
     pub(crate) fn waves(&self, batch: &[KernelTask<'_>]) -> Result<Vec<Vec<usize>>, CudaError> {
         let limit = self.config.batch_bytes;
         let mut waves: Vec<(Kind, usize, Vec<usize>)> = Vec::new();
         for (index, task) in batch.iter().enumerate() {
-            if matches!(task.operands, Operands::Stage { .. }) {
-                return Err(CudaError::Stage { index });
-            }
-            task.check_tensors(index)?;
-            CudaKernel::supports(&task.geometry)?;
             let kind = kind(task);
-            // What comes in and goes out is soon counted; only then is the task laid out.
-            let moved = moved_bytes(&task.geometry, kind.0, task.task);
-            if moved > limit {
-                return Err(CudaError::TooLarge { index, needed: moved, limit });
-            }
-            let needed = self.task_bytes(&task.geometry, kind.0, task.task).map_err(|error| match error {
-                CudaError::TooManyPieces { max, .. } => CudaError::TooManyPieces { index, max },
-                error => error,
-            })?;
-            if needed > limit {
-                return Err(CudaError::TooLarge { index, needed, limit });
-            }
+            let needed = self.check(index, task)?;
             let open = waves.iter_mut().rev().find(|(other, _, _)| *other == kind);
             match open {
                 Some((_, bytes, tasks)) if *bytes + needed <= limit => {

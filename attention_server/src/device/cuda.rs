@@ -13,8 +13,6 @@ const WAVES: usize = 3;
 
 struct Cuda {
     kernel: CudaKernel,
-    /// Bytes of device memory that a task may take. The kernel's own limit may be lower, and is known once it said so.
-    batch_bytes: usize,
 }
 
 #[derive(Debug)]
@@ -22,7 +20,6 @@ struct Limits;
 
 pub(super) fn open(options: &CudaOptions) -> Result<Opened, ServerError> {
     let CudaOptions { kernel: config, batch_flops } = options;
-    let batch_bytes = config.batch_bytes;
     let kernel = CudaKernel::new(config.clone())?;
     let device = kernel.device();
     let facts = Facts {
@@ -32,7 +29,7 @@ pub(super) fn open(options: &CudaOptions) -> Result<Opened, ServerError> {
         batch_flops: *batch_flops,
         admission: Box::new(Limits),
     };
-    Ok(Opened { device: Box::new(Cuda { kernel, batch_bytes }), facts })
+    Ok(Opened { device: Box::new(Cuda { kernel }), facts })
 }
 
 impl Admission for Limits {
@@ -49,29 +46,11 @@ impl Device for Cuda {
         batch: Vec<KernelTask<'_>>,
         ended: OnEnd<'_>,
     ) -> Result<(), DeviceError> {
-        let begun = self.kernel.begin(number, batch, &mut |finished| ended(finished.into()));
-        if let Err(CudaError::TooLarge { limit, .. }) = &begun {
-            self.batch_bytes = *limit;
-        }
-        Ok(begun?)
+        Ok(self.kernel.begin(number, batch, &mut |finished| ended(finished.into()))?)
     }
 
     fn check(&self, task: &KernelTask<'_>) -> Result<(), DeviceError> {
-        task.check_tensors(0).map_err(CudaError::from)?;
-        CudaKernel::supports(&task.geometry)?;
-        let mut needed = least_bytes(task);
-        if needed <= self.batch_bytes {
-            needed = self.kernel.task_bytes(&task.geometry, task.operands.direction(), task.task);
-        }
-        if needed > self.batch_bytes {
-            let message = format!(
-                "the task needs {needed} bytes or more of device memory, this server has {} for one; cut the task into fewer tokens, \
-                 or start the server with a larger --cuda-batch-mib",
-                self.batch_bytes
-            );
-            return Err(DeviceError { error: TaskError::new(ErrorKind::TooLarge, message), fatal: false });
-        }
-        Ok(())
+        Ok(self.kernel.check_task(0, task)?)
     }
 
     fn under_way(&self) -> usize {
@@ -95,14 +74,6 @@ impl Device for Cuda {
     }
 }
 
-/// Bytes of Q, K and V. What is larger is not even laid out.
-fn least_bytes(task: &KernelTask<'_>) -> usize {
-    let shapes = task.task.shapes(&task.geometry);
-    let bytes =
-        |shape: [usize; 3]| shape.into_iter().fold(task.geometry.dtype().bytes(), usize::saturating_mul);
-    [shapes.q, shapes.k, shapes.v].into_iter().map(bytes).fold(0, usize::saturating_add)
-}
-
 impl From<outboard_cuda::Finished> for Ended {
     fn from(finished: outboard_cuda::Finished) -> Ended {
         let outboard_cuda::Finished { batch, index, results } = finished;
@@ -118,7 +89,7 @@ impl From<CudaError> for DeviceError {
             | CudaError::Group { .. }
             | CudaError::Stage { .. }
             | CudaError::NoEngine { .. } => ErrorKind::Unsupported,
-            CudaError::TooLarge { .. } => ErrorKind::TooLarge,
+            CudaError::TooLarge { .. } | CudaError::TooManyPieces { .. } => ErrorKind::TooLarge,
             CudaError::Invalid(_) => ErrorKind::Invalid,
             // The device's trouble, not the task's.
             _ => ErrorKind::Unavailable,
@@ -146,7 +117,16 @@ mod tests {
                 ErrorKind::Unavailable,
                 false,
             ),
-            (CudaError::Driver { call: "cuLaunchKernel", message: message() }, ErrorKind::Unavailable, true),
+            (
+                CudaError::Driver { call: "call", message: message(), lost: true },
+                ErrorKind::Unavailable,
+                true,
+            ),
+            (
+                CudaError::Driver { call: "call", message: message(), lost: false },
+                ErrorKind::Unavailable,
+                false,
+            ),
         ];
         for (error, kind, fatal) in cases {
             let mapped = DeviceError::from(error.clone());
