@@ -23,18 +23,9 @@ pub(crate) struct CudaArgs {
     /// are under way at once, and what they bring and take lies in pinned host memory besides.
     #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(64..=1 << 24))]
     cuda_batch_mib: Option<u64>,
-    /// How pinned host memory is made: `driver`, or `registered` from huge pages.
-    #[arg(long, value_name = "HOW", default_value = "driver")]
-    cuda_pinning: Pinning,
     /// Move all tensors into an order of their own first, even where cuDNN could use them as they lie. Changes no bit.
     #[arg(long)]
     cuda_move_all: bool,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Pinning {
-    Driver,
-    Registered,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -46,14 +37,12 @@ enum Sums {
 impl CudaArgs {
     /// The same arguments for another process.
     pub(crate) fn words(&self) -> Vec<OsString> {
-        let CudaArgs { cuda_libraries, cuda_plans, cuda_sums, cuda_batch_mib, cuda_pinning, cuda_move_all } =
-            self;
+        let CudaArgs { cuda_libraries, cuda_plans, cuda_sums, cuda_batch_mib, cuda_move_all } = self;
         let valued = [
             ("--cuda-libraries", cuda_libraries.clone()),
             ("--cuda-plans", cuda_plans.clone().map(PathBuf::into_os_string)),
             ("--cuda-sums", named(cuda_sums)),
             ("--cuda-batch-mib", cuda_batch_mib.map(|mib| mib.to_string().into())),
-            ("--cuda-pinning", named(cuda_pinning)),
         ];
         let valued = valued.into_iter().filter_map(|(flag, value)| Some([OsString::from(flag), value?]));
         valued.flatten().chain(cuda_move_all.then(|| "--cuda-move-all".into())).collect()
@@ -90,10 +79,6 @@ impl CudaArgs {
             deterministic: self.cuda_sums == Sums::Ordered,
             copy_threads: cores.clamp(1, 8),
             in_place: !self.cuda_move_all,
-            pinning: match self.cuda_pinning {
-                Pinning::Driver => outboard_cuda::Pinning::Driver,
-                Pinning::Registered => outboard_cuda::Pinning::Registered,
-            },
             ..outboard_cuda::CudaConfig::new(device)
         }
     }
@@ -126,7 +111,7 @@ mod tests {
 
     #[test]
     fn arguments_are_passed_on_as_they_were_given() {
-        let all = "--cuda-libraries a:b --cuda-plans none --cuda-sums fastest --cuda-batch-mib 64 --cuda-pinning registered \
+        let all = "--cuda-libraries a:b --cuda-plans none --cuda-sums fastest --cuda-batch-mib 64 \
                    --cuda-move-all";
         for given in ["", all] {
             let parse = |words: Vec<OsString>| {

@@ -11,7 +11,6 @@ use outboard_attention::{AnyTensor, DType, Direction, HeadGeometry, MAX_HEAD_DIM
 
 use crate::batch::{BatchLayout, Cut, LaidTask, MAX_PIECES, OperandPlace, TaskOperands, call_geometry};
 use crate::cudnn::{Cudnn, Handle, device_properties};
-use crate::gpu::memory::Pinning;
 use crate::gpu::{self, DeviceInfo, driver};
 use crate::graph::{CallGeometry, GraphKey};
 use crate::plan::{Background, PlanConfig, Plans, Target, device_kind};
@@ -44,8 +43,6 @@ pub struct CudaConfig {
     pub deterministic: bool,
     /// Threads that copy operands and results, at least one.
     pub copy_threads: usize,
-    /// How pinned memory is made.
-    pub pinning: Pinning,
     /// Whether cuDNN reads and writes tensors where they lie, where it can. Otherwise all are moved into an order of its
     /// own first. It changes no bit.
     pub in_place: bool,
@@ -61,7 +58,6 @@ impl CudaConfig {
             batch_bytes: usize::MAX,
             deterministic: true,
             copy_threads: 4,
-            pinning: Pinning::default(),
             in_place: true,
         }
     }
@@ -150,7 +146,7 @@ impl CudaKernel {
         let plans = Arc::new(Plans::new(&cudnn, plan_config));
         let background = start_background(&plans, &cudnn, &context);
         let streams = Streams::new(&context, info.compute, handle)?;
-        let free = (0..LANES).map(|_| Lane::new(&context, config.pinning)).collect::<Result<_, _>>()?;
+        let free = (0..LANES).map(|_| Lane::new(&context)).collect::<Result<_, _>>()?;
         Ok(CudaKernel {
             version: cudnn.version(),
             config,
@@ -338,7 +334,7 @@ impl CudaKernel {
             self.finish(done);
         }
         // There is none only after failures that cost lanes.
-        let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context, self.config.pinning), Ok);
+        let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context), Ok);
         let lane = match lane {
             Ok(lane) => lane,
             Err(error) => {

@@ -27,7 +27,6 @@ mod wave;
 
 pub use ahead::{AheadPlan, plan_ahead};
 pub use error::CudaError;
-pub use gpu::memory::Pinning;
 pub use gpu::{DeviceInfo, devices};
 pub use kernel::{CudaConfig, CudaKernel, Finished};
 pub use measure::{Measured, Transfers};

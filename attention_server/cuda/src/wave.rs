@@ -12,7 +12,7 @@ use outboard_attention::{DType, Direction};
 use crate::CudaError;
 use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape, Tensors};
 use crate::cudnn::{self, Handle, Raw};
-use crate::gpu::memory::{DeviceMemory, PinnedMemory, Pinning, download, upload};
+use crate::gpu::memory::{DeviceMemory, PinnedMemory, download, upload};
 use crate::gpu::movers::{Movers, Places};
 use crate::gpu::{driver, settle};
 use crate::graph::Ids;
@@ -81,7 +81,7 @@ impl Drop for Lane {
 }
 
 impl Lane {
-    pub(crate) fn new(context: &Arc<CudaContext>, pinning: Pinning) -> Result<Lane, CudaError> {
+    pub(crate) fn new(context: &Arc<CudaContext>) -> Result<Lane, CudaError> {
         // Whoever waits sleeps.
         let flags = Some(sys::CUevent_flags::CU_EVENT_BLOCKING_SYNC);
         let event = || context.new_event(flags).map_err(driver("cuEventCreate"));
@@ -91,10 +91,10 @@ impl Lane {
             begun: event()?,
             computed: event()?,
             downloaded: event()?,
-            staging: PinnedMemory::new(context, pinning),
+            staging: PinnedMemory::new(context),
             input: DeviceMemory::new(context),
             output: DeviceMemory::new(context),
-            results: PinnedMemory::new(context, pinning),
+            results: PinnedMemory::new(context),
         })
     }
 

@@ -69,21 +69,10 @@ impl Drop for DeviceMemory {
     }
 }
 
-/// How pinned memory is made.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Pinning {
-    /// By the driver.
-    #[default]
-    Driver,
-    /// From huge pages of our own, which the driver is told of.
-    Registered,
-}
-
 /// Pinned memory of the host, which the device reads and writes by itself.
 #[derive(Debug)]
 pub(crate) struct PinnedMemory {
     context: Arc<CudaContext>,
-    pinning: Pinning,
     address: NonNull<u8>,
     bytes: usize,
 }
@@ -93,8 +82,8 @@ unsafe impl Send for PinnedMemory {}
 
 impl PinnedMemory {
     /// None yet.
-    pub(crate) fn new(context: &Arc<CudaContext>, pinning: Pinning) -> PinnedMemory {
-        PinnedMemory { context: Arc::clone(context), pinning, address: NonNull::dangling(), bytes: 0 }
+    pub(crate) fn new(context: &Arc<CudaContext>) -> PinnedMemory {
+        PinnedMemory { context: Arc::clone(context), address: NonNull::dangling(), bytes: 0 }
     }
 
     /// Makes room for `bytes`. What was there is lost when it grows; nothing that is enqueued may use it any more.
@@ -106,14 +95,9 @@ impl PinnedMemory {
         self.free();
         self.context.bind_to_thread().map_err(driver("cuCtxSetCurrent"))?;
         let failed = |message: String| CudaError::Memory { bytes: grown, place: "pinned host", message };
-        self.address = match self.pinning {
-            Pinning::Driver => {
-                // SAFETY: plain allocation, cached as usual since the host reads it; it is freed once, by `free`.
-                let address = unsafe { result::malloc_host(grown, 0) }.map_err(|e| failed(e.to_string()))?;
-                NonNull::new(address.cast()).ok_or_else(|| failed("no address".to_owned()))?
-            }
-            Pinning::Registered => register(grown).map_err(failed)?,
-        };
+        // SAFETY: plain allocation, cached as usual since the host reads it; it is freed once, by `free`.
+        let address = unsafe { result::malloc_host(grown, 0) }.map_err(|e| failed(e.to_string()))?;
+        self.address = NonNull::new(address.cast()).ok_or_else(|| failed("no address".to_owned()))?;
         self.bytes = grown;
         Ok(())
     }
@@ -123,8 +107,7 @@ impl PinnedMemory {
     /// # Safety
     /// The device must not be writing them.
     pub(crate) unsafe fn slice(&self) -> &[u8] {
-        // SAFETY: the memory is live and of this size; the system zeroed it for the driver, or `register` did; any byte is a
-        // `u8`. The caller vouches for the device.
+        // SAFETY: the memory is live and of this size; the system zeroed it for the driver; any byte is a `u8`. The caller vouches for the device.
         unsafe { std::slice::from_raw_parts(self.address.as_ptr(), self.bytes) }
     }
 
@@ -139,23 +122,9 @@ impl PinnedMemory {
 
     fn free(&mut self) {
         if self.bytes > 0 {
-            let address = self.address.as_ptr();
-            let bound = self.context.bind_to_thread();
-            match self.pinning {
-                // SAFETY: it was allocated by `reserve`. On a lost device nothing can be done about a failure.
-                Pinning::Driver => drop(bound.map(|()| unsafe { result::free_host(address.cast()) })),
-                Pinning::Registered => {
-                    // SAFETY: `register` told the driver of this address.
-                    let unregistered =
-                        bound.and_then(|()| unsafe { sys::cuMemHostUnregister(address.cast()) }.result());
-                    match (unregistered, huge(self.bytes)) {
-                        // SAFETY: it was allocated with this layout, and the driver has let go of it.
-                        (Ok(()), Ok(layout)) => unsafe { std::alloc::dealloc(address, layout) },
-                        // Memory that the device may still use is better lost than given to another.
-                        (error, _) => tracing::warn!(?error, bytes = self.bytes, "leaking pinned memory"),
-                    }
-                }
-            }
+            let address = self.address.as_ptr().cast();
+            // SAFETY: it was allocated by `reserve`. On a lost device nothing can be done about a failure.
+            let _ = self.context.bind_to_thread().map(|()| unsafe { result::free_host(address) });
         }
         (self.address, self.bytes) = (NonNull::dangling(), 0);
     }
@@ -165,34 +134,6 @@ impl Drop for PinnedMemory {
     fn drop(&mut self) {
         self.free();
     }
-}
-
-/// The layout of huge pages.
-fn huge(bytes: usize) -> Result<std::alloc::Layout, String> {
-    std::alloc::Layout::from_size_align(bytes, STEP).map_err(|error| error.to_string())
-}
-
-/// Allocates memory in huge pages where there are any, and tells the driver.
-fn register(bytes: usize) -> Result<NonNull<u8>, String> {
-    let layout = huge(bytes)?;
-    // SAFETY: the layout is not empty.
-    let address = NonNull::new(unsafe { std::alloc::alloc(layout) }).ok_or("no memory")?;
-    // SAFETY: the range is the allocation, which starts and ends at a page.
-    let advised =
-        unsafe { rustix::mm::madvise(address.as_ptr().cast(), bytes, rustix::mm::Advice::LinuxHugepage) };
-    if let Err(error) = advised {
-        tracing::debug!(%error, "no huge pages for pinned memory");
-    }
-    // SAFETY: the allocation has so many bytes, which are written before anything reads them.
-    unsafe { address.as_ptr().write_bytes(0, bytes) };
-    // SAFETY: the range is live until it is unregistered.
-    let registered = unsafe { sys::cuMemHostRegister_v2(address.as_ptr().cast(), bytes, 0) };
-    registered.result().map_err(|error| {
-        // SAFETY: it was allocated above with this layout.
-        unsafe { std::alloc::dealloc(address.as_ptr(), layout) };
-        error.to_string()
-    })?;
-    Ok(address)
 }
 
 /// An eighth more than asked for, so that batches of slowly growing size do not each allocate.
