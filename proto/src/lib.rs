@@ -18,7 +18,7 @@ pub use header::TaskHeader;
 pub use status::failure_of;
 
 /// The protocol version this crate speaks.
-pub const PROTOCOL_VERSION: u32 = 1;
+pub const PROTOCOL_VERSION: u32 = 2;
 /// Most payload bytes in one chunk.
 pub const MAX_CHUNK_BYTES: usize = 1 << 20;
 

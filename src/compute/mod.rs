@@ -21,8 +21,14 @@ use backend::{Backend, CpuOptions};
 use files::{BATCH_FILE, Entry};
 use tensors::Inputs;
 
+use crate::device::Device;
+
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let Args { dir, device, threads, isa, alone, json, cuda } = args;
+    ensure!(
+        device == Device::Cpu || (threads.is_none() && isa.is_none()),
+        "--threads and --isa are for --device cpu, and --device is {device}"
+    );
     let entries = files::read(&dir)?;
     fits(&entries)?;
     let mut backend = backend::open(device, CpuOptions { threads, isa }, &cuda)?;

@@ -226,6 +226,11 @@ impl Args {
                 "--device {device} starts dedicated servers; leave out --in-place, whose servers compute on the CPU"
             );
         }
+        if let Some(servers) = self.pool.filter(|servers| *servers > 1) {
+            bail!(
+                "--pool is {servers}, and --device {device} is one GPU, which one server uses whole; leave out --pool"
+            );
+        }
         if dtype == DType::F32 {
             bail!("--dtype is f32, and --device {device} computes bf16 and f16");
         }

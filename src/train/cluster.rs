@@ -19,6 +19,7 @@ use super::args::Run;
 use super::child::JsonChild;
 use super::protocol::{FromRank, Mode, Setup, ToRank};
 use super::report::Record;
+use crate::device::Device;
 
 /// How long a process may take to say that it is ready.
 const START_LIMIT: Duration = Duration::from_secs(60);
@@ -130,6 +131,15 @@ impl Cluster {
                     other => bail!("a rank said {other:?} before it had joined the job"),
                 }
             }
+        }
+        if let (Device::Cuda(_), Some(id)) = (run.device, &self.numerics_id)
+            && !id.starts_with("cuda-")
+        {
+            bail!(
+                "the job computes with {id}, for which the pool has more servers than for {}; take them out of \
+                 the pool, or use another",
+                run.device
+            );
         }
         if let Some(coordinator) = &mut self.coordinator {
             // In-place servers have joined by now; the first step may have begun on them, but on no other.

@@ -101,7 +101,7 @@ pub enum CudaError {
     },
     /// Memory that the device or the host does not have.
     #[error(
-        "{bytes} bytes of {place} memory cannot be had: {message}; give the server less memory, or the task fewer tokens"
+        "{bytes} bytes of {place} memory cannot be had: {message}; give the server a smaller --cuda-batch-mib, or the task fewer tokens"
     )]
     Memory {
         /// Bytes asked for.

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaContext;
 use outboard_attention::kernel::{KernelError, KernelTask, Operands, QueryInput, Results};
@@ -22,6 +23,9 @@ const REVISION: u32 = 1;
 
 /// Waves under way at most: one each uploaded, computed and downloaded.
 pub(crate) const LANES: usize = 3;
+
+/// How long the oldest wave may take to end, when another needs its memory. A wave takes a second at most.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Query heads of a kv head at most.
 const MAX_GROUP: usize = 128;
@@ -331,6 +335,13 @@ impl CudaKernel {
         done: &mut dyn FnMut(Finished),
     ) {
         while self.free.is_empty() && !self.running.is_empty() {
+            if let Err(error) = self.wait_ready() {
+                self.note(&error);
+                for (index, _) in tasks {
+                    done(Finished { batch: number, index, results: Err(error.clone()) });
+                }
+                return;
+            }
             self.finish(done);
         }
         // There is none only after failures that cost lanes.
@@ -448,6 +459,19 @@ impl CudaKernel {
         for Entry { batch, index, .. } in entries {
             done(Finished { batch, index, results: Err(error.clone()) });
         }
+    }
+
+    /// Waits until the oldest wave has ended, but not for ever.
+    fn wait_ready(&self) -> Result<(), CudaError> {
+        let begun = Instant::now();
+        while !self.is_ready() {
+            if begun.elapsed() > PATIENCE {
+                let message = format!("no wave has ended for {} s", PATIENCE.as_secs());
+                return Err(CudaError::Driver { call: "cuEventQuery", message, lost: true });
+            }
+            std::thread::sleep(Duration::from_micros(50));
+        }
+        Ok(())
     }
 
     /// Waves under way.

@@ -58,6 +58,11 @@ impl Device for Cpu {
         })
     }
 
+    fn check(&self, task: &KernelTask<'_>) -> Result<(), DeviceError> {
+        task.check_tensors(0)
+            .map_err(|error| DeviceError { error: TaskError::invalid(error.to_string()), fatal: false })
+    }
+
     fn survives_panic(&self) -> bool {
         // A batch begins with nothing of the one before.
         true

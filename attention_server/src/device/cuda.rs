@@ -91,8 +91,11 @@ impl From<CudaError> for DeviceError {
             | CudaError::NoEngine { .. } => ErrorKind::Unsupported,
             CudaError::TooLarge { .. } | CudaError::TooManyPieces { .. } => ErrorKind::TooLarge,
             CudaError::Invalid(_) => ErrorKind::Invalid,
-            // The device's trouble, not the task's.
-            _ => ErrorKind::Unavailable,
+            // Not now: a client waits and comes again.
+            CudaError::Memory { .. } => ErrorKind::Busy,
+            // The device's trouble, not the task's. Clients that are told so use this server no more.
+            error if error.is_fatal() => ErrorKind::Unavailable,
+            _ => ErrorKind::Internal,
         };
         DeviceError { fatal: error.is_fatal(), error: TaskError::new(kind, error.to_string()) }
     }
@@ -112,21 +115,13 @@ mod tests {
             (CudaError::Group { group: 256, max: 128 }, ErrorKind::Unsupported, false),
             (CudaError::TooLarge { index: 3, needed: 2, limit: 1 }, ErrorKind::TooLarge, false),
             (CudaError::Invalid(KernelError::NoThreads), ErrorKind::Invalid, false),
-            (
-                CudaError::Memory { bytes: 1, place: "device", message: message() },
-                ErrorKind::Unavailable,
-                false,
-            ),
+            (CudaError::Memory { bytes: 1, place: "device", message: message() }, ErrorKind::Busy, false),
             (
                 CudaError::Driver { call: "call", message: message(), lost: true },
                 ErrorKind::Unavailable,
                 true,
             ),
-            (
-                CudaError::Driver { call: "call", message: message(), lost: false },
-                ErrorKind::Unavailable,
-                false,
-            ),
+            (CudaError::Driver { call: "call", message: message(), lost: false }, ErrorKind::Internal, false),
         ];
         for (error, kind, fatal) in cases {
             let mapped = DeviceError::from(error.clone());

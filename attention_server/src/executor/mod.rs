@@ -7,6 +7,7 @@ mod ledger;
 #[cfg(test)]
 mod tests;
 
+use std::mem::ManuallyDrop;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -53,16 +54,18 @@ pub(crate) fn start(
 }
 
 struct Executor {
-    device: Box<dyn Device>,
+    device: ManuallyDrop<Box<dyn Device>>,
     shared: Arc<Shared>,
     ledger: Ledger,
     /// Of the last batch.
     number: u64,
     /// The device is not to be called any more: it panicked, or does not answer.
     abandoned: bool,
+    /// It does not answer.
+    silent: bool,
     /// Of the device's own count, what the counters have.
     counted: f64,
-    /// When the device last took a batch or ended a wave.
+    /// When the device last had nothing under way, or ended a wave.
     progressed: Instant,
 }
 
@@ -94,10 +97,11 @@ impl Executor {
         let by_wall_clock = device.busy_seconds().is_none();
         Executor {
             ledger: Ledger::new(Arc::clone(&shared), by_wall_clock),
-            device,
+            device: ManuallyDrop::new(device),
             shared,
             number: 0,
             abandoned: false,
+            silent: false,
             counted: 0.0,
             progressed: Instant::now(),
         }
@@ -110,18 +114,23 @@ impl Executor {
                 Next::Finish => self.finish(),
                 Next::Abandon => {
                     let seconds = self.device.patience().as_secs_f64();
+                    self.silent = true;
                     let message = format!("the device has not answered for {seconds:.1} s");
                     self.abandon(&TaskError::unavailable(message));
                 }
-                Next::End => return,
+                Next::End => break,
             }
-            self.progressed = Instant::now();
             self.count_busy();
             if self.under_way() == 0 {
                 let error = TaskError::internal("the kernel returned without a result for this task");
                 self.ledger.fail_all(&error);
             }
             self.ledger.forget_ended();
+        }
+        // A device that does not answer may never come back from being closed, and may still write its memory; the process
+        // ends soon anyway.
+        if !self.silent {
+            drop(ManuallyDrop::into_inner(self.device));
         }
     }
 
@@ -152,6 +161,9 @@ impl Executor {
     }
 
     fn begin(&mut self, batch: Vec<QueuedTask>) {
+        if self.under_way() == 0 {
+            self.progressed = Instant::now();
+        }
         if let Some(error) = self.shared.lost() {
             for queued in batch {
                 self.ledger.fail(split(queued).1, error.clone());
@@ -240,6 +252,7 @@ impl Executor {
     fn finish(&mut self) {
         let (device, ledger) = (&mut self.device, &self.ledger);
         let outcome = catch_unwind(AssertUnwindSafe(|| device.finish(&|ended| ledger.end(ended))));
+        self.progressed = Instant::now();
         if outcome.is_err() {
             self.panicked();
         }
