@@ -2,8 +2,8 @@
 //!
 //! [`CudaKernel`] computes what [`CpuKernel`](outboard_attention::kernel::CpuKernel) does, for bf16 and f16. The attention
 //! itself is cuDNN's; what is ours is everything around it: tasks of any lengths, masks and numbers of heads become
-//! ragged calls ([`batch`]), graphs that cuDNN's fast kernels match ([`graph`]), plans that are kept ([`plan`]), memory
-//! and streams ([`wave`]), and kernels that move and merge ([`gpu`]).
+//! ragged calls (`batch`), graphs that cuDNN's fast kernels match (`graph`), plans that are kept (`plan`), memory
+//! and streams (`wave`), and kernels that move and merge (`gpu`).
 //!
 //! Nothing is linked: driver, cuDNN and NVRTC are loaded when a device is opened. `README.md` of this crate has the
 //! measured figures, and what was found out about cuDNN.
