@@ -293,7 +293,7 @@ fn refused(kind: ErrorKind, expected: &str, change: impl FnOnce(&mut v1::TaskHea
 fn every_fault_of_a_header_is_named() {
     use ErrorKind::{Invalid, Unsupported};
     let span = |start, end| Some(v1::Span { start, end });
-    refused(Unsupported, "protocol_version is 7, and 1 is spoken here", |h| h.protocol_version = 7);
+    refused(Unsupported, "protocol_version is 7, and 2 is spoken here", |h| h.protocol_version = 7);
     refused(Invalid, "softcap is -1", |h| h.geometry.as_mut().unwrap().softcap = Some(-1.0));
     refused(Unsupported, "sink logits enter at home", |h| h.sink = true);
     refused(Invalid, "job has 257 bytes", |h| h.job = "x".repeat(MAX_NAME_BYTES + 1));
@@ -397,5 +397,5 @@ fn long_messages_are_shortened_on_the_way() {
 fn another_protocol_version_is_refused_by_name() {
     check_protocol_version(outboard_proto::PROTOCOL_VERSION).unwrap();
     let error = check_protocol_version(0).unwrap_err();
-    assert!(error.message.contains("protocol_version is 0, and 1 is spoken here"), "{error}");
+    assert!(error.message.contains("protocol_version is 0, and 2 is spoken here"), "{error}");
 }

@@ -195,15 +195,15 @@ fn a_failure_without_a_reason_is_one() {
 
 #[test]
 fn bad_greetings_are_refused() {
-    let version_2 = ServerGreeting { protocol_version: 2, ..greeting() };
+    let version_1 = ServerGreeting { protocol_version: 1, ..greeting() };
     outcome_of(
-        Some(version_2),
+        Some(version_1),
         |_| {},
         |outcome, address| {
             let error = outcome.expect_err("another version");
             assert_eq!(error.kind, ErrorKind::Unsupported);
             assert!(
-                error.message.contains("protocol_version is 2, and 1") && error.message.contains(&address),
+                error.message.contains("protocol_version is 1, and 2") && error.message.contains(&address),
                 "{error}"
             );
         },

@@ -118,7 +118,7 @@ fn headers_that_do_not_hold_together_fail_alone() {
     bad_task(ErrorKind::Unsupported, "result_dtype is bf16", |s| {
         s.header.result_dtype = v1::DType::Bf16 as i32
     });
-    bad_task(ErrorKind::Unsupported, "protocol_version is 2, and 1", |s| s.header.protocol_version = 2);
+    bad_task(ErrorKind::Unsupported, "protocol_version is 1, and 2", |s| s.header.protocol_version = 1);
     bad_task(ErrorKind::NumericsMismatch, "\"other-7\"", |s| s.header.numerics_id = "other-7".into());
     bad_task(ErrorKind::Invalid, "the stream holds credit for", |s| {
         s.header.tensors[0].tokens = span(0, 1 << 29)
@@ -419,8 +419,8 @@ fn streams_that_break_the_protocol_end_with_a_reason() {
     use Message::{Credit, Greeting, Task};
     let ask = |bytes| Credit(v1::CreditRequest { bytes });
     ends_with(ErrorKind::Invalid, "must be its greeting", vec![Task(script(1).header)]);
-    let version_2 = ClientGreeting { protocol_version: 2, ..greeting() };
-    ends_with(ErrorKind::Unsupported, "protocol_version is 2, and 1", vec![Greeting(version_2)]);
+    let version_1 = ClientGreeting { protocol_version: 1, ..greeting() };
+    ends_with(ErrorKind::Unsupported, "protocol_version is 1, and 2", vec![Greeting(version_1)]);
     ends_with(ErrorKind::Invalid, "second greeting", vec![Greeting(greeting()), Greeting(greeting())]);
     ends_with(ErrorKind::TooLarge, "at once", vec![Greeting(greeting()), ask(u64::MAX)]);
     ends_with(ErrorKind::TooLarge, "at once", vec![Greeting(greeting()), ask(60 * MIB)]);
