@@ -108,30 +108,39 @@ impl Executor {
     }
 
     fn run(mut self) {
-        loop {
-            match self.next() {
-                Next::Begin(batch) => self.begin(batch),
-                Next::Finish => self.finish(),
-                Next::Abandon => {
-                    let seconds = self.device.patience().as_secs_f64();
-                    self.silent = true;
-                    let message = format!("the device has not answered for {seconds:.1} s");
-                    self.abandon(&TaskError::unavailable(message));
-                }
-                Next::End => break,
-            }
-            self.count_busy();
-            if self.under_way() == 0 {
-                let error = TaskError::internal("the kernel returned without a result for this task");
-                self.ledger.fail_all(&error);
-            }
-            self.ledger.forget_ended();
-        }
+        // The device's code runs in each step: what panics there must not end the thread that others wait for.
+        while catch_unwind(AssertUnwindSafe(|| self.step())).unwrap_or_else(|_| {
+            let first = !self.abandoned;
+            self.abandon(&TaskError::internal(PANICKED));
+            first
+        }) {}
         // A device that does not answer may never come back from being closed, and may still write its memory; the process
         // ends soon anyway.
         if !self.silent {
             drop(ManuallyDrop::into_inner(self.device));
         }
+    }
+
+    /// One step, after which false is the end.
+    fn step(&mut self) -> bool {
+        match self.next() {
+            Next::Begin(batch) => self.begin(batch),
+            Next::Finish => self.finish(),
+            Next::Abandon => {
+                self.silent = true;
+                let seconds = self.device.patience().as_secs_f64();
+                let message = format!("the device has not answered for {seconds:.1} s");
+                self.abandon(&TaskError::unavailable(message));
+            }
+            Next::End => return false,
+        }
+        self.count_busy();
+        if self.under_way() == 0 {
+            let error = TaskError::internal("the kernel returned without a result for this task");
+            self.ledger.fail_all(&error);
+        }
+        self.ledger.forget_ended();
+        true
     }
 
     fn next(&self) -> Next {

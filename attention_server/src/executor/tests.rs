@@ -37,11 +37,13 @@ enum Fate {
     /// The device panics when it begins, or ends.
     PanicsAtBegin,
     PanicsAtEnd,
+    /// The device panics when it is asked whether its wave has ended.
+    PanicsWhenAsked,
     /// Nothing of its batch is on its way, although no task is at fault.
     BatchRefused,
 }
 
-const FATES: [Fate; 9] = [
+const FATES: [Fate; 10] = [
     Fate::Computed,
     Fate::TooLarge,
     Fate::WaveFails,
@@ -50,6 +52,7 @@ const FATES: [Fate; 9] = [
     Fate::Hangs,
     Fate::PanicsAtBegin,
     Fate::PanicsAtEnd,
+    Fate::PanicsWhenAsked,
     Fate::BatchRefused,
 ];
 
@@ -161,7 +164,10 @@ impl Device for Fake {
     }
 
     fn is_ready(&self) -> bool {
-        let hangs = |wave: &Wave| wave.tasks.iter().any(|(_, _, fate, _)| *fate == Fate::Hangs);
+        let has = |wave: &Wave, fate| wave.tasks.iter().any(|(_, _, own, _)| *own == fate);
+        let asked = self.running.front().is_some_and(|wave| has(wave, Fate::PanicsWhenAsked));
+        assert!(!asked, "when asked, as the task says");
+        let hangs = |wave: &Wave| has(wave, Fate::Hangs);
         self.running.front().is_some_and(|wave| wave.until <= Instant::now() && !hangs(wave))
     }
 
@@ -415,7 +421,7 @@ async fn a_service_ends_with_its_device() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_panic_ends_every_task_and_the_device_with_them() {
-    for bad in [Fate::PanicsAtBegin, Fate::PanicsAtEnd] {
+    for bad in [Fate::PanicsAtBegin, Fate::PanicsAtEnd, Fate::PanicsWhenAsked] {
         let (engine, seen) = start(2, 4);
         let mut fates = [Fate::Computed; 20];
         fates[9] = bad;
