@@ -17,6 +17,7 @@ mod device;
 mod lifetime;
 mod plan;
 mod profile;
+mod slices;
 mod step;
 mod train;
 

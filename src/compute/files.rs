@@ -5,10 +5,11 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use outboard_attention::{
-    BandSlice, DType, Direction, DocumentId, HeadGeometry, HeadShape, Mask, MaskPart, Span, Task,
+    BandSlice, DType, Direction, DocumentId, HeadGeometry, HeadShape, Mask, MaskPart, Task,
 };
 use serde::Deserialize;
 
+use crate::slices::{self, SliceEntry, span};
 use crate::step::near;
 
 /// The file of a batch's folder that says what its tasks are.
@@ -72,16 +73,6 @@ enum DTypeEntry {
     F32,
     Bf16,
     F16,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SliceEntry {
-    q: [usize; 2],
-    kv: [usize; 2],
-    kv_heads: Option<[usize; 2]>,
-    lo: Option<i64>,
-    hi: Option<i64>,
 }
 
 /// Reads the tasks of a folder. Errors name the file, the task and the field at fault.
@@ -162,7 +153,11 @@ impl Entry {
         }
         let mask = match entry.mask {
             None => Mask::new(vec![MaskPart { kv_heads, slice: BandSlice::new(q, kv, None, Some(0))? }])?,
-            Some(slices) => mask(&slices, kv_heads, &geometry)?,
+            Some(slices) => {
+                let owner =
+                    slices::Owner { name: "task", heads_of: "geometry", geometry: &geometry, kv_heads };
+                slices::mask(&slices, owner)?
+            }
         };
         if mask.clip(q, kv, kv_heads).parts().is_empty() {
             bail!(
@@ -190,23 +185,6 @@ fn geometry(entry: GeometryEntry) -> anyhow::Result<HeadGeometry> {
     };
     let (scale, softcap) = (scale as f32, softcap.map(|cap| cap as f32));
     Ok(HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale, dtype, softcap }.try_into()?)
-}
-
-fn mask(slices: &[SliceEntry], task_heads: Span, geometry: &HeadGeometry) -> anyhow::Result<Mask> {
-    ensure!(!slices.is_empty(), "mask is empty; leave it out for a causal task");
-    let all = Span::to(geometry.kv_heads());
-    let part = |entry: &SliceEntry| {
-        let kv_heads = entry.kv_heads.map_or(Ok(task_heads), |ends| span("kv_heads", ends))?;
-        ensure!(all.covers(kv_heads), "kv_heads is {kv_heads}; geometry.kv_heads is {}", all.len());
-        let slice = BandSlice::new(span("q", entry.q)?, span("kv", entry.kv)?, entry.lo, entry.hi)?;
-        Ok(MaskPart { kv_heads, slice })
-    };
-    let parts = slices.iter().enumerate().map(|(n, entry)| part(entry).with_context(|| format!("mask[{n}]")));
-    Mask::new(parts.collect::<anyhow::Result<_>>()?).context("mask")
-}
-
-fn span(name: &str, [start, end]: [usize; 2]) -> anyhow::Result<Span> {
-    Span::new(start, end).with_context(|| format!("{name} is [{start}, {end}], which runs backwards"))
 }
 
 #[cfg(test)]

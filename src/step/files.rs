@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, anyhow, bail, ensure};
 use outboard_attention::{
-    BandSlice, DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention, Mask,
-    MaskPart, Span, StepPlan,
+    DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention, Span, StepPlan,
 };
 use outboard_planner::{Problem, Rates, Slot};
 use serde::{Deserialize, Serialize};
+
+use crate::slices::{self, SliceEntry, span};
 
 /// STEP.json: what one training step asks of core attention.
 #[derive(Debug, Deserialize)]
@@ -60,16 +61,6 @@ struct HomeEntry {
     rank: u32,
     start: usize,
     end: usize,
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct SliceEntry {
-    q: [usize; 2],
-    kv: [usize; 2],
-    kv_heads: Option<[usize; 2]>,
-    lo: Option<i64>,
-    hi: Option<i64>,
 }
 
 /// A step as the planner takes it.
@@ -230,22 +221,9 @@ fn document(n: usize, entry: DocumentEntry, geometry: &HeadGeometry) -> anyhow::
         })?;
     let document = document.with_tick(entry.tick);
     let Some(slices) = entry.mask else { return Ok(document) };
-    ensure!(!slices.is_empty(), "mask is empty; leave it out for a causal document");
-    let part = |(n, slice): (usize, &SliceEntry)| part(slice, geometry).with_context(|| format!("mask[{n}]"));
-    let parts = slices.iter().enumerate().map(part).collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(document.with_mask(Mask::new(parts).context("mask")?)?)
-}
-
-fn part(entry: &SliceEntry, geometry: &HeadGeometry) -> anyhow::Result<MaskPart> {
-    let all = geometry.kv_heads();
-    let kv_heads = entry.kv_heads.map_or(Ok(Span::to(all)), |range| span("kv_heads", range))?;
-    ensure!(Span::to(all).covers(kv_heads), "kv_heads is {kv_heads}; model.kv_heads is {all}");
-    let slice = BandSlice::new(span("q", entry.q)?, span("kv", entry.kv)?, entry.lo, entry.hi)?;
-    Ok(MaskPart { kv_heads, slice })
-}
-
-fn span(name: &str, [start, end]: [usize; 2]) -> anyhow::Result<Span> {
-    Span::new(start, end).with_context(|| format!("{name} is [{start}, {end}], which runs backwards"))
+    let kv_heads = Span::to(geometry.kv_heads());
+    let owner = slices::Owner { name: "document", heads_of: "model", geometry, kv_heads };
+    Ok(document.with_mask(slices::mask(&slices, owner)?)?)
 }
 
 /// PLAN.json: who computes what.

@@ -34,7 +34,8 @@ pub struct AheadPlan {
 /// Builds the plans of one geometry for any kind of device, and stores them in `folder` for servers that have such a
 /// device: then its first batches of about 1k to 4k rows need not wait for a compiler. Needs cuDNN and NVRTC in `libraries`, but no GPU.
 ///
-/// `properties` describes the device as cuDNN does, in JSON. Bounds are those of small batches of up to 4096 rows.
+/// `properties` describes the device as cuDNN does, in JSON. Bounds are those of small batches of up to 4096 rows. Plans are
+/// restored here from what was stored; whether a device takes plans that were built elsewhere was not tried.
 ///
 /// # Errors
 /// [`CudaError`] when a library is missing, the properties are not JSON of that form, or cuDNN has no kernel.

@@ -93,6 +93,12 @@ pub enum CudaError {
         /// Whether every later call will fail too.
         lost: bool,
     },
+    /// A device that does not answer.
+    #[error("the GPU has not answered for {seconds} s; see `dmesg` for its Xid, and start the server anew")]
+    Silent {
+        /// How long it was waited for.
+        seconds: u64,
+    },
     /// The kernels that move data did not compile.
     #[error("NVRTC cannot compile the kernels that move data: {message}")]
     Compile {
@@ -187,6 +193,6 @@ pub enum CudaError {
 impl CudaError {
     /// True when the device will not compute anything again.
     pub fn is_fatal(&self) -> bool {
-        matches!(self, CudaError::Driver { lost: true, .. })
+        matches!(self, CudaError::Driver { lost: true, .. } | CudaError::Silent { .. })
     }
 }

@@ -2,21 +2,20 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::CudaContext;
-use outboard_attention::kernel::{KernelError, KernelTask, Operands, QueryInput, Results};
-use outboard_attention::{AnyTensor, DType, Direction, HeadGeometry, MAX_HEAD_DIM, Task, TensorView};
+use outboard_attention::kernel::{KernelError, KernelTask, Operands, Results};
+use outboard_attention::{DType, Direction, HeadGeometry, MAX_HEAD_DIM, Task};
 
-use crate::batch::{BatchLayout, Cut, LaidTask, MAX_PIECES, OperandPlace, TaskOperands, call_geometry};
+use crate::batch::{BatchLayout, Cut, LaidTask, MAX_PIECES, call_geometry};
 use crate::cudnn::{Cudnn, Handle, device_properties};
 use crate::gpu::{self, DeviceInfo, driver};
 use crate::graph::{CallGeometry, GraphKey};
 use crate::plan::{Background, PlanConfig, Plans, Target, device_kind};
 use crate::wave::{Lane, RunningWave, StagedWave, Streams};
-use crate::{CudaError, copy};
+use crate::{CudaConfig, CudaError, tensors};
 
 /// Counts changes that alter bits; part of [`CudaKernel::numerics_id`].
 const REVISION: u32 = 1;
@@ -24,48 +23,11 @@ const REVISION: u32 = 1;
 /// Waves under way at most: one each uploaded, computed and downloaded.
 pub(crate) const LANES: usize = 3;
 
-/// How long the oldest wave may take to end, when another needs its memory. A wave takes a second at most.
+/// How long the oldest wave may take to end, once somebody waits for it. It takes a second at most.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Query heads of a kv head at most.
 const MAX_GROUP: usize = 128;
-
-/// How a GPU computes.
-#[derive(Clone, Debug)]
-pub struct CudaConfig {
-    /// Its number: 0 is `cuda:0`.
-    pub device: usize,
-    /// Where cuDNN, cuBLASLt and NVRTC are looked for before the system's loader is asked.
-    pub libraries: Vec<PathBuf>,
-    /// Where execution plans are kept between runs. Without it they are built anew, which takes up to seconds each.
-    pub plan_folder: Option<PathBuf>,
-    /// Bytes of device memory that one wave may take: operands, results, and what lies between; never more than a third of
-    /// the device's. A batch is cut into as many waves as it needs.
-    pub batch_bytes: usize,
-    /// Whether backward sums in a fixed order, where cuDNN can (9.25 and later). Otherwise it is faster, and the last bits
-    /// of dQ differ from run to run.
-    pub deterministic: bool,
-    /// Threads that copy operands and results, at least one.
-    pub copy_threads: usize,
-    /// Whether cuDNN reads and writes tensors where they lie, where it can. Otherwise all are moved into an order of its
-    /// own first. It changes no bit.
-    pub in_place: bool,
-}
-
-impl CudaConfig {
-    /// The usual configuration of a device.
-    pub fn new(device: usize) -> CudaConfig {
-        CudaConfig {
-            device,
-            libraries: Vec::new(),
-            plan_folder: None,
-            batch_bytes: usize::MAX,
-            deterministic: true,
-            copy_threads: 4,
-            in_place: true,
-        }
-    }
-}
 
 /// A GPU that computes core attention.
 ///
@@ -88,11 +50,24 @@ pub struct CudaKernel {
 
 impl Drop for CudaKernel {
     fn drop(&mut self) {
+        if matches!(self.failed, Some(CudaError::Silent { .. })) {
+            // Freeing would wait for what does not answer.
+            std::mem::forget((std::mem::take(&mut self.free), std::mem::take(&mut self.running)));
+            self.streams.forget_memory();
+            return;
+        }
         // Streams, handle and plans go with their context current, and nothing under way.
         let _ = self.streams.context.bind_to_thread();
         let _ = gpu::settle(&self.streams.context);
         self.background = None;
     }
+}
+
+/// Tasks of a batch, by index, that are computed as one.
+#[derive(Debug)]
+pub(crate) struct Wave {
+    pub(crate) indices: Vec<usize>,
+    pub(crate) layout: BatchLayout,
 }
 
 /// A running wave and whose tasks are in it.
@@ -176,8 +151,7 @@ impl CudaKernel {
     }
 
     /// Backend, architecture and number of processors (which the heuristics know), element type, library, how backward
-    /// sums, and revision. Kernels of equal ids give equal
-    /// bits, but for dQ where the id says `atomic`.
+    /// sums, and revision. Kernels of equal ids give equal bits, but for dQ where the id says `atomic`.
     pub fn numerics_id(&self, dtype: DType) -> String {
         let (major, minor) = self.info.compute;
         let processors = self.info.processors;
@@ -193,13 +167,6 @@ impl CudaKernel {
     /// Seconds that kernels have run, of the waves finished so far.
     pub fn busy_seconds(&self) -> f64 {
         self.busy_seconds
-    }
-
-    /// Bytes of device memory held.
-    pub fn device_bytes(&self) -> usize {
-        let free = self.free.iter().map(Lane::device_bytes).sum::<usize>();
-        let running = self.running.iter().map(|tagged| tagged.wave.device_bytes()).sum::<usize>();
-        free + running + self.streams.work.bytes() + self.streams.workspace.bytes()
     }
 
     fn cut(&self, direction: Direction) -> Cut {
@@ -239,6 +206,7 @@ impl CudaKernel {
         task.check(geometry).map_err(|source| KernelError::Invalid { index: 0, source })?;
         let laid = LaidTask { geometry, task };
         let layout = BatchLayout::new(self.cut(direction), call_geometry(geometry), &[laid]);
+        let too_many = |index| CudaError::TooManyPieces { index, max: MAX_PIECES };
         layout.map(|layout| device_bytes(&layout)).map_err(too_many)
     }
 
@@ -264,15 +232,15 @@ impl CudaKernel {
         }
         let waves = self.waves(&batch)?;
         let mut batch: Vec<Option<KernelTask<'_>>> = batch.into_iter().map(Some).collect();
-        for wave in waves {
+        for Wave { indices, layout } in waves {
             if let Some(error) = self.failed.clone() {
-                for index in wave {
+                for index in indices {
                     done(Finished { batch: number, index, results: Err(error.clone()) });
                 }
                 continue;
             }
-            let tasks = wave.iter().filter_map(|&index| Some((index, batch[index].take()?))).collect();
-            self.begin_wave(number, tasks, done);
+            let tasks = indices.into_iter().filter_map(|index| Some((index, batch[index].take()?))).collect();
+            self.begin_wave(number, tasks, layout, done);
         }
         Ok(())
     }
@@ -280,69 +248,86 @@ impl CudaKernel {
     /// Whether this kernel computes a task: what [`CudaKernel::begin`] asks of each.
     ///
     /// # Errors
-    /// [`CudaError`] saying why not. The index in it is `index`.
-    pub fn check_task(&self, index: usize, task: &KernelTask<'_>) -> Result<(), CudaError> {
-        self.check(index, task).map(|_| ())
+    /// [`CudaError`] saying why not. The index in it is zero.
+    pub fn check_task(&self, task: &KernelTask<'_>) -> Result<(), CudaError> {
+        self.waves(std::slice::from_ref(task)).map(|_| ())
     }
 
-    /// The same, with the bytes of device memory that the task takes.
-    fn check(&self, index: usize, task: &KernelTask<'_>) -> Result<usize, CudaError> {
+    /// The waves of a batch: each of one direction, call geometry and scale, and within the memory.
+    pub(crate) fn waves(&self, batch: &[KernelTask<'_>]) -> Result<Vec<Wave>, CudaError> {
+        let mut kinds: Vec<(Kind, Vec<usize>)> = Vec::new();
+        for (index, task) in batch.iter().enumerate() {
+            self.check(index, task)?;
+            let kind = kind(task);
+            match kinds.iter_mut().find(|(other, _)| *other == kind) {
+                Some((_, indices)) => indices.push(index),
+                None => kinds.push((kind, vec![index])),
+            }
+        }
+        let mut waves = Vec::new();
+        for (kind, indices) in kinds {
+            self.lay_out(batch, kind, indices, &mut waves)?;
+        }
+        Ok(waves)
+    }
+
+    /// What can be said of a task before it is laid out.
+    fn check(&self, index: usize, task: &KernelTask<'_>) -> Result<(), CudaError> {
         if matches!(task.operands, Operands::Stage { .. }) {
             return Err(CudaError::Stage { index });
         }
         task.check_tensors(index)?;
         CudaKernel::supports(&task.geometry)?;
-        let (limit, direction) = (self.config.batch_bytes, task.operands.direction());
-        // What comes in and goes out is soon counted; only then is the task laid out.
-        let moved = moved_bytes(&task.geometry, direction, task.task);
-        if moved > limit {
-            return Err(CudaError::TooLarge { index, needed: moved, limit });
+        let (needed, limit) = (moved_bytes(task), self.config.batch_bytes);
+        match needed > limit {
+            true => Err(CudaError::TooLarge { index, needed, limit }),
+            false => Ok(()),
         }
-        let needed = self.task_bytes(&task.geometry, direction, task.task).map_err(|error| match error {
-            CudaError::TooManyPieces { max, .. } => CudaError::TooManyPieces { index, max },
-            error => error,
-        })?;
-        if needed > limit {
-            return Err(CudaError::TooLarge { index, needed, limit });
-        }
-        Ok(needed)
     }
 
-    /// Batches of tasks, by index, that are computed as one: of one direction, call geometry and scale, and within the
-    /// memory.
-    pub(crate) fn waves(&self, batch: &[KernelTask<'_>]) -> Result<Vec<Vec<usize>>, CudaError> {
-        let limit = self.config.batch_bytes;
-        let mut waves: Vec<(Kind, usize, Vec<usize>)> = Vec::new();
-        for (index, task) in batch.iter().enumerate() {
-            let kind = kind(task);
-            let needed = self.check(index, task)?;
-            let open = waves.iter_mut().rev().find(|(other, _, _)| *other == kind);
-            match open {
-                Some((_, bytes, tasks)) if *bytes + needed <= limit => {
-                    *bytes += needed;
-                    tasks.push(index);
-                }
-                _ => waves.push((kind, needed, vec![index])),
+    /// Lays tasks out as one wave, or as two of half as many each where the memory does not hold them.
+    fn lay_out(
+        &self,
+        batch: &[KernelTask<'_>],
+        kind: Kind,
+        mut indices: Vec<usize>,
+        waves: &mut Vec<Wave>,
+    ) -> Result<(), CudaError> {
+        let laid: Vec<LaidTask<'_>> = indices
+            .iter()
+            .map(|&index| LaidTask { geometry: &batch[index].geometry, task: batch[index].task })
+            .collect();
+        let (direction, geometry, _) = kind;
+        let too_many = |n: usize| CudaError::TooManyPieces { index: indices[n], max: MAX_PIECES };
+        let layout = BatchLayout::new(self.cut(direction), geometry, &laid).map_err(too_many)?;
+        let (needed, limit) = (device_bytes(&layout), self.config.batch_bytes);
+        match indices[..] {
+            _ if needed <= limit => waves.push(Wave { indices, layout }),
+            [index] => return Err(CudaError::TooLarge { index, needed, limit }),
+            _ => {
+                let rest = indices.split_off(indices.len() / 2);
+                self.lay_out(batch, kind, indices, waves)?;
+                self.lay_out(batch, kind, rest, waves)?;
             }
         }
-        Ok(waves.into_iter().map(|(_, _, tasks)| tasks).collect())
+        Ok(())
     }
 
     fn begin_wave(
         &mut self,
         number: u64,
         tasks: Vec<(usize, KernelTask<'_>)>,
+        layout: BatchLayout,
         done: &mut dyn FnMut(Finished),
     ) {
         while self.free.is_empty() && !self.running.is_empty() {
-            if let Err(error) = self.wait_ready() {
-                self.note(&error);
-                for (index, _) in tasks {
-                    done(Finished { batch: number, index, results: Err(error.clone()) });
-                }
-                return;
-            }
             self.finish(done);
+        }
+        if let Some(error) = self.failed.clone() {
+            for (index, _) in tasks {
+                done(Finished { batch: number, index, results: Err(error.clone()) });
+            }
+            return;
         }
         // There is none only after failures that cost lanes.
         let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context), Ok);
@@ -355,7 +340,8 @@ impl CudaKernel {
                 return;
             }
         };
-        let staged = self.stage(lane, &tasks).map_err(|(lane, error)| (Some(lane), error));
+        let of_wave: Vec<&KernelTask<'_>> = tasks.iter().map(|(_, task)| task).collect();
+        let staged = self.stage(lane, &of_wave, layout).map_err(|(lane, error)| (Some(lane), error));
         let started = staged.and_then(|staged| staged.start(&mut self.streams));
         match started {
             Ok(wave) => {
@@ -377,30 +363,24 @@ impl CudaKernel {
         }
     }
 
-    /// Lays out the tasks of a wave and copies their operands.
+    /// Gets the plans of a wave and copies the operands of its tasks.
     pub(crate) fn stage(
         &self,
         lane: Lane,
-        tasks: &[(usize, KernelTask<'_>)],
+        tasks: &[&KernelTask<'_>],
+        layout: BatchLayout,
     ) -> Result<StagedWave, (Lane, CudaError)> {
-        let Some((_, first)) = tasks.first() else {
+        let Some(first) = tasks.first() else {
             return Err((lane, CudaError::NotOneWave { waves: 0 }));
         };
         // cuDNN builds plans for the context that is current, which another kernel's may be.
         if let Err(error) = self.streams.context.bind_to_thread() {
             return Err((lane, driver("cuCtxSetCurrent")(error)));
         }
-        let direction = first.operands.direction();
-        let geometry = call_geometry(&first.geometry);
-        let laid: Vec<LaidTask<'_>> =
-            tasks.iter().map(|(_, task)| LaidTask { geometry: &task.geometry, task: task.task }).collect();
-        let layout = match BatchLayout::new(self.cut(direction), geometry, &laid) {
-            Ok(layout) => layout,
-            Err(index) => return Err((lane, too_many(index))),
-        };
         let mut plans = Vec::with_capacity(layout.calls.len());
         for call in &layout.calls {
-            let geometry = call.geometry(geometry);
+            let geometry = call.geometry(layout.geometry);
+            let direction = layout.direction;
             let key = GraphKey { direction, shape: call.shape, geometry, bounds: call.bounds() };
             match self.plans.get(key, Target::Device(&self.streams.handle)) {
                 Ok((plan, wanted)) => {
@@ -413,48 +393,34 @@ impl CudaKernel {
             }
         }
         let mut staged = StagedWave::new(layout, plans, first.geometry.scale(), lane)?;
-        let places = staged.layout().operands.clone();
-        let copies = tasks.iter().zip(&places).flat_map(|((_, task), places)| operands(task, places));
-        copy::gather(copies.collect(), staged.operands(), self.config.copy_threads);
+        tensors::bring(tasks.iter().copied(), &mut staged, self.config.copy_threads);
         Ok(staged)
     }
 
-    /// Waits for the oldest wave under way, if there is one, and ends its tasks.
+    /// Waits for the oldest wave under way, if there is one, and ends its tasks. One that does not end in time fails, and
+    /// the device with it.
     pub fn finish(&mut self, done: &mut dyn FnMut(Finished)) {
-        let Some(Tagged { wave, entries }) = self.running.pop_front() else { return };
-        let ended = wave.wait().and_then(|()| wave.seconds());
-        let (wave, error) = match ended {
+        let ready = self.wait_ready();
+        let Some(Tagged { wave, mut entries }) = self.running.pop_front() else { return };
+        let ended = ready.and_then(|()| wave.wait()).and_then(|()| wave.seconds());
+        let error = match ended {
             Ok(seconds) => {
                 self.busy_seconds += seconds;
-                let mut results: Vec<Results> = Vec::with_capacity(entries.len());
-                let mut tags = Vec::with_capacity(entries.len());
-                for Entry { batch, index, results: of_task } in entries {
-                    tags.push((batch, index));
-                    results.push(of_task);
-                }
-                let mut copies = Vec::new();
-                let dtype = wave.layout().geometry.dtype;
-                for (of_task, place) in results.iter_mut().zip(&wave.layout().results) {
-                    for (i, part) in parts(of_task).into_iter().enumerate() {
-                        let dtype = if place.narrow && i == 0 { dtype } else { DType::F32 };
-                        let (start, bytes) = (place.starts[i], place.lens[i] * dtype.bytes());
-                        copies.push(copy::Widened {
-                            dtype,
-                            from: &wave.results()[start..start + bytes],
-                            to: part,
-                        });
-                    }
-                }
-                copy::scatter(copies, self.config.copy_threads);
+                let results = entries.iter_mut().map(|entry| &mut entry.results);
+                tensors::take(&wave, results, self.config.copy_threads);
                 self.free.push(wave.into_lane());
-                for ((batch, index), results) in tags.into_iter().zip(results) {
+                for Entry { batch, index, results } in entries {
                     done(Finished { batch, index, results: Ok(results) });
                 }
                 return;
             }
-            Err(error) => (wave, error),
+            Err(error) => error,
         };
-        self.free.extend(wave.abandon(&self.streams.context));
+        match error {
+            // Waiting for it would not end; its memory is lost rather than given to another while it may be written.
+            CudaError::Silent { .. } => std::mem::forget(wave),
+            _ => self.free.extend(wave.abandon(&self.streams.context)),
+        }
         self.note(&error);
         for Entry { batch, index, .. } in entries {
             done(Finished { batch, index, results: Err(error.clone()) });
@@ -464,10 +430,9 @@ impl CudaKernel {
     /// Waits until the oldest wave has ended, but not for ever.
     fn wait_ready(&self) -> Result<(), CudaError> {
         let begun = Instant::now();
-        while !self.is_ready() {
+        while !self.running.is_empty() && !self.is_ready() {
             if begun.elapsed() > PATIENCE {
-                let message = format!("no wave has ended for {} s", PATIENCE.as_secs());
-                return Err(CudaError::Driver { call: "cuEventQuery", message, lost: true });
+                return Err(CudaError::Silent { seconds: PATIENCE.as_secs() });
             }
             std::thread::sleep(Duration::from_micros(50));
         }
@@ -528,10 +493,10 @@ fn kind(task: &KernelTask<'_>) -> Kind {
 }
 
 /// Bytes that a task takes at least: those of operands and results, all in 16 bits.
-fn moved_bytes(geometry: &HeadGeometry, direction: Direction, task: &Task) -> usize {
-    let shapes = task.shapes(geometry);
+fn moved_bytes(task: &KernelTask<'_>) -> usize {
+    let shapes = task.task.shapes(&task.geometry);
     let elements = |shape: [usize; 3]| shape.iter().fold(1, |product: usize, n| product.saturating_mul(*n));
-    let all = match direction {
+    let all = match task.operands.direction() {
         Direction::Forward => [shapes.q, shapes.k, shapes.v, shapes.o],
         Direction::Backward => [shapes.q, shapes.k, shapes.v, shapes.q],
     };
@@ -542,10 +507,6 @@ fn device_bytes(layout: &BatchLayout) -> usize {
     let moved = layout.operand_bytes + layout.operand_slack + layout.result_bytes;
     // Operands and results have a lane each, of which there are several.
     layout.work_bytes + layout.table_bytes() + LANES * moved
-}
-
-fn too_many(index: usize) -> CudaError {
-    CudaError::TooManyPieces { index, max: MAX_PIECES }
 }
 
 fn start_background(
@@ -563,44 +524,4 @@ fn start_background(
             |error| tracing::warn!(%error, "no thread for building plans; they are built when needed"),
         )
         .ok()
-}
-
-/// The operands of a task and where they go.
-fn operands<'a>(task: &'a KernelTask<'_>, places: &TaskOperands) -> Vec<(copy::Source<'a>, OperandPlace)> {
-    let mut all = Vec::new();
-    let mut add = |place: Option<OperandPlace>, source: copy::Source<'a>| {
-        all.extend(place.map(|place| (source, place)))
-    };
-    let any = |tensor: &AnyTensor<'a>| copy::Source::from(*tensor);
-    let query = |input: &QueryInput<'a>| match input {
-        QueryInput::View(tensor) => copy::Source::from(*tensor),
-        // Only f32 may lie in its result's place, and the check has refused it.
-        QueryInput::InPlace => copy::Source::Nothing,
-    };
-    match &task.operands {
-        Operands::Forward { q, k, v } => {
-            add(places.q, query(q));
-            add(places.k, any(k));
-            add(places.v, any(v));
-        }
-        Operands::Backward { q, k, v, d_o, lse, d } => {
-            add(places.q, any(q));
-            add(places.k, any(k));
-            add(places.v, any(v));
-            add(places.d_o, query(d_o));
-            let row = |view: &TensorView<'a>| copy::Source::from(AnyTensor::F32(*view));
-            add(places.lse, row(lse));
-            add(places.d, row(d));
-        }
-        Operands::Stage { .. } => {}
-    }
-    all
-}
-
-fn parts(results: &mut Results) -> Vec<&mut [f32]> {
-    match results {
-        Results::Forward { o, lse } => vec![o, lse],
-        Results::Backward { dq, dk, dv } => vec![dq, dk, dv],
-        Results::Stage(_) => Vec::new(),
-    }
 }

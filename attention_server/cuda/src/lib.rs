@@ -11,6 +11,7 @@
 // Foreign functions are where this crate needs `unsafe`.
 mod ahead;
 mod batch;
+mod config;
 mod copy;
 #[allow(unsafe_code)]
 mod cudnn;
@@ -22,11 +23,13 @@ mod kernel;
 #[allow(unsafe_code)]
 mod measure;
 mod plan;
+mod tensors;
 #[allow(unsafe_code)]
 mod wave;
 
 pub use ahead::{AheadPlan, plan_ahead};
+pub use config::CudaConfig;
 pub use error::CudaError;
 pub use gpu::{DeviceInfo, devices};
-pub use kernel::{CudaConfig, CudaKernel, Finished};
+pub use kernel::{CudaKernel, Finished};
 pub use measure::{Measured, Transfers};

@@ -7,7 +7,7 @@ use outboard_attention::kernel::KernelTask;
 
 use crate::gpu::memory::{self, DeviceMemory, PinnedMemory};
 use crate::gpu::{driver, settle};
-use crate::kernel::LANES;
+use crate::kernel::{LANES, Wave};
 use crate::wave::{Lane, RunningWave, Streams};
 use crate::{CudaError, CudaKernel};
 
@@ -42,15 +42,15 @@ impl CudaKernel {
     /// # Errors
     /// As [`CudaKernel::run`], and [`CudaError::NotOneWave`].
     pub fn measure(&mut self, batch: Vec<KernelTask<'_>>, times: usize) -> Result<Measured, CudaError> {
-        let waves = self.waves(&batch)?.len();
-        if waves != 1 {
-            return Err(CudaError::NotOneWave { waves });
-        }
-        let tasks: Vec<_> = batch.into_iter().enumerate().collect();
+        let waves = self.waves(&batch)?;
+        let [Wave { layout, .. }] = &waves[..] else {
+            return Err(CudaError::NotOneWave { waves: waves.len() });
+        };
+        let tasks: Vec<&KernelTask<'_>> = batch.iter().collect();
         let mut ready = Vec::new();
         for _ in 0..LANES {
             let lane = Lane::new(&self.streams.context)?;
-            ready.push(self.stage(lane, &tasks).map_err(|(_, error)| error)?);
+            ready.push(self.stage(lane, &tasks, layout.clone()).map_err(|(_, error)| error)?);
         }
         let mut measured = Measured::default();
         let mut running: VecDeque<RunningWave> = VecDeque::new();

@@ -10,7 +10,7 @@ use cudarc::driver::{CudaContext, CudaEvent, CudaStream, sys};
 use outboard_attention::{DType, Direction};
 
 use crate::CudaError;
-use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape, Tensors};
+use crate::batch::{BatchLayout, BatchTables, Call, CallTables, Shape, TaskOperands, Tensors};
 use crate::cudnn::{self, Handle, Raw};
 use crate::gpu::memory::{DeviceMemory, PinnedMemory, download, upload};
 use crate::gpu::movers::{Movers, Places};
@@ -97,11 +97,6 @@ impl Lane {
             results: PinnedMemory::new(context),
         })
     }
-
-    /// Bytes of device memory held.
-    pub(crate) fn device_bytes(&self) -> usize {
-        self.input.bytes() + self.output.bytes()
-    }
 }
 
 impl Streams {
@@ -125,6 +120,13 @@ impl Streams {
         // SAFETY: the stream belongs to the context that the handle was made in, and outlives it in the same value.
         unsafe { streams.handle.set_stream(streams.compute.cu_stream().cast())? };
         Ok(streams)
+    }
+
+    /// Gives up the memory without freeing it.
+    pub(crate) fn forget_memory(&mut self) {
+        for memory in [&mut self.work, &mut self.workspace] {
+            std::mem::forget(std::mem::replace(memory, DeviceMemory::new(&self.context)));
+        }
     }
 
     fn movers(&self, dtype: DType) -> &Movers {
@@ -164,16 +166,12 @@ impl StagedWave {
         Ok(StagedWave { lane, layout, tables, plans, scale, operands })
     }
 
-    /// The bytes of all operands, to be written before the wave is started.
-    pub(crate) fn operands(&mut self) -> &mut [u8] {
+    /// Where each task's operands go, and the bytes of all, to be written before the wave is started.
+    pub(crate) fn operands(&mut self) -> (&[TaskOperands], &mut [u8]) {
         let (start, bytes) = (self.operands, self.layout.operand_bytes);
         // SAFETY: the device does not use a staged wave's memory.
         let staging = unsafe { self.lane.staging.slice_mut() };
-        &mut staging[start..start + bytes]
-    }
-
-    pub(crate) fn layout(&self) -> &BatchLayout {
-        &self.layout
+        (&self.layout.operands, &mut staging[start..start + bytes])
     }
 
     /// Enqueues everything.
@@ -355,11 +353,6 @@ impl RunningWave {
     /// The lane of a wave that failed, if it can be used again.
     pub(crate) fn abandon(self, context: &CudaContext) -> Option<Lane> {
         settled(self.staged.lane, context)
-    }
-
-    /// Bytes of device memory held.
-    pub(crate) fn device_bytes(&self) -> usize {
-        self.staged.lane.device_bytes()
     }
 
     /// The lane, for another wave. After [`RunningWave::wait`].

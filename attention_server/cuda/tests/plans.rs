@@ -111,12 +111,12 @@ fn errors_say_what_to_install() {
 fn a_missing_library_is_named() {
     let empty = PathBuf::from(env!("CARGO_TARGET_TMPDIR"));
     let bf16 = geometry(4, 128, DType::Bf16);
-    match plan_ahead(&[empty], stub_driver::H100.trim(), None, &bf16, true) {
-        // Where the system's loader has them, there is nothing to miss.
-        Ok(_) => {}
-        Err(error) => {
-            let text = error.to_string();
-            assert!(text.contains("libcublasLt.so.13") && text.contains("nvidia-cublas"), "{text}");
-        }
+    // Where the system's loader has it, or another test of this process loaded it, it is not missing.
+    if stub_driver::is_loadable("libcublasLt.so.13") {
+        println!("not run: libcublasLt.so.13 is there");
+        return;
     }
+    let error = plan_ahead(&[empty], stub_driver::H100.trim(), None, &bf16, true).unwrap_err();
+    let text = error.to_string();
+    assert!(text.contains("libcublasLt.so.13") && text.contains("nvidia-cublas"), "{text}");
 }

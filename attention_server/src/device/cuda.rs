@@ -50,7 +50,7 @@ impl Device for Cuda {
     }
 
     fn check(&self, task: &KernelTask<'_>) -> Result<(), DeviceError> {
-        Ok(self.kernel.check_task(0, task)?)
+        Ok(self.kernel.check_task(task)?)
     }
 
     fn under_way(&self) -> usize {

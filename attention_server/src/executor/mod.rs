@@ -61,8 +61,6 @@ struct Executor {
     number: u64,
     /// The device is not to be called any more: it panicked, or does not answer.
     abandoned: bool,
-    /// It does not answer.
-    silent: bool,
     /// Of the device's own count, what the counters have.
     counted: f64,
     /// When the device last had nothing under way, or ended a wave.
@@ -101,7 +99,6 @@ impl Executor {
             shared,
             number: 0,
             abandoned: false,
-            silent: false,
             counted: 0.0,
             progressed: Instant::now(),
         }
@@ -114,9 +111,9 @@ impl Executor {
             self.abandon(&TaskError::internal(PANICKED));
             first
         }) {}
-        // A device that does not answer may never come back from being closed, and may still write its memory; the process
-        // ends soon anyway.
-        if !self.silent {
+        // A device that is lost may never come back from being closed, and one that does not answer may still write its
+        // memory; the process ends soon anyway.
+        if self.shared.lost().is_none() {
             drop(ManuallyDrop::into_inner(self.device));
         }
     }
@@ -127,7 +124,6 @@ impl Executor {
             Next::Begin(batch) => self.begin(batch),
             Next::Finish => self.finish(),
             Next::Abandon => {
-                self.silent = true;
                 let seconds = self.device.patience().as_secs_f64();
                 let message = format!("the device has not answered for {seconds:.1} s");
                 self.abandon(&TaskError::unavailable(message));

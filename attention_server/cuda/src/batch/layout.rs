@@ -3,15 +3,19 @@
 //! Each kv head of a task becomes one *slab* of keys `[keys, dim]`, and forward one of rows `[rows, group, dim]`; a task
 //! that has reversed pieces has reversed slabs as well. Pieces of the head are sequences that point into its slabs, so
 //! what several pieces read lies there once. Tensors of tasks that allow it are used in place instead: K and V, and forward
-//! Q, O and LSE. Backward, each piece has rows of its own, in whole tiles, since cuDNN writes
-//! scratch of whole tiles beside them. Results of each piece lie apart, and are merged afterwards.
+//! Q, O and LSE. Backward, each piece has rows of its own, in whole tiles: where pieces shared them results were wrong,
+//! as if cuDNN wrote scratch of whole tiles. Results of each piece lie apart, and are merged afterwards.
 
-use outboard_attention::{Direction, HeadGeometry, Span, Task};
+use outboard_attention::Direction;
 
-use super::pieces::{Cut, Piece, Shape, pieces};
-use super::tables::{KeyHead, MadeUp, Move, PieceSpan, RowHead, RowMove, SpanIndex, Tables};
-use crate::graph::{Bounds, CallGeometry};
-use crate::plan::MAX_SEQUENCES;
+use super::heads::{Head, HeadOf, Slab, fits_in_place, heads};
+use super::movement::span;
+use super::pieces::{Cut, Piece, Shape};
+use super::places::{
+    Call, LaidTask, OperandPlace, Regions, ResultPlace, Sequence, TaskOperands, Tensors, calls,
+};
+use super::tables::{KeyHead, MadeUp, Move, RowHead, RowMove, SpanIndex};
+use crate::graph::CallGeometry;
 
 /// Rows and keys that a kernel may read beyond the last: it loads whole tiles.
 const SLACK: usize = 256;
@@ -21,95 +25,6 @@ const TILE: usize = 128;
 const REGION: usize = 256;
 /// Operands start at multiples of this, in bytes.
 const OPERAND: usize = 16;
-
-/// A task to be laid out. All tasks of a batch have one direction, [`CallGeometry`] and scale.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct LaidTask<'a> {
-    pub(crate) geometry: &'a HeadGeometry,
-    pub(crate) task: &'a Task,
-}
-
-/// An operand of a task among the tensors of a batch: `[tokens, heads, dim]` without gaps, from byte `start` on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct OperandPlace {
-    pub(crate) start: usize,
-    pub(crate) bytes: usize,
-}
-
-/// Operands of a task: Q, K, V and backward dO, LSE, D.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct TaskOperands {
-    pub(crate) q: Option<OperandPlace>,
-    pub(crate) k: Option<OperandPlace>,
-    pub(crate) v: Option<OperandPlace>,
-    pub(crate) d_o: Option<OperandPlace>,
-    pub(crate) lse: Option<OperandPlace>,
-    pub(crate) d: Option<OperandPlace>,
-}
-
-/// Results of a task in the output: O and LSE, or dQ, dK and dV.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct ResultPlace {
-    /// First bytes.
-    pub(crate) starts: [usize; 3],
-    /// Elements.
-    pub(crate) lens: [usize; 3],
-    /// True when the first, O, is in the call's element type. All else is f32.
-    pub(crate) narrow: bool,
-}
-
-/// A piece of one kv head of one task, as a sequence of a call. Offsets count elements: from the memory's start for
-/// tensors that are used in place, from the region's otherwise.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Sequence {
-    pub(crate) rows: usize,
-    pub(crate) keys: usize,
-    /// In Q, and backward in dO and O.
-    pub(crate) q: usize,
-    pub(crate) k: usize,
-    pub(crate) v: usize,
-    /// In O forward, in dQ backward.
-    pub(crate) row_result: usize,
-    pub(crate) lse: usize,
-    /// In dK and dV, divided by the group.
-    pub(crate) key_result: usize,
-}
-
-/// Where the tensors of a call lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Tensors {
-    /// In slabs.
-    Slabs,
-    /// K and V, and forward Q, O and LSE, in place: among the operands and results, with so many kv heads in each token.
-    InPlace(usize),
-}
-
-/// Sequences of one shape.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Call {
-    pub(crate) shape: Shape,
-    pub(crate) tensors: Tensors,
-    pub(crate) sequences: Vec<Sequence>,
-}
-
-/// Regions of the work memory: byte offsets. What a direction has no use for is empty.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Regions {
-    pub(crate) q: usize,
-    pub(crate) k: usize,
-    pub(crate) v: usize,
-    /// A result forward, made up backward.
-    pub(crate) o: usize,
-    /// A result forward, an operand backward.
-    pub(crate) lse: usize,
-    pub(crate) d_o: usize,
-    pub(crate) d: usize,
-    pub(crate) dq: usize,
-    /// What dQ is summed in: scratch.
-    pub(crate) dq_sums: usize,
-    pub(crate) dk: usize,
-    pub(crate) dv: usize,
-}
 
 /// A batch, laid out.
 #[derive(Clone, Debug)]
@@ -125,114 +40,13 @@ pub(crate) struct BatchLayout {
     pub(crate) regions: Regions,
     pub(crate) work_bytes: usize,
     pub(crate) calls: Vec<Call>,
-    moves: Vec<Move>,
-    row_moves: Vec<RowMove>,
-    made_up: Vec<MadeUp>,
-    row_heads: Vec<RowHead>,
-    row_index: SpanIndex,
-    key_heads: Vec<KeyHead>,
-    key_index: SpanIndex,
-}
-
-/// Head dims that calls are padded to.
-const DIMS: [usize; 4] = [64, 128, 192, 256];
-
-/// The geometry of the calls that compute a task: all but the number of its kv heads.
-pub(crate) fn call_geometry(geometry: &HeadGeometry) -> CallGeometry {
-    let largest = geometry.head_dim().max(geometry.v_head_dim());
-    let dim = DIMS.into_iter().find(|dim| *dim >= largest).unwrap_or(largest.next_multiple_of(64));
-    CallGeometry { dtype: geometry.dtype(), group: geometry.group(), dim, heads: 1 }
-}
-
-/// One head of one task, while it is laid out.
-struct Head<'a> {
-    task: &'a Task,
-    pieces: Vec<Piece>,
-}
-
-/// Which head of which task.
-struct HeadOf<'a> {
-    index: usize,
-    number: usize,
-    laid: &'a LaidTask<'a>,
-}
-
-/// Pieces of a task at most, over all heads. Each costs about a hundred bytes of tables and a sequence of a call.
-pub(crate) const MAX_PIECES: usize = 1 << 18;
-
-/// The heads of a task, in order, and their pieces; none when there are too many.
-fn heads(cut: Cut, task: &Task) -> Option<Vec<Head<'_>>> {
-    let mut left = MAX_PIECES;
-    let mut heads = Vec::new();
-    for head in task.kv_heads().start()..task.kv_heads().end() {
-        let mut of_head = Vec::new();
-        for slice in task.mask().slices_of(head) {
-            pieces(slice, cut, &mut of_head, left)?;
-        }
-        left -= of_head.len();
-        heads.push(Head { task, pieces: of_head });
-    }
-    Some(heads)
-}
-
-/// Whether the tensors of a task can be used in place: cuDNN then reads the heads of each token where they lie, and forward
-/// writes O and LSE where they belong. Depends on the task alone.
-fn fits_in_place(cut: Cut, laid: &LaidTask<'_>, heads: &[Head<'_>]) -> bool {
-    let LaidTask { geometry, task } = laid;
-    let dims = [geometry.head_dim(), geometry.v_head_dim()];
-    // Parts of the heads go through slabs: otherwise each number of heads would need plans of its own.
-    let whole = task.kv_heads().len() == geometry.kv_heads();
-    let straight = heads.iter().all(|head| !head.has(true));
-    let rows_once = |head: &Head<'_>| {
-        head.has_single_rows() && head.pieces.iter().map(|p| p.q.len()).sum::<usize>() == task.q().len()
-    };
-    dims == [call_geometry(geometry).dim; 2]
-        && whole
-        && straight
-        && (cut.direction == Direction::Backward || heads.iter().all(rows_once))
-}
-
-impl Head<'_> {
-    /// True when no row is in more than one piece.
-    fn has_single_rows(&self) -> bool {
-        let mut spans: Vec<Span> = self.pieces.iter().map(|piece| piece.q).collect();
-        spans.sort_by_key(|span| span.start());
-        spans.windows(2).all(|pair| pair[0].end() <= pair[1].start())
-    }
-
-    fn has(&self, reversed: bool) -> bool {
-        self.pieces.iter().any(|piece| piece.reversed == reversed)
-    }
-}
-
-/// Rows or keys of slabs: where the forward and the reversed one of a head start.
-#[derive(Clone, Copy, Default)]
-struct Slab {
-    forward: usize,
-    reversed: usize,
-}
-
-impl Slab {
-    fn take(next: &mut usize, len: usize, head: &Head<'_>) -> Slab {
-        let mut take = |wanted: bool| {
-            let start = *next;
-            *next += if wanted { len } else { 0 };
-            start
-        };
-        Slab { forward: take(head.has(false)), reversed: take(head.has(true)) }
-    }
-
-    fn start(&self, reversed: bool) -> usize {
-        if reversed { self.reversed } else { self.forward }
-    }
-
-    /// Where `part` of the positions `all` starts, in the order of the slab.
-    fn place(&self, all: Span, part: Span, reversed: bool) -> usize {
-        match reversed {
-            false => self.forward + part.start() - all.start(),
-            true => self.reversed + all.end() - part.end(),
-        }
-    }
+    pub(super) moves: Vec<Move>,
+    pub(super) row_moves: Vec<RowMove>,
+    pub(super) made_up: Vec<MadeUp>,
+    pub(super) row_heads: Vec<RowHead>,
+    pub(super) row_index: SpanIndex,
+    pub(super) key_heads: Vec<KeyHead>,
+    pub(super) key_index: SpanIndex,
 }
 
 impl BatchLayout {
@@ -432,43 +246,6 @@ impl BatchLayout {
         }
     }
 
-    /// Says how the results of a head are merged.
-    fn push_heads(&mut self, of: &HeadOf<'_>, [row_spans, key_spans]: [&[PieceSpan]; 2]) {
-        let CallGeometry { group, dim: padded, dtype, .. } = self.geometry;
-        let LaidTask { geometry, task } = *of.laid;
-        let ResultPlace { starts, narrow, .. } = self.results[of.index];
-        let forward = self.direction == Direction::Forward;
-        let heads = task.kv_heads().len();
-        let row_dim = if forward { geometry.v_head_dim() } else { geometry.head_dim() };
-        self.row_heads.push(RowHead {
-            values: (starts[0] / if narrow { dtype.bytes() } else { 4 }) as i64,
-            lse: (starts[1] / 4) as i64,
-            rows: task.q().len() as i32,
-            heads: (heads * group) as i32,
-            first_head: (of.number * group) as i32,
-            group: group as i32,
-            dim: row_dim as i32,
-            padded: padded as i32,
-            first_block: self.row_index.push(task.q().len(), row_spans),
-            narrow: narrow.into(),
-        });
-        if forward {
-            return;
-        }
-        self.key_heads.push(KeyHead {
-            dk: (starts[1] / 4) as i64,
-            dv: (starts[2] / 4) as i64,
-            keys: task.kv().len() as i32,
-            heads: heads as i32,
-            head: of.number as i32,
-            group: group as i32,
-            dim: geometry.head_dim() as i32,
-            v_dim: geometry.v_head_dim() as i32,
-            padded: padded as i32,
-            first_block: self.key_index.push(task.kv().len(), key_spans),
-        });
-    }
-
     fn place_regions(&mut self, [rows, keys, row_results, key_results]: [usize; 4]) {
         let CallGeometry { group, dim, dtype, .. } = self.geometry;
         let mut next = 0;
@@ -503,220 +280,5 @@ impl BatchLayout {
             },
         };
         self.work_bytes = next;
-    }
-
-    /// Moves the rows at `positions` of one head to row `first` and those after it.
-    fn move_rows(&mut self, of: &HeadOf<'_>, positions: Span, first: usize, reversed: bool) {
-        let CallGeometry { group, dim: padded, dtype, .. } = self.geometry;
-        let LaidTask { geometry, task } = *of.laid;
-        let shapes = task.shapes(geometry);
-        let operands = self.operands[of.index];
-        let (regions, size) = (self.regions, dtype.bytes());
-        let skipped = positions.start() - task.q().start();
-        let rows = positions.len() as i32;
-        for (place, [_, heads, dim], region) in
-            [(operands.q, shapes.q, regions.q), (operands.d_o, shapes.o, regions.d_o)]
-        {
-            let Some(OperandPlace { start, .. }) = place else { continue };
-            self.moves.push(Move {
-                source: (start / size + (skipped * heads + of.number * group) * dim) as i64,
-                target: (region / size + first * group * padded) as i64,
-                rows,
-                stride: (heads * dim) as i32,
-                group: group as i32,
-                dim: dim as i32,
-                padded: padded as i32,
-                reversed: reversed.into(),
-            });
-        }
-        let [_, heads, _] = shapes.row;
-        let source = |start: usize| (start / 4 + skipped * heads + of.number * group) as i64;
-        if let Some(OperandPlace { start, .. }) = operands.lse {
-            self.row_moves.push(RowMove {
-                source: source(start),
-                target: (regions.lse / 4 + first * group) as i64,
-                rows,
-                stride: heads as i32,
-                group: group as i32,
-                reversed: reversed.into(),
-            });
-        }
-        if let Some(OperandPlace { start, .. }) = operands.d {
-            self.made_up.push(MadeUp {
-                d: source(start),
-                d_o: (regions.d_o / size + first * group * padded) as i64,
-                target: (regions.o / size + first * group * padded) as i64,
-                rows,
-                stride: heads as i32,
-                group: group as i32,
-                padded: padded as i32,
-                reversed: reversed.into(),
-                zero: 0,
-            });
-        }
-    }
-
-    /// Moves all keys and values of one head to key `first` and those after it.
-    fn move_keys(&mut self, of: &HeadOf<'_>, first: usize, reversed: bool) {
-        let CallGeometry { dim: padded, dtype, .. } = self.geometry;
-        let shapes = of.laid.task.shapes(of.laid.geometry);
-        let operands = self.operands[of.index];
-        let (regions, size) = (self.regions, dtype.bytes());
-        for (place, [keys, heads, dim], region) in
-            [(operands.k, shapes.k, regions.k), (operands.v, shapes.v, regions.v)]
-        {
-            let Some(OperandPlace { start, .. }) = place else { continue };
-            self.moves.push(Move {
-                source: (start / size + of.number * dim) as i64,
-                target: (region / size + first * padded) as i64,
-                rows: keys as i32,
-                stride: (heads * dim) as i32,
-                group: 1,
-                dim: dim as i32,
-                padded: padded as i32,
-                reversed: reversed.into(),
-            });
-        }
-    }
-}
-
-/// A part of the positions `all` as the kernels know it.
-fn span(all: Span, part: Span, place: usize, reversed: bool) -> PieceSpan {
-    let from = |position: usize| (position - all.start()) as i32;
-    let (start, end) = (from(part.start()), from(part.end()));
-    PieceSpan { place: place as i64, start, end, reversed: reversed.into(), zero: 0 }
-}
-
-/// Sequences by shape and where their tensors lie. Forward, those with the most keys come first: each block of rows runs
-/// through all its keys, so whatever starts last should end soon. Backward, offsets ascend.
-fn calls(direction: Direction, mut sequences: Vec<((Shape, Tensors), Sequence)>) -> Vec<Call> {
-    match direction {
-        Direction::Forward => sequences.sort_by_key(|(kind, s)| (*kind, std::cmp::Reverse(s.keys))),
-        Direction::Backward => sequences.sort_by_key(|(kind, _)| *kind),
-    }
-    let of_kind = sequences.chunk_by(|(a, _), (b, _)| a == b);
-    of_kind
-        .flat_map(|of_kind| of_kind.chunks(MAX_SEQUENCES))
-        .map(|chunk| {
-            let (shape, tensors) = chunk[0].0;
-            Call { shape, tensors, sequences: chunk.iter().map(|(_, s)| *s).collect() }
-        })
-        .collect()
-}
-
-impl Call {
-    /// The call's geometry, where that of its batch's slabs is `slabs`.
-    pub(crate) fn geometry(&self, slabs: CallGeometry) -> CallGeometry {
-        match self.tensors {
-            Tensors::Slabs => slabs,
-            Tensors::InPlace(heads) => CallGeometry { heads, ..slabs },
-        }
-    }
-
-    /// What a plan for the call must cover.
-    pub(crate) fn bounds(&self) -> Bounds {
-        let most = |len: fn(&Sequence) -> usize| self.sequences.iter().map(len).max().unwrap_or(1);
-        Bounds { sequences: self.sequences.len(), rows: most(|s| s.rows), keys: most(|s| s.keys) }
-    }
-}
-
-/// Where the tables of a call lie: byte offsets among the tables.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct CallTables {
-    pub(crate) rows: usize,
-    pub(crate) keys: usize,
-    pub(crate) q_offsets: usize,
-    pub(crate) k_offsets: usize,
-    pub(crate) v_offsets: usize,
-    pub(crate) row_offsets: usize,
-    pub(crate) lse_offsets: usize,
-    pub(crate) key_offsets: usize,
-}
-
-/// A table of the moving kernels: where it lies, its entries, and the most rows of one.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct MoveTable {
-    pub(crate) start: usize,
-    pub(crate) entries: usize,
-    pub(crate) rows: usize,
-}
-
-/// All tables of a batch.
-#[derive(Clone, Debug)]
-pub(crate) struct BatchTables {
-    pub(crate) tables: Tables,
-    pub(crate) calls: Vec<CallTables>,
-    pub(crate) moves: MoveTable,
-    pub(crate) row_moves: MoveTable,
-    pub(crate) made_up: MoveTable,
-    pub(crate) row_heads: MoveTable,
-    /// Starts and spans of the index by row.
-    pub(crate) row_index: [usize; 2],
-    pub(crate) key_heads: MoveTable,
-    /// The same by key.
-    pub(crate) key_index: [usize; 2],
-}
-
-impl BatchLayout {
-    /// About the bytes of the tables.
-    pub(crate) fn table_bytes(&self) -> usize {
-        let sequences: usize = self.calls.iter().map(|call| call.sequences.len()).sum();
-        let moves = self.moves.len() + self.row_moves.len() + self.made_up.len();
-        let spans = self.row_index.spans.len() + self.key_index.spans.len();
-        // Lengths and offsets of a sequence take 56 bytes, and plans have room for up to four times as many.
-        4 * 56 * sequences + 48 * (moves + self.row_heads.len() + self.key_heads.len()) + 24 * spans
-    }
-
-    /// The tables, for plans that take so many sequences each: `capacities` has one for each call.
-    pub(crate) fn tables(&self, capacities: &[usize]) -> BatchTables {
-        let mut tables = Tables::default();
-        let calls = self
-            .calls
-            .iter()
-            .zip(capacities)
-            .map(|(call, &capacity)| self.call_tables(&mut tables, call, capacity))
-            .collect();
-        macro_rules! table {
-            ($field:ident, $rows:ident) => {
-                MoveTable {
-                    start: tables.push(&self.$field),
-                    entries: self.$field.len(),
-                    rows: self.$field.iter().map(|entry| entry.$rows as usize).max().unwrap_or(0),
-                }
-            };
-        }
-        let moves = table!(moves, rows);
-        let row_moves = table!(row_moves, rows);
-        let made_up = table!(made_up, rows);
-        let row_heads = table!(row_heads, rows);
-        let key_heads = table!(key_heads, keys);
-        let mut index = |index: &SpanIndex| [tables.push(&index.starts), tables.push(&index.spans)];
-        let (row_index, key_index) = (index(&self.row_index), index(&self.key_index));
-        BatchTables { tables, calls, moves, row_moves, made_up, row_heads, row_index, key_heads, key_index }
-    }
-
-    /// Lengths and offsets of a call. Entries beyond its sequences have length zero, and the last offset again.
-    fn call_tables(&self, tables: &mut Tables, call: &Call, capacity: usize) -> CallTables {
-        let mut lengths = |len: fn(&Sequence) -> usize| {
-            let mut table: Vec<i32> = call.sequences.iter().map(|s| len(s) as i32).collect();
-            table.resize(capacity, 0);
-            tables.push(&table)
-        };
-        let (rows, keys) = (lengths(|s| s.rows), lengths(|s| s.keys));
-        let mut offsets = |first: fn(&Sequence) -> usize| {
-            let mut table: Vec<i64> = call.sequences.iter().map(|s| first(s) as i64).collect();
-            table.resize(capacity + 1, table.last().copied().unwrap_or(0));
-            tables.push(&table)
-        };
-        CallTables {
-            rows,
-            keys,
-            q_offsets: offsets(|s| s.q),
-            k_offsets: offsets(|s| s.k),
-            v_offsets: offsets(|s| s.v),
-            row_offsets: offsets(|s| s.row_result),
-            lse_offsets: offsets(|s| s.lse),
-            key_offsets: offsets(|s| s.key_result),
-        }
     }
 }

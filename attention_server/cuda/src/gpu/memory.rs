@@ -49,10 +49,6 @@ impl DeviceMemory {
         self.address + offset as sys::CUdeviceptr
     }
 
-    pub(crate) fn bytes(&self) -> usize {
-        self.bytes
-    }
-
     fn free(&mut self) {
         if self.bytes > 0 {
             // SAFETY: it was allocated by `reserve`; freeing waits for what is enqueued. On a lost device nothing can be

@@ -38,6 +38,12 @@ pub fn load() -> PathBuf {
     path.clone()
 }
 
+/// Whether the system's loader finds a library, or has it already.
+pub fn is_loadable(name: &str) -> bool {
+    // SAFETY: the CUDA libraries have no initialisers that depend on the state of this process.
+    unsafe { Library::open(Some(name), RTLD_NOW) }.is_ok()
+}
+
 /// Folders with the CUDA libraries: those that `OUTBOARD_CUDA_LIBRARIES` names, separated by colons, or else the one
 /// that `tests/cuda_libraries` fills, if it has.
 pub fn library_folders() -> Option<Vec<PathBuf>> {
