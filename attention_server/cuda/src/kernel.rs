@@ -233,12 +233,6 @@ impl CudaKernel {
         let waves = self.waves(&batch)?;
         let mut batch: Vec<Option<KernelTask<'_>>> = batch.into_iter().map(Some).collect();
         for Wave { indices, layout } in waves {
-            if let Some(error) = self.failed.clone() {
-                for index in indices {
-                    done(Finished { batch: number, index, results: Err(error.clone()) });
-                }
-                continue;
-            }
             let tasks = indices.into_iter().filter_map(|index| Some((index, batch[index].take()?))).collect();
             self.begin_wave(number, tasks, layout, done);
         }
@@ -323,22 +317,18 @@ impl CudaKernel {
         while self.free.is_empty() && !self.running.is_empty() {
             self.finish(done);
         }
-        if let Some(error) = self.failed.clone() {
-            for (index, _) in tasks {
-                done(Finished { batch: number, index, results: Err(error.clone()) });
+        let end_all = |error: &CudaError, done: &mut dyn FnMut(Finished)| {
+            for (index, _) in &tasks {
+                done(Finished { batch: number, index: *index, results: Err(error.clone()) });
             }
-            return;
+        };
+        if let Some(error) = &self.failed {
+            return end_all(error, done);
         }
         // There is none only after failures that cost lanes.
-        let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context), Ok);
-        let lane = match lane {
+        let lane = match self.free.pop().map_or_else(|| Lane::new(&self.streams.context), Ok) {
             Ok(lane) => lane,
-            Err(error) => {
-                for (index, _) in tasks {
-                    done(Finished { batch: number, index, results: Err(error.clone()) });
-                }
-                return;
-            }
+            Err(error) => return end_all(&error, done),
         };
         let of_wave: Vec<&KernelTask<'_>> = tasks.iter().map(|(_, task)| task).collect();
         let staged = self.stage(lane, &of_wave, layout).map_err(|(lane, error)| (Some(lane), error));
@@ -356,9 +346,7 @@ impl CudaKernel {
             Err((lane, error)) => {
                 self.free.extend(lane);
                 self.note(&error);
-                for (index, _) in tasks {
-                    done(Finished { batch: number, index, results: Err(error.clone()) });
-                }
+                end_all(&error, done);
             }
         }
     }
