@@ -53,7 +53,7 @@ impl BatchLayout {
     /// Lays out tasks of one direction, call geometry and scale.
     ///
     /// # Errors
-    /// The index of a task that is cut into more than [`MAX_PIECES`].
+    /// The index of a task that is cut into more than [`MAX_PIECES`](super::MAX_PIECES).
     pub(crate) fn new(
         cut: Cut,
         geometry: CallGeometry,
