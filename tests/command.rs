@@ -120,8 +120,10 @@ fn without_a_gpu_only_auto_starts_and_says_why_the_cpu_computes() {
     let train: Vec<String> = train(folder.path(), &["--steps", "1", "--device", "cuda:0"]);
     let train: Vec<&str> = train.iter().map(String::as_str).collect();
     for args in [
-        &["attention-server", "--device", "cuda:0"],
+        &["attention-server", "--device", "cuda:0"][..],
         &["attention-server", "--device", "cuda:all"],
+        &["profile", "--device", "cuda:0"],
+        &["bench", "kernel", "--device", "cuda:0", "--suite"],
         &train[..],
     ] {
         let message = outboard_fails(args);

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use outboard_attention::{Direction, HeadGeometry};
 
 use crate::CudaError;
-use crate::batch::{Shape, call_geometry};
+use crate::batch::{Cut, Shape, call_geometry};
 use crate::cudnn::Cudnn;
 use crate::gpu::movers;
 use crate::graph::{Bounds, CallGeometry, GraphKey};
@@ -17,7 +17,7 @@ use crate::plan::{PlanConfig, Plans, Target, describe, device_kind};
 pub struct AheadPlan {
     /// The direction.
     pub direction: Direction,
-    /// "full" or "causal".
+    /// "full", "triangle" or "causal".
     pub shape: &'static str,
     /// Whether it is for tensors in place, or for heads one after the other.
     pub in_place: bool,
@@ -57,7 +57,8 @@ pub fn plan_ahead(
     let (geometry, kv_heads) = (call_geometry(geometry), geometry.kv_heads());
     let mut made = Vec::new();
     for direction in [Direction::Forward, Direction::Backward] {
-        for (name, shape) in [("full", Shape::Full), ("causal", Shape::Causal)] {
+        let cut = Cut { direction, ordered: plans.is_deterministic(), in_place: true };
+        for &shape in cut.shapes() {
             for heads in [1, kv_heads] {
                 let bounds = Bounds { sequences: 16, rows: 4096, keys: 4096 };
                 let geometry = CallGeometry { heads, ..geometry };
@@ -65,7 +66,11 @@ pub fn plan_ahead(
                 let engine = plans.engine(direction, shape, geometry, target)?;
                 made.push(AheadPlan {
                     direction,
-                    shape: name,
+                    shape: match shape {
+                        Shape::Full => "full",
+                        Shape::Triangle => "triangle",
+                        Shape::Causal => "causal",
+                    },
                     in_place: heads > 1,
                     engine: engine.index,
                     knobs: engine.knobs,

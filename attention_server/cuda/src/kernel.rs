@@ -18,7 +18,7 @@ use crate::wave::{Lane, RunningWave, StagedWave, Streams};
 use crate::{CudaConfig, CudaError, tensors};
 
 /// Counts changes that alter bits; part of [`CudaKernel::numerics_id`].
-const REVISION: u32 = 1;
+const REVISION: u32 = 2;
 
 /// Waves under way at most: one each uploaded, computed and downloaded.
 pub(crate) const LANES: usize = 3;
@@ -41,7 +41,7 @@ pub struct CudaKernel {
     version: String,
     plans: Arc<Plans>,
     background: Option<Background>,
-    free: Vec<Lane>,
+    pub(crate) free: Vec<Lane>,
     running: VecDeque<Tagged>,
     pub(crate) streams: Streams,
     busy_seconds: f64,
@@ -351,8 +351,20 @@ impl CudaKernel {
         }
     }
 
-    /// Gets the plans of a wave and copies the operands of its tasks.
+    /// Prepares a wave and copies the operands of its tasks.
     pub(crate) fn stage(
+        &self,
+        lane: Lane,
+        tasks: &[&KernelTask<'_>],
+        layout: BatchLayout,
+    ) -> Result<StagedWave, (Lane, CudaError)> {
+        let mut staged = self.prepare(lane, tasks, layout)?;
+        tensors::bring(tasks.iter().copied(), &mut staged, self.config.copy_threads);
+        Ok(staged)
+    }
+
+    /// Gets the plans of a wave and writes its tables.
+    pub(crate) fn prepare(
         &self,
         lane: Lane,
         tasks: &[&KernelTask<'_>],
@@ -380,9 +392,7 @@ impl CudaKernel {
                 Err(error) => return Err((lane, error)),
             }
         }
-        let mut staged = StagedWave::new(layout, plans, first.geometry.scale(), lane)?;
-        tensors::bring(tasks.iter().copied(), &mut staged, self.config.copy_threads);
-        Ok(staged)
+        StagedWave::new(layout, plans, first.geometry.scale(), lane)
     }
 
     /// Waits for the oldest wave under way, if there is one, and ends its tasks. One that does not end in time fails, and

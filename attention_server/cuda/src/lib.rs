@@ -32,4 +32,4 @@ pub use config::CudaConfig;
 pub use error::CudaError;
 pub use gpu::{DeviceInfo, devices};
 pub use kernel::{CudaKernel, Finished};
-pub use measure::{Measured, Transfers};
+pub use measure::{Measured, Repeats, Transfers};

@@ -1,17 +1,26 @@
 //! How fast a device is.
 
 use std::collections::VecDeque;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use outboard_attention::kernel::KernelTask;
 
 use crate::gpu::memory::{self, DeviceMemory, PinnedMemory};
 use crate::gpu::{driver, settle};
 use crate::kernel::{LANES, Wave};
-use crate::wave::{Lane, RunningWave, Streams};
+use crate::wave::{Lane, RunningWave, StagedWave, Streams};
 use crate::{CudaError, CudaKernel};
 
-/// What [`CudaKernel::measure`] measured.
+/// How often [`CudaKernel::measure`] computes a batch: as often as both ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct Repeats {
+    /// Times at least.
+    pub times: usize,
+    /// For so long at least.
+    pub time: Duration,
+}
+
+/// What [`CudaKernel::measure`] measured, in seconds.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
     /// From the first start to the last end.
@@ -20,7 +29,11 @@ pub struct Measured {
     pub kernel_seconds: Vec<f64>,
     /// Of the host, each time, to enqueue everything.
     pub enqueue_seconds: Vec<f64>,
-    /// From the start of each upload to the ends of upload, kernels and download.
+    /// Of the host, each time, to lay the batch out, look its plans up and write its tables.
+    pub prepare_seconds: Vec<f64>,
+    /// Of the kernels before cuDNN's, of cuDNN's, and of those after, of a few times more.
+    pub part_seconds: Vec<[f64; 3]>,
+    /// From the start of each upload to the ends of upload, kernels and download, of the same.
     pub way_seconds: Vec<[f64; 3]>,
 }
 
@@ -36,35 +49,57 @@ pub struct Transfers {
 }
 
 impl CudaKernel {
-    /// Computes a batch `times` times over from operands that lie in pinned memory. Each time they are uploaded, and
-    /// results are downloaded and thrown away, while the batches before and after are computed.
+    /// Computes a batch again and again from operands that lie in pinned memory. Each time they are uploaded, and results
+    /// are downloaded and thrown away, while the batches before and after are computed.
     ///
     /// # Errors
     /// As [`CudaKernel::run`], and [`CudaError::NotOneWave`].
-    pub fn measure(&mut self, batch: Vec<KernelTask<'_>>, times: usize) -> Result<Measured, CudaError> {
-        let waves = self.waves(&batch)?;
-        let [Wave { layout, .. }] = &waves[..] else {
-            return Err(CudaError::NotOneWave { waves: waves.len() });
-        };
+    pub fn measure(&mut self, batch: Vec<KernelTask<'_>>, repeats: Repeats) -> Result<Measured, CudaError> {
+        if self.under_way() > 0 {
+            return Err(CudaError::Busy { waves: self.under_way() });
+        }
         let tasks: Vec<&KernelTask<'_>> = batch.iter().collect();
         let mut ready = Vec::new();
         for _ in 0..LANES {
-            let lane = Lane::new(&self.streams.context)?;
-            ready.push(self.stage(lane, &tasks, layout.clone()).map_err(|(_, error)| error)?);
+            // Pinned memory takes long to get, so the kernel's own lanes are used, and given back.
+            let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context), Ok)?;
+            let layout = self.only_wave(&batch)?.layout;
+            ready.push(self.stage(lane, &tasks, layout).map_err(|(_, error)| error)?);
         }
         let mut measured = Measured::default();
+        let warm_up = Repeats { times: LANES, time: Duration::ZERO };
+        ready = self.repeat(ready, warm_up, &mut Measured::default())?;
+        ready = self.repeat(ready, repeats, &mut measured)?;
+        // Looking closer takes time of its own.
+        for wave in &mut ready {
+            wave.detailed = true;
+        }
+        let mut detailed = Measured::default();
+        ready = self.repeat(ready, warm_up, &mut detailed)?;
+        (measured.part_seconds, measured.way_seconds) = (detailed.part_seconds, detailed.way_seconds);
+        self.free.extend(ready.into_iter().map(StagedWave::into_lane));
+        for _ in 0..measured.kernel_seconds.len() {
+            let Some(lane) = self.free.pop() else { break };
+            let start = Instant::now();
+            let layout = self.only_wave(&batch)?.layout;
+            let staged = self.prepare(lane, &tasks, layout).map_err(|(_, error)| error)?;
+            measured.prepare_seconds.push(start.elapsed().as_secs_f64());
+            self.free.push(staged.into_lane());
+        }
+        Ok(measured)
+    }
+
+    /// Computes the waves in turn, and gives them back when all have ended.
+    fn repeat(
+        &mut self,
+        mut ready: Vec<StagedWave>,
+        repeats: Repeats,
+        measured: &mut Measured,
+    ) -> Result<Vec<StagedWave>, CudaError> {
         let mut running: VecDeque<RunningWave> = VecDeque::new();
-        let mut begun = Instant::now();
-        // The first round through all lanes warms up, and is not counted.
-        for round in 0..times + LANES {
-            if round == LANES {
-                while let Some(wave) = running.pop_front() {
-                    wave.wait()?;
-                    ready.push(wave.again());
-                }
-                measured = Measured::default();
-                begun = Instant::now();
-            }
+        let begun = Instant::now();
+        let mut started = 0;
+        while started < repeats.times || begun.elapsed() < repeats.time {
             if ready.is_empty()
                 && let Some(wave) = running.pop_front()
             {
@@ -72,21 +107,29 @@ impl CudaKernel {
                 measured.add(&wave)?;
                 ready.push(wave.again());
             }
-            if let Some(wave) = ready.pop() {
-                let start = Instant::now();
-                running.push_back(wave.start(&mut self.streams).map_err(|(_, error)| error)?);
-                measured.enqueue_seconds.push(start.elapsed().as_secs_f64());
-            }
+            let Some(wave) = ready.pop() else { break };
+            let start = Instant::now();
+            running.push_back(wave.start(&mut self.streams).map_err(|(_, error)| error)?);
+            measured.enqueue_seconds.push(start.elapsed().as_secs_f64());
+            started += 1;
         }
         for wave in &running {
             wave.wait()?;
         }
-        // Before the waves go: freeing pinned memory takes far longer than computing.
         measured.seconds = begun.elapsed().as_secs_f64();
-        for wave in &running {
-            measured.add(wave)?;
+        for wave in running {
+            measured.add(&wave)?;
+            ready.push(wave.again());
         }
-        Ok(measured)
+        Ok(ready)
+    }
+
+    fn only_wave(&self, batch: &[KernelTask<'_>]) -> Result<Wave, CudaError> {
+        let mut waves = self.waves(batch)?;
+        match (waves.pop(), waves.len()) {
+            (Some(wave), 0) => Ok(wave),
+            (wave, others) => Err(CudaError::NotOneWave { waves: others + usize::from(wave.is_some()) }),
+        }
     }
 
     /// Copies `bytes` up, down, and both ways at once, a few times each.
@@ -135,7 +178,10 @@ impl CudaKernel {
 impl Measured {
     fn add(&mut self, wave: &RunningWave) -> Result<(), CudaError> {
         self.kernel_seconds.push(wave.seconds()?);
-        self.way_seconds.push(wave.way()?);
+        if let Some([parts, way]) = wave.details()? {
+            self.part_seconds.push(parts);
+            self.way_seconds.push(way);
+        }
         Ok(())
     }
 }

@@ -27,6 +27,8 @@ pub(crate) struct Lane {
     started: CudaEvent,
     uploaded: CudaEvent,
     begun: CudaEvent,
+    brought: CudaEvent,
+    called: CudaEvent,
     computed: CudaEvent,
     downloaded: CudaEvent,
     staging: PinnedMemory,
@@ -62,6 +64,8 @@ pub(crate) struct StagedWave {
     plans: Vec<Arc<Plan>>,
     scale: f32,
     operands: usize,
+    /// Whether more times are taken than those of its kernels.
+    pub(crate) detailed: bool,
 }
 
 /// A wave on its way through the device.
@@ -89,6 +93,8 @@ impl Lane {
             started: event()?,
             uploaded: event()?,
             begun: event()?,
+            brought: event()?,
+            called: event()?,
             computed: event()?,
             downloaded: event()?,
             staging: PinnedMemory::new(context),
@@ -163,7 +169,7 @@ impl StagedWave {
         // SAFETY: a lane that is not part of a running wave is not used by the device.
         let staging = unsafe { lane.staging.slice_mut() };
         staging[..tables.tables.bytes().len()].copy_from_slice(tables.tables.bytes());
-        Ok(StagedWave { lane, layout, tables, plans, scale, operands })
+        Ok(StagedWave { lane, layout, tables, plans, scale, operands, detailed: false })
     }
 
     /// Where each task's operands go, and the bytes of all, to be written before the wave is started.
@@ -193,7 +199,7 @@ impl StagedWave {
         let wait =
             |stream: &CudaStream, event: &CudaEvent| stream.wait(event).map_err(driver("cuStreamWaitEvent"));
         let input = self.operands + self.layout.operand_bytes;
-        record(&self.lane.started, &streams.upload)?;
+        self.mark(&self.lane.started, &streams.upload)?;
         // SAFETY: staging and input hold `input` bytes, and stay with the running wave.
         unsafe { upload(&streams.upload, &self.lane.staging, &self.lane.input, input)? };
         record(&self.lane.uploaded, &streams.upload)?;
@@ -220,10 +226,12 @@ impl StagedWave {
         let movers = streams.movers(self.layout.geometry.dtype);
         // SAFETY: tables and places are those of this wave; its memory stays with it.
         unsafe { movers.bring_in(&streams.compute, &self.tables, places)? };
+        self.mark(&self.lane.brought, &streams.compute)?;
         for (tables, (call, plan)) in self.tables.calls.iter().zip(self.layout.calls.iter().zip(&self.plans))
         {
             self.call(streams, places, (call, tables), plan)?;
         }
+        self.mark(&self.lane.called, &streams.compute)?;
         let regions = &self.layout.regions;
         // SAFETY: as above.
         unsafe {
@@ -232,6 +240,19 @@ impl StagedWave {
                 Direction::Backward => movers.merge_backward(&streams.compute, &self.tables, places, regions),
             }
         }
+    }
+
+    /// Records what only a detailed wave asks for.
+    fn mark(&self, event: &CudaEvent, stream: &CudaStream) -> Result<(), CudaError> {
+        match self.detailed {
+            true => event.record(stream).map_err(driver("cuEventRecord")),
+            false => Ok(()),
+        }
+    }
+
+    /// The lane, for another wave.
+    pub(crate) fn into_lane(self) -> Lane {
+        self.lane
     }
 
     /// Enqueues one call of cuDNN.
@@ -270,7 +291,7 @@ impl StagedWave {
             (Ids::SCALE, scalar(&self.scale)),
             (Ids::HIDDEN, scalar(&hidden)),
         ];
-        if call.shape == Shape::Causal {
+        if call.shape != Shape::Full {
             tensors.push((Ids::HIDDEN_CAUSAL, scalar(&hidden)));
         }
         if self.layout.direction == Direction::Backward {
@@ -324,14 +345,24 @@ impl RunningWave {
         Ok(f64::from(milliseconds) / 1e3)
     }
 
-    /// Seconds from the start of its upload to the ends of upload, kernels and download. After [`RunningWave::wait`].
-    pub(crate) fn way(&self) -> Result<[f64; 3], CudaError> {
-        let Lane { started, uploaded, computed, downloaded, .. } = &self.staged.lane;
-        let mut way = [0.0; 3];
-        for (seconds, event) in way.iter_mut().zip([uploaded, computed, downloaded]) {
-            *seconds = f64::from(started.elapsed_ms(event).map_err(driver("cuEventElapsedTime"))?) / 1e3;
+    /// Of a detailed wave, the seconds of the kernels before cuDNN's, of cuDNN's, and of those after; and those from the start
+    /// of its upload to the ends of upload, kernels and download. After [`RunningWave::wait`].
+    pub(crate) fn details(&self) -> Result<Option<[[f64; 3]; 2]>, CudaError> {
+        let StagedWave { lane, detailed, .. } = &self.staged;
+        if !detailed {
+            return Ok(None);
         }
-        Ok(way)
+        let seconds = |from: &CudaEvent, to: &CudaEvent| -> Result<f64, CudaError> {
+            Ok(f64::from(from.elapsed_ms(to).map_err(driver("cuEventElapsedTime"))?) / 1e3)
+        };
+        let parts = [
+            seconds(&lane.begun, &lane.brought)?,
+            seconds(&lane.brought, &lane.called)?,
+            seconds(&lane.called, &lane.computed)?,
+        ];
+        let since = |to: &CudaEvent| seconds(&lane.started, to);
+        let way = [since(&lane.uploaded)?, since(&lane.computed)?, since(&lane.downloaded)?];
+        Ok(Some([parts, way]))
     }
 
     pub(crate) fn layout(&self) -> &BatchLayout {

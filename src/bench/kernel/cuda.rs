@@ -3,25 +3,28 @@
 //! Kernel times are those of a whole batch on the device: moving tasks into the order of sequences, cuDNN's calls, and
 //! merging. Batches are in pinned memory, and uploaded and downloaded each time while others are computed.
 
+use std::time::Duration;
+
 use anyhow::{Context, ensure};
 use half::{bf16, f16};
 use outboard_attention::kernel::{KernelTask, Operands, Results};
 use outboard_attention::{
     AnyTensor, DType, Direction, DocumentId, Element, HeadGeometry, Mask, Span, Task, TensorView,
 };
-use outboard_cuda::{CudaKernel, Measured};
+use outboard_cuda::{CudaKernel, Measured, Repeats};
 use serde::Serialize;
 
 use super::args::{self, Args};
 use super::show::{Output, Progress, table};
 use super::subject::Noise;
 
-const REPEATS: usize = 7;
+/// Times at least, and for so long: a device that has just woken is not what a pool of busy ones is.
+const REPEATS: Repeats = Repeats { times: 7, time: Duration::from_millis(600) };
 
 /// A task with its tensors.
-struct CudaSubject {
-    geometry: HeadGeometry,
-    task: Task,
+pub(crate) struct CudaSubject {
+    pub(crate) geometry: HeadGeometry,
+    pub(crate) task: Task,
     tensors: Tensors,
     lse: Vec<f32>,
     d: Vec<f32>,
@@ -56,9 +59,13 @@ struct Row {
     wall_ms: f64,
     /// Part of the time that kernels ran.
     busy: f64,
-    /// Of the host, to enqueue a batch, median.
+    /// Of the kernels before cuDNN's, of cuDNN's, and of those after, medians of a few batches more.
+    part_ms: [f64; 3],
+    /// Of the host, to lay a batch out, look its plans up and write its tables, median.
+    prepare_us: f64,
+    /// Of the host, to enqueue it, median.
     enqueue_us: f64,
-    /// From the start of a batch's upload to the ends of upload, kernels and download, the last one measured.
+    /// From the start of a batch's upload to the ends of upload, kernels and download, of the last of these.
     way_ms: [f64; 3],
 }
 
@@ -114,8 +121,8 @@ struct Case {
     direction: Direction,
 }
 
-fn repeats(args: &Args) -> usize {
-    args.repeats.map_or(REPEATS, |n| n as usize)
+fn repeats(args: &Args) -> Repeats {
+    args.repeats.map_or(REPEATS, |n| Repeats { times: n as usize, time: Duration::ZERO })
 }
 
 /// The rows that the backend has targets for.
@@ -126,20 +133,21 @@ fn suite(args: &Args, kernel: &mut CudaKernel, output: &mut Output) -> anyhow::R
         let document = DocumentId { rank: 0, index: document };
         CudaSubject::new(geometry, Task::new(document, q, kv, heads, &Mask::causal(keys, 8))?)
     };
-    let mut rows = Vec::new();
-    let mut batches: Vec<(String, Vec<CudaSubject>)> = Vec::new();
-    for tokens in [16, 32, 64] {
-        batches.push((format!("{tokens}k causal"), vec![causal(tokens << 10, tokens << 10, 0)?]));
-    }
-    batches.push(("128 x 128k".to_owned(), vec![causal(128, 128 << 10, 0)?]));
     let mixed = mixed_lengths();
-    let subjects = mixed.iter().zip(0..).map(|(&(rows, keys), n)| causal(rows, keys, n));
-    let subjects = subjects.collect::<anyhow::Result<Vec<_>>>()?;
-    let cells: u64 = subjects.iter().map(|subject| subject.task.cells()).sum::<u64>() / 8;
-    let tokens = ((2 * cells) as f64).sqrt() as usize;
-    batches.push(("mixed shards".to_owned(), subjects));
-    batches.push(("their work as one".to_owned(), vec![causal(tokens, tokens, 0)?]));
-    batches.push(("one small task".to_owned(), vec![causal(128, 1024, 0)?]));
+    // Each query sees its own key and those before it.
+    let cells: usize = mixed.iter().map(|(rows, keys)| rows * keys - rows * (rows - 1) / 2).sum();
+    let as_one = ((2 * cells) as f64).sqrt() as usize;
+    let one = |rows: usize, keys: usize| vec![(rows, keys)];
+    // The largest first: memory that has grown is kept, and pinned memory takes long to get.
+    let batches = [
+        ("64k causal", one(64 << 10, 64 << 10)),
+        ("32k causal", one(32 << 10, 32 << 10)),
+        ("16k causal", one(16 << 10, 16 << 10)),
+        ("mixed shards", mixed),
+        ("their work as one", one(as_one, as_one)),
+        ("128 x 128k", one(128, 128 << 10)),
+        ("one small task", one(128, 1024)),
+    ];
     let carried = kernel.measure_transfers(512 << 20)?;
     let way = Way { kind: "transfers", up: carried.up, down: carried.down, both: carried.both };
     output.write(&way)?;
@@ -148,14 +156,14 @@ fn suite(args: &Args, kernel: &mut CudaKernel, output: &mut Output) -> anyhow::R
         "pinned memory: up {} GB/s, down {}, both at once {}",
         gigabytes[0], gigabytes[1], gigabytes[2]
     ))?;
+    let mut rows = Vec::new();
     let wanted = |name: &str| args.only.as_ref().is_none_or(|text| name.contains(text.as_str()));
-    for (name, subjects) in &batches {
+    for (name, lengths) in batches.iter().filter(|(name, _)| wanted(name)) {
+        let subjects = lengths.iter().zip(0..).map(|(&(rows, keys), n)| causal(rows, keys, n));
+        let subjects = subjects.collect::<anyhow::Result<Vec<_>>>()?;
         for direction in [Direction::Forward, Direction::Backward] {
-            if !wanted(name) {
-                continue;
-            }
-            let case = Case { name: name.clone(), mask: "causal".to_owned(), direction };
-            let row = measure(kernel, &case, subjects, repeats(args))?;
+            let case = Case { name: (*name).to_owned(), mask: "causal".to_owned(), direction };
+            let row = measure(kernel, &case, &subjects, repeats(args))?;
             output.write(&row)?;
             rows.push(row);
         }
@@ -178,12 +186,19 @@ fn measure(
     kernel: &mut CudaKernel,
     case: &Case,
     subjects: &[CudaSubject],
-    repeats: usize,
+    repeats: Repeats,
 ) -> anyhow::Result<Row> {
     let first = subjects.first().context("nothing is measured")?;
     let tasks = subjects.iter().map(|subject| subject.task(case.direction)).collect::<anyhow::Result<_>>()?;
-    let Measured { seconds, mut kernel_seconds, mut enqueue_seconds, way_seconds } =
-        kernel.measure(tasks, repeats)?;
+    let Measured {
+        seconds,
+        mut kernel_seconds,
+        part_seconds,
+        mut prepare_seconds,
+        mut enqueue_seconds,
+        way_seconds,
+    } = kernel.measure(tasks, repeats)?;
+    let part = |n: usize| median(&mut part_seconds.iter().map(|parts| parts[n]).collect::<Vec<_>>());
     let flops: f64 = subjects.iter().map(|s| s.task.flops(&s.geometry, case.direction)).sum();
     let busy = kernel_seconds.iter().sum::<f64>() / seconds;
     let typical = median(&mut kernel_seconds);
@@ -205,14 +220,17 @@ fn measure(
         head_dim: geometry.head_dim(),
         tflops: flops / typical / 1e12,
         ms: typical * 1e3,
-        wall_ms: seconds / repeats.max(1) as f64 * 1e3,
+        wall_ms: seconds / kernel_seconds.len().max(1) as f64 * 1e3,
         busy,
+        part_ms: [0, 1, 2].map(|n| part(n) * 1e3),
+        prepare_us: median(&mut prepare_seconds) * 1e6,
         enqueue_us: median(&mut enqueue_seconds) * 1e6,
         way_ms: way_seconds.last().copied().unwrap_or_default().map(|seconds| seconds * 1e3),
     })
 }
 
-fn median(values: &mut [f64]) -> f64 {
+/// The middle of some values, which are put in order; NaN of none.
+pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
@@ -234,7 +252,8 @@ fn show(kernel: &CudaKernel, rows: &[Row], output: &Output) -> anyhow::Result<()
         "kernels ms",
         "wall ms",
         "busy",
-        "enqueue us",
+        "host us",
+        "before, cuDNN, after ms",
         "up, kernels, down ms",
     ];
     let mut table = table(header, 3);
@@ -249,7 +268,8 @@ fn show(kernel: &CudaKernel, rows: &[Row], output: &Output) -> anyhow::Result<()
             format!("{:.3}", row.ms),
             format!("{:.3}", row.wall_ms),
             format!("{:.2}", row.busy),
-            format!("{:.0}", row.enqueue_us),
+            format!("{:.0} + {:.0}", row.prepare_us, row.enqueue_us),
+            row.part_ms.map(|ms| format!("{ms:.2}")).join(" "),
             row.way_ms.map(|ms| format!("{ms:.1}")).join(" "),
         ]);
     }
@@ -257,7 +277,7 @@ fn show(kernel: &CudaKernel, rows: &[Row], output: &Output) -> anyhow::Result<()
 }
 
 impl CudaSubject {
-    fn new(geometry: HeadGeometry, task: Task) -> anyhow::Result<CudaSubject> {
+    pub(crate) fn new(geometry: HeadGeometry, task: Task) -> anyhow::Result<CudaSubject> {
         let shapes = task.shapes(&geometry);
         let lens = [shapes.q, shapes.k, shapes.v, shapes.o].map(|shape| shape.iter().product::<usize>());
         let tensors = match geometry.dtype() {
@@ -274,7 +294,7 @@ impl CudaSubject {
         Ok(CudaSubject { geometry, task, tensors, lse, d })
     }
 
-    fn task(&self, direction: Direction) -> anyhow::Result<KernelTask<'_>> {
+    pub(crate) fn task(&self, direction: Direction) -> anyhow::Result<KernelTask<'_>> {
         fn views<E: Element>(
             data: &[Vec<E>; 4],
             shapes: [[usize; 3]; 4],

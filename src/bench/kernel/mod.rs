@@ -5,7 +5,7 @@ use anyhow::Context;
 mod accuracy;
 pub(crate) mod args;
 #[cfg(feature = "cuda")]
-mod cuda;
+pub(crate) mod cuda;
 pub(crate) mod measure;
 pub(crate) mod show;
 pub(crate) mod subject;

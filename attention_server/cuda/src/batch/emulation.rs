@@ -91,15 +91,18 @@ impl Emulated<'_> {
         }
         for m in self.table::<MadeUp>(self.tables.made_up) {
             for row in 0..m.rows as usize {
-                let token = if m.reversed == 1 { m.rows as usize - 1 - row } else { row };
+                let to = if m.reversed == 1 { m.rows as usize - 1 - row } else { row };
                 for g in 0..m.group as usize {
-                    let at = (row * m.group as usize + g) * m.padded as usize;
-                    let d: f32 = self.tensors.get(m.d as usize + token * m.stride as usize + g);
-                    let d_o: Vec<f64> = (0..m.padded as usize)
-                        .map(|e| self.work.get::<bf16>(m.d_o as usize + at + e).to_f64())
-                        .collect();
-                    for (e, x) in made_up(&d_o, f64::from(d)).into_iter().enumerate() {
-                        self.work.set(m.target as usize + at + e, x);
+                    let at = (to * m.group as usize + g) * m.padded as usize;
+                    let d: f32 = self.tensors.get(m.d as usize + row * m.stride as usize + g);
+                    let from = m.d_o as usize + (row * m.stride as usize + g) * m.dim as usize;
+                    let x =
+                        |e: usize| if e < m.dim as usize { self.tensors.get(from + e) } else { bf16::ZERO };
+                    let d_o: Vec<bf16> = (0..m.padded as usize).map(x).collect();
+                    let wide: Vec<f64> = d_o.iter().map(|x| x.to_f64()).collect();
+                    for (e, (o, d_o)) in made_up(&wide, f64::from(d)).into_iter().zip(d_o).enumerate() {
+                        self.work.set(m.o as usize + at + e, o);
+                        self.work.set(m.moved as usize + at + e, d_o);
                     }
                 }
             }
@@ -258,8 +261,10 @@ impl Emulated<'_> {
     /// Places of the results of a row or key, by the index.
     fn places(&self, [starts, spans]: [usize; 2], first_block: i32, row: usize) -> Vec<usize> {
         let bytes = self.tables.tables.bytes();
-        let block = first_block as usize + row / BLOCK;
-        let range = read::<i32>(bytes, starts + block * 4, 2);
+        let range = match usize::try_from(first_block) {
+            Ok(first) => read::<i32>(bytes, starts + (first + row / BLOCK) * 4, 2),
+            Err(_) => vec![-1 - first_block, -first_block],
+        };
         let spans: Vec<PieceSpan> =
             read(bytes, spans + range[0] as usize * size_of::<PieceSpan>(), (range[1] - range[0]) as usize);
         let inside = spans.iter().filter(|s| (s.start..s.end).contains(&(row as i32)));

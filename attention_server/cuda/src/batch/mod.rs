@@ -15,4 +15,5 @@ pub(crate) use heads::MAX_PIECES;
 pub(crate) use layout::BatchLayout;
 pub(crate) use pieces::{Cut, Shape};
 pub(crate) use places::{Call, LaidTask, OperandPlace, Regions, TaskOperands, Tensors, call_geometry};
-pub(crate) use tables::{KeyHead, MadeUp, Move, RowHead, RowMove};
+#[cfg(test)]
+use tables::{KeyHead, MadeUp, Move, RowHead, RowMove};

@@ -46,7 +46,7 @@ impl BatchLayout {
         });
     }
 
-    /// Moves the rows at `positions` of one head to row `first` and those after it.
+    /// Moves the rows at `positions` of one head, of Q and backward of LSE and dO, to row `first` and those after it.
     pub(super) fn move_rows(&mut self, of: &HeadOf<'_>, positions: Span, first: usize, reversed: bool) {
         let CallGeometry { group, dim: padded, dtype, .. } = self.geometry;
         let LaidTask { geometry, task } = *of.laid;
@@ -55,13 +55,11 @@ impl BatchLayout {
         let (regions, size) = (self.regions, dtype.bytes());
         let skipped = positions.start() - task.q().start();
         let rows = positions.len() as i32;
-        for (place, [_, heads, dim], region) in
-            [(operands.q, shapes.q, regions.q), (operands.d_o, shapes.o, regions.d_o)]
-        {
-            let Some(OperandPlace { start, .. }) = place else { continue };
+        if let Some(OperandPlace { start, .. }) = operands.q {
+            let [_, heads, dim] = shapes.q;
             self.moves.push(Move {
                 source: (start / size + (skipped * heads + of.number * group) * dim) as i64,
-                target: (region / size + first * group * padded) as i64,
+                target: (regions.q / size + first * group * padded) as i64,
                 rows,
                 stride: (heads * dim) as i32,
                 group: group as i32,
@@ -70,11 +68,11 @@ impl BatchLayout {
                 reversed: reversed.into(),
             });
         }
-        let [_, heads, _] = shapes.row;
-        let source = |start: usize| (start / 4 + skipped * heads + of.number * group) as i64;
+        let [_, heads, dim] = shapes.o;
+        let row = skipped * heads + of.number * group;
         if let Some(OperandPlace { start, .. }) = operands.lse {
             self.row_moves.push(RowMove {
-                source: source(start),
+                source: (start / 4 + row) as i64,
                 target: (regions.lse / 4 + first * group) as i64,
                 rows,
                 stride: heads as i32,
@@ -82,17 +80,18 @@ impl BatchLayout {
                 reversed: reversed.into(),
             });
         }
-        if let Some(OperandPlace { start, .. }) = operands.d {
+        if let Some((d, d_o)) = operands.d.zip(operands.d_o) {
             self.made_up.push(MadeUp {
-                d: source(start),
-                d_o: (regions.d_o / size + first * group * padded) as i64,
-                target: (regions.o / size + first * group * padded) as i64,
+                d: (d.start / 4 + row) as i64,
+                d_o: (d_o.start / size + row * dim) as i64,
+                moved: (regions.d_o / size + first * group * padded) as i64,
+                o: (regions.o / size + first * group * padded) as i64,
                 rows,
                 stride: heads as i32,
                 group: group as i32,
+                dim: dim as i32,
                 padded: padded as i32,
                 reversed: reversed.into(),
-                zero: 0,
             });
         }
     }

@@ -1,6 +1,6 @@
 //! Cuts band slices into pieces whose mask cuDNN has a fast kernel for. Pure.
 //!
-//! There are two shapes: every cell of a rectangle, and the lower triangle or trapezoid whose last row sees every key.
+//! Cells are those of a rectangle, or of a lower triangle or trapezoid whose last row sees every key.
 //! A band slice is cut by rows where its upper or lower end begins or ceases to bind. Where only the lower end binds,
 //! the piece is turned round: with rows and keys in reverse order it is a triangle like any other. Where both bind,
 //! short blocks of rows have a triangle at either end.
@@ -20,6 +20,8 @@ const MAX_BAND_ROWS: usize = 2048;
 pub(crate) enum Shape {
     /// All.
     Full,
+    /// As many rows as keys: row `r` sees the first `r + 1` keys.
+    Triangle,
     /// Row `r` of `n` sees the first `keys - (n - 1 - r)` keys: the last row sees all.
     Causal,
 }
@@ -49,6 +51,11 @@ pub(crate) struct Cut {
     pub(crate) in_place: bool,
 }
 
+/// Rows that share a tile of the kernels.
+const TILE_ROWS: usize = 128;
+/// Backward, a trapezoid of so many keys for each row is one piece. The kernel computes what its triangle hides, which is
+/// then a fifteenth of the work at most, and less than a second call would take.
+const TAIL_KEYS: usize = 8;
 /// Keys of an ordered full piece at least.
 const MIN_ORDERED_KEYS: usize = 256;
 /// Rows of an ordered triangle at most.
@@ -77,7 +84,17 @@ impl Piece {
         let (rows, keys) = (self.q.len() as u64, self.kv.len() as u64);
         match self.shape {
             Shape::Full => rows * keys,
-            Shape::Causal => rows * keys - rows * (rows - 1) / 2,
+            Shape::Triangle | Shape::Causal => rows * keys - rows * (rows - 1) / 2,
+        }
+    }
+}
+
+impl Cut {
+    /// The shapes that pieces may have.
+    pub(crate) fn shapes(self) -> &'static [Shape] {
+        match self.direction {
+            Direction::Backward if !self.ordered => &[Shape::Full, Shape::Triangle, Shape::Causal],
+            _ => &[Shape::Full, Shape::Causal],
         }
     }
 }
@@ -88,6 +105,7 @@ pub(crate) fn pieces(slice: &BandSlice, cut: Cut, pieces: &mut Vec<Piece>, max: 
     for region in regions(slice, max)? {
         match cut.direction {
             Direction::Forward => cut_rows(&region, pieces),
+            Direction::Backward if is_tail(&region, cut.ordered) => pieces.push(region),
             Direction::Backward => cut_squares(&region, cut.ordered, pieces),
         }
         if pieces.len() > max {
@@ -160,11 +178,18 @@ fn cut_rows(region: &Piece, pieces: &mut Vec<Piece>) {
         let to = (from + MAX_FORWARD_ROWS).min(rows);
         let seen = match region.shape {
             Shape::Full => keys,
-            Shape::Causal => keys - (rows - to),
+            Shape::Triangle | Shape::Causal => keys - (rows - to),
         };
         pieces.push(Piece { q: region.rows(from, to), kv: region.keys(0, seen), ..*region });
         from = to;
     }
+}
+
+/// Whether a region is computed backward as it is.
+fn is_tail(region: &Piece, ordered: bool) -> bool {
+    let (rows, keys) = (region.q.len(), region.kv.len());
+    let few = rows <= TILE_ROWS || rows.saturating_mul(TAIL_KEYS) <= keys;
+    region.shape == Shape::Causal && !ordered && rows < keys && few
 }
 
 /// Cuts a trapezoid into rectangles and square triangles.
@@ -172,8 +197,11 @@ fn cut_squares(region: &Piece, ordered: bool, pieces: &mut Vec<Piece>) {
     let (rows, keys) = (region.q.len(), region.kv.len());
     let full = match region.shape {
         Shape::Full => keys,
-        Shape::Causal => keys - rows,
+        Shape::Triangle | Shape::Causal => keys - rows,
     };
+    // The kernels skip what is hidden only where the first row sees the first key. The one that sums in a fixed order skips
+    // nothing either way, and is slower then.
+    let triangle = if ordered { Shape::Causal } else { Shape::Triangle };
     let part = |rows: (usize, usize), keys: (usize, usize), shape| Piece {
         q: region.rows(rows.0, rows.1),
         kv: region.keys(keys.0, keys.1),
@@ -191,7 +219,7 @@ fn cut_squares(region: &Piece, ordered: bool, pieces: &mut Vec<Piece>) {
     let mut triangles = vec![(0, rows)];
     while let Some((from, to)) = triangles.pop() {
         if !ordered || to - from <= MAX_ORDERED_TRIANGLE {
-            pieces.push(part((from, to), (full + from, full + to), Shape::Causal));
+            pieces.push(part((from, to), (full + from, full + to), triangle));
             continue;
         }
         let middle = from + ((to - from) / 2).next_multiple_of(128);
@@ -207,7 +235,7 @@ mod tests {
     use super::*;
 
     const CUTS: [Cut; 3] = [
-        Cut { direction: Direction::Forward, ordered: true, in_place: true },
+        Cut { direction: Direction::Forward, ordered: false, in_place: true },
         Cut { direction: Direction::Backward, ordered: false, in_place: true },
         Cut { direction: Direction::Backward, ordered: true, in_place: true },
     ];
@@ -237,7 +265,8 @@ mod tests {
             assert_eq!(cells, slice.cells(), "{slice:?} {cut:?} {pieces:?}");
             for piece in &pieces {
                 assert!(piece.shape == Shape::Full || piece.q.len() <= piece.kv.len(), "{piece:?}");
-                if cut.direction == Direction::Backward && piece.shape == Shape::Causal {
+                assert!(cut.shapes().contains(&piece.shape), "{piece:?}");
+                if piece.shape == Shape::Triangle || cut.ordered && piece.shape == Shape::Causal {
                     assert_eq!(piece.q.len(), piece.kv.len(), "{piece:?}");
                 }
                 if cut.direction == Direction::Forward {
@@ -311,12 +340,18 @@ mod tests {
     }
 
     #[test]
-    fn a_causal_tail_is_one_piece_forward_and_two_backward() {
-        let slice = BandSlice::new(Span::at(900, 100), Span::to(1000), None, Some(0)).unwrap();
-        assert_eq!(pieces(&slice, CUTS[0]).len(), 1);
-        let backward = pieces(&slice, CUTS[1]);
-        assert_eq!(backward.len(), 2);
-        assert_eq!((backward[0].shape, backward[0].kv), (Shape::Full, Span::to(900)));
-        assert_eq!((backward[1].shape, backward[1].kv), (Shape::Causal, Span::at(900, 100)));
+    fn a_short_causal_tail_is_one_piece_and_a_long_one_two_backward() {
+        let tail = |rows| {
+            let slice = BandSlice::new(Span::at(4000 - rows, rows), Span::to(4000), None, Some(0)).unwrap();
+            CUTS.map(|cut| pieces(&slice, cut))
+        };
+        for rows in [1, 100, 500] {
+            let [forward, backward, _] = tail(rows);
+            assert_eq!((forward.len(), &forward), (1, &backward));
+        }
+        let [forward, backward, _] = tail(501);
+        assert_eq!((forward.len(), backward.len()), (1, 2));
+        assert_eq!((backward[0].shape, backward[0].kv), (Shape::Full, Span::to(3499)));
+        assert_eq!((backward[1].shape, backward[1].kv), (Shape::Triangle, Span::at(3499, 501)));
     }
 }

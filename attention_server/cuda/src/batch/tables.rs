@@ -35,23 +35,25 @@ pub(crate) struct RowMove {
     pub(crate) reversed: i32,
 }
 
-/// Makes up an O for which `rowsum(dO * O)` is D.
+/// Copies one kv head of dO into the order of sequences, as [`Move`] does, and makes up an O for which `rowsum(dO * O)` is D.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
 #[repr(C)]
 pub(crate) struct MadeUp {
     /// First D among the tensors, in f32.
     pub(crate) d: i64,
-    /// First element of dO in the work memory, in sequence order.
+    /// First element of dO among the tensors.
     pub(crate) d_o: i64,
+    /// First element of dO in the work memory.
+    pub(crate) moved: i64,
     /// First element of O in the work memory.
-    pub(crate) target: i64,
+    pub(crate) o: i64,
     pub(crate) rows: i32,
-    /// D values from one token to the next.
+    /// Query heads from one source token to the next.
     pub(crate) stride: i32,
     pub(crate) group: i32,
+    pub(crate) dim: i32,
     pub(crate) padded: i32,
     pub(crate) reversed: i32,
-    pub(crate) zero: i32,
 }
 
 /// Rows of one kv head of a task, to be merged from pieces.
@@ -69,7 +71,7 @@ pub(crate) struct RowHead {
     pub(crate) group: i32,
     pub(crate) dim: i32,
     pub(crate) padded: i32,
-    /// Index of the head's first block in [`SpanIndex::starts`].
+    /// As [`SpanIndex::push`] gave it.
     pub(crate) first_block: i32,
     /// 1 when no row has more than one piece, so that O goes out as it is, in 16 bits.
     pub(crate) narrow: i32,
@@ -106,14 +108,14 @@ pub(crate) struct PieceSpan {
 
 // kernels.cu checks the same.
 const _: () = {
-    assert!(size_of::<Move>() == 40 && size_of::<RowMove>() == 32 && size_of::<MadeUp>() == 48);
+    assert!(size_of::<Move>() == 40 && size_of::<RowMove>() == 32 && size_of::<MadeUp>() == 56);
     assert!(size_of::<RowHead>() == 48 && size_of::<KeyHead>() == 48 && size_of::<PieceSpan>() == 24);
 };
 
 /// Which pieces each block of [`BLOCK`] rows or keys of a head meets, in the order of the pieces.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SpanIndex {
-    /// First of each block's spans; one more entry ends the last.
+    /// First of each block's spans; one more entry ends the last of a head.
     pub(crate) starts: Vec<i32>,
     pub(crate) spans: Vec<PieceSpan>,
 }
@@ -122,21 +124,33 @@ pub(crate) struct SpanIndex {
 pub(crate) const BLOCK: usize = 64;
 
 impl SpanIndex {
-    /// Adds a head of `len` rows or keys, and says which its first block is.
+    /// Adds a head of `len` rows or keys, and says which its first block is. A head of one piece has no blocks, but -1 less
+    /// the index of its span: most heads are such, and long.
     pub(crate) fn push(&mut self, len: usize, spans: &[PieceSpan]) -> i32 {
-        let first = self.starts.len().saturating_sub(1);
-        self.starts.truncate(first);
-        let mut blocks = vec![Vec::new(); len.div_ceil(BLOCK)];
+        if let [only] = spans {
+            self.spans.push(*only);
+            return -(self.spans.len() as i32);
+        }
+        let (first, first_span) = (self.starts.len(), self.spans.len());
+        let blocks = |span: &PieceSpan| span.start as usize / BLOCK..(span.end as usize).div_ceil(BLOCK);
+        // How many spans each block meets, then where each block's next one goes, which ends as where the block after starts.
+        let mut next = vec![0; len.div_ceil(BLOCK)];
+        for block in spans.iter().flat_map(blocks) {
+            next[block] += 1;
+        }
+        let mut total = first_span;
+        for place in &mut next {
+            self.starts.push(total as i32);
+            (*place, total) = (total, total + *place);
+        }
+        self.starts.push(total as i32);
+        self.spans.resize(total, PieceSpan::zeroed());
         for span in spans {
-            for block in &mut blocks[span.start as usize / BLOCK..(span.end as usize).div_ceil(BLOCK)] {
-                block.push(*span);
+            for block in blocks(span) {
+                self.spans[next[block]] = *span;
+                next[block] += 1;
             }
         }
-        for block in blocks {
-            self.starts.push(self.spans.len() as i32);
-            self.spans.extend(block);
-        }
-        self.starts.push(self.spans.len() as i32);
         first as i32
     }
 }

@@ -9,7 +9,7 @@ use outboard_attention::DType;
 
 use super::driver;
 use crate::CudaError;
-use crate::batch::{BatchTables, KeyHead, MadeUp, Move, MoveTable, Regions, RowHead, RowMove};
+use crate::batch::{BatchTables, MoveTable, Regions};
 
 const SOURCE: &str = include_str!("kernels.cu");
 
@@ -23,12 +23,9 @@ const MAX_ENTRIES: usize = 65_535;
 /// The kernels for one 16-bit element type.
 #[derive(Debug)]
 pub(crate) struct Movers {
-    move_heads: CudaFunction,
-    move_rows: CudaFunction,
-    make_up: CudaFunction,
+    bring_in: CudaFunction,
     merge_outputs: CudaFunction,
-    sum_rows: CudaFunction,
-    sum_keys: CudaFunction,
+    sum_gradients: CudaFunction,
 }
 
 /// Device addresses that the kernels of a batch work on.
@@ -64,12 +61,9 @@ impl Movers {
         let module = context.load_module(compile(dtype, compute)?).map_err(driver("cuModuleLoadData"))?;
         let load = |name| module.load_function(name).map_err(driver("cuModuleGetFunction"));
         Ok(Movers {
-            move_heads: load("move_heads")?,
-            move_rows: load("move_rows")?,
-            make_up: load("make_up")?,
+            bring_in: load("bring_in")?,
             merge_outputs: load("merge_outputs")?,
-            sum_rows: load("sum_rows")?,
-            sum_keys: load("sum_keys")?,
+            sum_gradients: load("sum_gradients")?,
         })
     }
 
@@ -85,23 +79,18 @@ impl Movers {
         places: Places,
     ) -> Result<(), CudaError> {
         let Places { tensors, work, .. } = places;
-        let table = |table: MoveTable| places.tables + table.start as sys::CUdeviceptr;
+        let BatchTables { moves, row_moves, made_up, .. } = tables;
+        let [a, b, c] =
+            [moves, row_moves, made_up].map(|table| places.tables + table.start as sys::CUdeviceptr);
+        let counts = [moves.entries as i32, row_moves.entries as i32];
         // SAFETY: the caller vouches for the tables, whose entries stay within the batch's memory.
         unsafe {
-            launch::<Move>(stream, &self.move_heads, tables.moves, &[tensors, work], &[table(tables.moves)])?;
-            launch::<RowMove>(
+            launch(
                 stream,
-                &self.move_rows,
-                tables.row_moves,
-                &[tensors, work],
-                &[table(tables.row_moves)],
-            )?;
-            launch::<MadeUp>(
-                stream,
-                &self.make_up,
-                tables.made_up,
-                &[tensors, work],
-                &[table(tables.made_up)],
+                &self.bring_in,
+                &[*moves, *row_moves, *made_up],
+                &[tensors, work, a, b, c],
+                &counts,
             )
         }
     }
@@ -120,10 +109,10 @@ impl Movers {
         let at = |offset: usize| places.work + offset as sys::CUdeviceptr;
         let table = |start: usize| places.tables + start as sys::CUdeviceptr;
         let [starts, spans] = tables.row_index.map(table);
-        let before = [at(regions.o), at(regions.lse), places.output];
-        let heads = [table(tables.row_heads.start), starts, spans];
+        let heads = table(tables.row_heads.start);
+        let addresses = [at(regions.o), at(regions.lse), places.output, heads, starts, spans];
         // SAFETY: as above.
-        unsafe { launch::<RowHead>(stream, &self.merge_outputs, tables.row_heads, &before, &heads) }
+        unsafe { launch(stream, &self.merge_outputs, &[tables.row_heads], &addresses, &[]) }
     }
 
     /// Enqueues what sums the gradients of backward pieces.
@@ -139,53 +128,56 @@ impl Movers {
     ) -> Result<(), CudaError> {
         let at = |offset: usize| places.work + offset as sys::CUdeviceptr;
         let table = |start: usize| places.tables + start as sys::CUdeviceptr;
-        let [starts, spans] = tables.row_index.map(table);
-        let rows = [table(tables.row_heads.start), starts, spans];
-        let [starts, spans] = tables.key_index.map(table);
-        let keys = [table(tables.key_heads.start), starts, spans];
+        let [row_starts, row_spans] = tables.row_index.map(table);
+        let [key_starts, key_spans] = tables.key_index.map(table);
+        let (rows, keys) = (tables.row_heads, tables.key_heads);
+        let addresses = [
+            at(regions.dq),
+            at(regions.dk),
+            at(regions.dv),
+            places.output,
+            table(rows.start),
+            row_starts,
+            row_spans,
+            table(keys.start),
+            key_starts,
+            key_spans,
+        ];
         // SAFETY: as above.
-        unsafe {
-            launch::<RowHead>(
-                stream,
-                &self.sum_rows,
-                tables.row_heads,
-                &[at(regions.dq), places.output],
-                &rows,
-            )?;
-            let before = [at(regions.dk), at(regions.dv), places.output];
-            launch::<KeyHead>(stream, &self.sum_keys, tables.key_heads, &before, &keys)
-        }
+        unsafe { launch(stream, &self.sum_gradients, &[rows, keys], &addresses, &[rows.entries as i32]) }
     }
 }
 
-/// Launches a kernel over a table of `T`: its arguments are addresses, those of `before`, then of `tables`, the first of
-/// which is that of the table itself.
+/// Launches a kernel over the entries of some tables, one after the other. Its arguments are `addresses`, the number of the
+/// first entry, and `counts`.
 ///
 /// # Safety
-/// The addresses must be what the kernel takes.
-unsafe fn launch<T>(
+/// The arguments must be what the kernel takes.
+unsafe fn launch(
     stream: &CudaStream,
     kernel: &CudaFunction,
-    table: MoveTable,
-    before: &[sys::CUdeviceptr],
-    tables: &[sys::CUdeviceptr],
+    tables: &[MoveTable],
+    addresses: &[sys::CUdeviceptr],
+    counts: &[i32],
 ) -> Result<(), CudaError> {
-    let mut first = 0;
-    while first < table.entries {
-        let entries = (table.entries - first).min(MAX_ENTRIES);
-        let mut arguments = [before, tables].concat();
-        arguments[before.len()] += (first * size_of::<T>()) as sys::CUdeviceptr;
-        let rows = table.rows.div_ceil(BLOCK.1 as usize).clamp(1, MAX_ROW_BLOCKS);
-        let grid_dim = (rows as u32, entries as u32, 1);
+    let entries: usize = tables.iter().map(|table| table.entries).sum();
+    let rows = tables.iter().map(|table| table.rows).max().unwrap_or(0);
+    let blocks = rows.div_ceil(BLOCK.1 as usize).clamp(1, MAX_ROW_BLOCKS) as u32;
+    for first in (0..entries).step_by(MAX_ENTRIES) {
+        let grid_dim = (blocks, (entries - first).min(MAX_ENTRIES) as u32, 1);
+        let first = first as i32;
         let mut launch = stream.launch_builder(kernel);
-        for argument in &arguments {
-            launch.arg(argument);
+        for address in addresses {
+            launch.arg(address);
+        }
+        launch.arg(&first);
+        for count in counts {
+            launch.arg(count);
         }
         // SAFETY: the caller vouches for the arguments; the kernels end at their tables' rows.
         let launched =
             unsafe { launch.launch(LaunchConfig { grid_dim, block_dim: BLOCK, shared_mem_bytes: 0 }) };
         launched.map_err(driver("cuLaunchKernel"))?;
-        first += entries;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The part of a graph that hides scores.
 
 use super::builder::{Builder, Tensor};
-use super::{Common, Corner, Ids};
+use super::{Common, Ids};
 use crate::CudaError;
 use crate::batch::Shape;
 use crate::cudnn::names::{DataType, Pointwise};
@@ -11,7 +11,7 @@ pub(super) fn add(builder: &mut Builder, common: &Common, scores: Tensor) -> Res
     let inside = hide_padding(builder, common, scores)?;
     match common.shape {
         Shape::Full => Ok(inside),
-        Shape::Causal => hide_later(builder, common, inside),
+        Shape::Triangle | Shape::Causal => hide_later(builder, common, inside),
     }
 }
 
@@ -36,9 +36,9 @@ fn hide_later(builder: &mut Builder, common: &Common, scores: Tensor) -> Result<
     let [row, key] = [builder.interim(DataType::I32, layout)?, builder.interim(DataType::I32, layout)?];
     builder.index(2, scores, row)?;
     builder.index(3, scores, key)?;
-    let last_key = match common.corner {
-        Corner::First => row,
-        Corner::Last => {
+    let last_key = match common.shape {
+        Shape::Full | Shape::Triangle => row,
+        Shape::Causal => {
             let [sum, last] =
                 [builder.interim(DataType::I32, layout)?, builder.interim(DataType::I32, layout)?];
             builder.pointwise((Pointwise::Add, DataType::I32), row, Some(common.keys), sum)?;

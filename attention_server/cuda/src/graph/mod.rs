@@ -47,15 +47,6 @@ pub(crate) struct Bounds {
     pub(crate) keys: usize,
 }
 
-/// Where the triangle of a causal sequence has its corner.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub(crate) enum Corner {
-    /// The first row sees the first key alone: the sequence is square.
-    First,
-    /// The last row sees the last key.
-    Last,
-}
-
 /// What a graph computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct GraphKey {
@@ -121,14 +112,9 @@ impl Ids {
 }
 
 /// Builds a graph, for the handle's device or, without one, for any.
-pub(crate) fn build(
-    cudnn: &Arc<Cudnn>,
-    key: &GraphKey,
-    corner: Corner,
-    handle: Option<&Handle>,
-) -> Result<Graph, CudaError> {
+pub(crate) fn build(cudnn: &Arc<Cudnn>, key: &GraphKey, handle: Option<&Handle>) -> Result<Graph, CudaError> {
     let mut builder = Builder::new(cudnn);
-    let common = Common::new(&mut builder, key, corner)?;
+    let common = Common::new(&mut builder, key)?;
     match key.direction {
         Direction::Forward => forward::add(&mut builder, &common)?,
         Direction::Backward => backward::add(&mut builder, &common)?,
@@ -139,7 +125,6 @@ pub(crate) fn build(
 /// The layouts of a graph, and the tensors that both directions have.
 struct Common {
     shape: Shape,
-    corner: Corner,
     group: usize,
     io: DataType,
     layouts: Layouts,
@@ -178,7 +163,7 @@ struct Layouts {
 }
 
 impl Common {
-    fn new(builder: &mut Builder, key: &GraphKey, corner: Corner) -> Result<Common, CudaError> {
+    fn new(builder: &mut Builder, key: &GraphKey) -> Result<Common, CudaError> {
         let CallGeometry { dtype, group, dim, heads } = key.geometry;
         let io = match dtype {
             DType::Bf16 => DataType::Bf16,
@@ -208,7 +193,6 @@ impl Common {
         let lengths = Layout { dims: [b, 1, 1, 1], strides: [1; 4] };
         Ok(Common {
             shape: key.shape,
-            corner,
             group,
             io,
             layouts,

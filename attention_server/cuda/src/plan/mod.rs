@@ -20,7 +20,7 @@ use files::PlanFiles;
 use crate::CudaError;
 use crate::batch::Shape;
 use crate::cudnn::{Cudnn, Handle};
-use crate::graph::{self, Bounds, CallGeometry, Corner, GraphKey};
+use crate::graph::{self, Bounds, CallGeometry, GraphKey};
 
 /// The bounds at which the heuristics are asked.
 const ASKED: Bounds = Bounds { sequences: 16, rows: 4096, keys: 4096 };
@@ -63,15 +63,6 @@ impl Plans {
         self.config.deterministic
     }
 
-    /// The kernels skip what a triangle hides only where it has this corner; the one that sums in a fixed order skips
-    /// nothing, and is slower where the corner is the first.
-    fn corner(&self, direction: Direction) -> Corner {
-        match direction {
-            Direction::Backward if !self.config.deterministic => Corner::First,
-            _ => Corner::Last,
-        }
-    }
-
     /// The engine that computes every call of this kind.
     pub(crate) fn engine(
         &self,
@@ -95,7 +86,7 @@ impl Plans {
         let engine = match stored.filter(|(engine, _)| sound(engine)) {
             Some((engine, _)) => engine,
             None => {
-                let graph = graph::build(&self.cudnn, &asked, self.corner(direction), target.handle())?;
+                let graph = graph::build(&self.cudnn, &asked, target.handle())?;
                 let deterministic = self.config.deterministic;
                 let engine = engine::choose(&self.cudnn, &graph, direction, deterministic, target)?;
                 if let Some(files) = &self.files {
@@ -155,8 +146,7 @@ impl Plans {
         let plan = match restored {
             Some(plan) => plan,
             None => {
-                let corner = self.corner(key.direction);
-                let graph = graph::build(&self.cudnn, &key, corner, target.handle())?;
+                let graph = graph::build(&self.cudnn, &key, target.handle())?;
                 let plan = engine::plan(&self.cudnn, graph, &engine, target)?;
                 if let Some(files) = &self.files {
                     files.write(&name, &engine, plan.json()?);
@@ -176,6 +166,7 @@ impl Plans {
         let Bounds { sequences, rows, keys } = bounds;
         let shape = match shape {
             Shape::Full => "full",
+            Shape::Triangle => "triangle",
             Shape::Causal => "causal",
         };
         let wanted = if self.config.deterministic { "deterministic" } else { "fastest" };
@@ -188,10 +179,9 @@ impl Plans {
             None => format!("choice {wanted}"),
         };
         format!(
-            "cudnn {} {} {direction} {shape} {:?} {dtype} h{heads} g{group} d{dim} b{sequences} q{rows} k{keys} {by}",
+            "cudnn {} {} {direction} {shape} {dtype} h{heads} g{group} d{dim} b{sequences} q{rows} k{keys} {by}",
             self.cudnn.version(),
             self.config.device,
-            self.corner(*direction)
         )
     }
 }
