@@ -58,6 +58,7 @@
 //! ```
 
 mod balance;
+mod bound;
 mod cost;
 mod cut;
 mod error;
@@ -75,6 +76,7 @@ mod start;
 mod trade;
 mod traffic;
 
+pub use bound::{least_bytes, least_seconds};
 pub use error::PlanError;
 pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use outboard_planner::{Problem, Rates, Verdict, judge, plan};
+use outboard_planner::{Problem, Rates, Verdict, judge, least_bytes, plan};
 
 mod mixes;
 mod rival;
@@ -52,11 +52,21 @@ struct Planned {
     /// Tokens of the step over its servers, rounded up.
     tokens_per_server: usize,
     verdict: Verdict,
+    /// Forward bytes of any plan that balances as well, at least.
+    least_bytes: f64,
     /// Median over the repeats, of planning alone.
     seconds: f64,
     /// How fast a server computes, and by default its link carries.
     rates: Rates,
     ratios: Option<Ratios>,
+}
+
+impl Planned {
+    /// Forward bytes over those that any plan moves; none where it need not move any.
+    fn over_bound(&self) -> Option<f64> {
+        let over = self.verdict.forward.bytes as f64 / self.least_bytes;
+        over.is_finite().then_some(over)
+    }
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
@@ -81,6 +91,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         for (part, problem, parts) in [(Part::Whole, &whole, 1), (Part::Lane, &lane, lanes)] {
             progress.at(format!("{name}, {} kv heads", problem.geometry.kv_heads()));
             let (verdict, seconds) = measure(problem, args.repeats).with_context(|| source.words())?;
+            let [least_bytes, _] = least_bytes(problem).with_context(|| source.words())?;
             let linked = linked(problem, rates).with_context(|| source.words())?;
             let (plans, lanes) = match rivals.of(&name) {
                 Some(plans) => (plans, parts),
@@ -94,6 +105,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
                 kv_heads: problem.geometry.kv_heads(),
                 tokens_per_server: tokens.div_ceil(problem.slots.len().max(1)),
                 verdict,
+                least_bytes,
                 seconds,
                 rates,
                 ratios,

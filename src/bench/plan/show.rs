@@ -7,7 +7,7 @@ use super::{Part, Planned};
 use crate::bench::kernel::show::{Output, table};
 
 /// Columns, of which the first ones are words.
-pub(super) const HEADER: [&str; 16] = [
+pub(super) const HEADER: [&str; 17] = [
     "step",
     "kv heads",
     "servers",
@@ -19,6 +19,7 @@ pub(super) const HEADER: [&str; 16] = [
     "fwd+bwd GB",
     "busiest MB",
     "plan ms",
+    "to bound",
     "forward x",
     "busiest x",
     "fwd+bwd x",
@@ -50,6 +51,9 @@ pub(super) struct Line<'a> {
     layer_ms_forward: f64,
     layer_ms_backward: f64,
     plan_ms: f64,
+    /// Forward bytes over those that any plan that balances as well must move.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    forward_over_bound: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     forward_to_distca: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -104,6 +108,7 @@ impl<'a> Line<'a> {
             layer_ms_forward: verdict.forward.seconds(*rates) * 1e3,
             layer_ms_backward: verdict.backward.seconds(*rates) * 1e3,
             plan_ms: seconds * 1e3,
+            forward_over_bound: planned.over_bound(),
             forward_to_distca: ratios.map(|ratios| ratios.forward),
             busiest_to_distca: ratios.map(|ratios| ratios.busiest),
             both_to_distca: ratios.map(|ratios| ratios.both),
@@ -111,7 +116,7 @@ impl<'a> Line<'a> {
         }
     }
 
-    pub(super) fn row(&self) -> [String; 16] {
+    pub(super) fn row(&self) -> [String; 17] {
         let ratio = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
         [
             self.step.to_owned(),
@@ -125,6 +130,7 @@ impl<'a> Line<'a> {
             format!("{:.3}", self.forward_gb + self.backward_gb),
             format!("{:.1}", self.busiest_mb),
             format!("{:.2}", self.plan_ms),
+            ratio(self.forward_over_bound),
             ratio(self.forward_to_distca),
             ratio(self.busiest_to_distca),
             ratio(self.both_to_distca),
