@@ -11,17 +11,22 @@ use crate::bench::kernel::args::geometry;
 use crate::bench::kernel::cuda::{CudaSubject, median};
 use crate::bench::kernel::show::Progress;
 
-/// A batch holds as many equal tasks as make up these FLOPs, within so many tasks and bytes of operands: enough that no part of
-/// the device is idle for want of blocks.
+/// A batch holds as many equal tasks as make up these FLOPs, but no more than so many, of so many bytes of operands in all:
+/// enough that no part of the device is idle for want of blocks.
 const BATCH_FLOPS: f64 = 4e12;
 const MOST_TASKS: usize = 512;
 const MOST_BYTES: usize = 4 << 30;
+/// The part of the device's memory for a batch that is used: what tasks share is counted with each of them.
+const MEMORY: f64 = 0.9;
 /// Query heads of the kv head, where they divide the rows.
 const GROUP: usize = 4;
 
 pub(super) fn profile(axes: &Axes, mut kernel: CudaKernel) -> anyhow::Result<Profile> {
     let progress = Progress::new(1 + axes.sizes())?;
     let dtype = axes.dtypes.first().copied().context("--dtype is empty")?;
+    for &dtype in &axes.dtypes {
+        CudaKernel::supports(&geometry(1, 1, 64, dtype)?)?;
+    }
     progress.at("what a task costs besides its cells");
     let mut overhead = f64::INFINITY;
     for direction in [Direction::Forward, Direction::Backward] {
@@ -48,7 +53,10 @@ pub(super) fn profile(axes: &Axes, mut kernel: CudaKernel) -> anyhow::Result<Pro
                             "{direction} {dtype} head dim {head_dim}, {rows} rows x {keys} keys"
                         ));
                         let flops = subject.task.flops(&subject.geometry, direction);
-                        let count = tasks(flops, operand_bytes(&subject.task, head_dim, group));
+                        let operands = operand_bytes(&subject.task, head_dim, group);
+                        let bytes = kernel.task_bytes(&subject.geometry, direction, &subject.task)?;
+                        let room = MEMORY * kernel.batch_bytes() as f64 / bytes.max(1) as f64;
+                        let count = tasks(flops, operands, room as usize);
                         let took = seconds(&mut kernel, &subject, direction, count, axes.repeats)?;
                         let rate = flops * count as f64 / working(took, overhead * count as f64);
                         grid.efficiency.last_mut().context("a grid without rows")?.push(rate);
@@ -94,9 +102,9 @@ fn operand_bytes(task: &Task, head_dim: usize, group: usize) -> usize {
     2 * head_dim * 2 * (group * task.q().len() + task.kv().len())
 }
 
-/// Tasks of a batch, given FLOPs and bytes of one.
-fn tasks(flops: f64, bytes: usize) -> usize {
-    let most = MOST_TASKS.min(MOST_BYTES / bytes.max(1)).max(1);
+/// Tasks of a batch, given FLOPs and bytes of operands of one, and how many of them the device has room for.
+fn tasks(flops: f64, bytes: usize, room: usize) -> usize {
+    let most = MOST_TASKS.min(MOST_BYTES / bytes.max(1)).min(room).max(1);
     ((BATCH_FLOPS / flops.max(1.0)).ceil() as usize).clamp(1, most)
 }
 
@@ -106,10 +114,12 @@ mod tests {
 
     #[test]
     fn batches_are_neither_too_short_nor_too_many() {
-        assert_eq!(tasks(1e13, 1), 1);
-        assert_eq!(tasks(1e12, 1), 4);
-        assert_eq!(tasks(1.0, 1), MOST_TASKS);
-        assert_eq!(tasks(1.0, MOST_BYTES / 3), 3);
-        assert_eq!(tasks(1.0, usize::MAX), 1);
+        let all = usize::MAX;
+        assert_eq!(tasks(1e13, 1, all), 1);
+        assert_eq!(tasks(1e12, 1, all), 4);
+        assert_eq!(tasks(1.0, 1, all), MOST_TASKS);
+        assert_eq!(tasks(1.0, MOST_BYTES / 3, all), 3);
+        assert_eq!(tasks(1.0, all, all), 1);
+        assert_eq!((tasks(1.0, 1, 7), tasks(1.0, 1, 0)), (7, 1));
     }
 }

@@ -1,5 +1,4 @@
-"""Speed beside torch's kernels on the same device, taken in turn so that clocks and heat are shared, and the rows of the
-command's own suite."""
+"""Speed beside torch's kernels on the same device, taken in turn, and the rows of the command's own suite."""
 
 from __future__ import annotations
 
@@ -86,7 +85,11 @@ def _suite(command: Command, report: Report) -> None:
     lines = json_lines(printed)
     report.facts["suite"] = lines
     rows = {(line["case"], line["direction"]): line for line in lines if line.get("kind") == "measurement"}
+    cases = ("mixed shards", "their work as one", "32k causal", "one small task")
     for direction in DIRECTIONS:
+        if missing := [case for case in cases if (case, direction) not in rows]:
+            report.check(f"suite {direction}", False, f"no row of {', '.join(missing)}")
+            continue
         mixed, one = (rows[case, direction]["tflops"] for case in ("mixed shards", "their work as one"))
         words = f"{mixed:.0f} TFLOP/s, {mixed / one:.2f} of one sequence of as much work; enough is {MIXED}"
         report.check(f"mixed shards {direction}", mixed >= MIXED * one, words)

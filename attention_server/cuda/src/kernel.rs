@@ -45,7 +45,7 @@ pub struct CudaKernel {
     running: VecDeque<Tagged>,
     pub(crate) streams: Streams,
     busy_seconds: f64,
-    failed: Option<CudaError>,
+    pub(crate) failed: Option<CudaError>,
 }
 
 impl Drop for CudaKernel {
@@ -475,7 +475,7 @@ impl CudaKernel {
     }
 
     /// Remembers a failure that ends the device.
-    fn note(&mut self, error: &CudaError) {
+    pub(crate) fn note(&mut self, error: &CudaError) {
         if error.is_fatal() && self.failed.is_none() {
             tracing::error!(%error, device = %self.info, "the device failed; it computes nothing more");
             self.failed = Some(error.clone());

@@ -20,6 +20,9 @@ pub struct Repeats {
     pub time: Duration,
 }
 
+/// Batches that are prepared to take the time of it, at most.
+const PREPARED: usize = 50;
+
 /// What [`CudaKernel::measure`] measured, in seconds.
 #[derive(Clone, Debug, Default)]
 pub struct Measured {
@@ -58,13 +61,26 @@ impl CudaKernel {
         if self.under_way() > 0 {
             return Err(CudaError::Busy { waves: self.under_way() });
         }
+        if let Some(error) = &self.failed {
+            return Err(error.clone());
+        }
+        self.measure_wave(&batch, repeats).inspect_err(|error| self.note(error))
+    }
+
+    fn measure_wave(&mut self, batch: &[KernelTask<'_>], repeats: Repeats) -> Result<Measured, CudaError> {
+        let Wave { layout, .. } = self.only_wave(batch)?;
         let tasks: Vec<&KernelTask<'_>> = batch.iter().collect();
         let mut ready = Vec::new();
         for _ in 0..LANES {
             // Pinned memory takes long to get, so the kernel's own lanes are used, and given back.
             let lane = self.free.pop().map_or_else(|| Lane::new(&self.streams.context), Ok)?;
-            let layout = self.only_wave(&batch)?.layout;
-            ready.push(self.stage(lane, &tasks, layout).map_err(|(_, error)| error)?);
+            match self.stage(lane, &tasks, layout.clone()) {
+                Ok(staged) => ready.push(staged),
+                Err((lane, error)) => {
+                    self.free.extend(ready.into_iter().map(StagedWave::into_lane).chain([lane]));
+                    return Err(error);
+                }
+            }
         }
         let mut measured = Measured::default();
         let warm_up = Repeats { times: LANES, time: Duration::ZERO };
@@ -78,13 +94,19 @@ impl CudaKernel {
         ready = self.repeat(ready, warm_up, &mut detailed)?;
         (measured.part_seconds, measured.way_seconds) = (detailed.part_seconds, detailed.way_seconds);
         self.free.extend(ready.into_iter().map(StagedWave::into_lane));
-        for _ in 0..measured.kernel_seconds.len() {
+        for _ in 0..PREPARED.min(measured.kernel_seconds.len()) {
             let Some(lane) = self.free.pop() else { break };
             let start = Instant::now();
-            let layout = self.only_wave(&batch)?.layout;
-            let staged = self.prepare(lane, &tasks, layout).map_err(|(_, error)| error)?;
+            let layout = self.only_wave(batch)?.layout;
+            let prepared = self.prepare(lane, &tasks, layout);
             measured.prepare_seconds.push(start.elapsed().as_secs_f64());
-            self.free.push(staged.into_lane());
+            match prepared {
+                Ok(staged) => self.free.push(staged.into_lane()),
+                Err((lane, error)) => {
+                    self.free.push(lane);
+                    return Err(error);
+                }
+            }
         }
         Ok(measured)
     }

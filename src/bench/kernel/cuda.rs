@@ -285,10 +285,13 @@ impl CudaSubject {
             DType::F16 => Tensors::F16(lens.map(noise)),
             other => anyhow::bail!("a GPU computes bf16 and f16, not {other}"),
         };
-        // About the LSE of keys of noise, so that weights are what they would be.
-        let first = task.q().start() + 1;
-        let lse = (0..shapes.row.iter().product())
-            .map(|i: usize| ((first + i / shapes.row[1]) as f32).ln() + 0.5)
+        // About the LSE of keys of noise, so that weights are what they would be. All heads have one mask.
+        let keys = |row: usize| -> usize {
+            let slices = task.mask().slices_of(task.kv_heads().start());
+            slices.map(|slice| slice.keys_of(task.q().start() + row).len()).sum()
+        };
+        let lse = (0..shapes.row[0])
+            .flat_map(|row| std::iter::repeat_n((keys(row).max(1) as f32).ln() + 0.5, shapes.row[1]))
             .collect();
         let d = vec![0.0; shapes.row.iter().product()];
         Ok(CudaSubject { geometry, task, tensors, lse, d })

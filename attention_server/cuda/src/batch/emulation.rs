@@ -11,7 +11,7 @@ use common::{Case, Random, check_close, random_geometry, random_task};
 use half::bf16;
 use outboard_attention::{DType, Direction, HeadShape};
 
-use super::tables::{BLOCK, PieceSpan};
+use super::tables::{BLOCK, KeyHead, MadeUp, Move, PieceSpan, RowHead, RowMove};
 use super::*;
 use crate::copy::{self, Source};
 use crate::graph::CallGeometry;
@@ -169,7 +169,11 @@ impl Emulated<'_> {
     /// Scores of a row that count.
     fn scores(&self, shape: Shape, s: &Lengths, row: usize, g: usize) -> Vec<f64> {
         let CallGeometry { dim, .. } = self.layout.geometry;
-        let seen = if shape == Shape::Full { s.keys } else { s.keys - (s.rows - 1 - row) };
+        let seen = match shape {
+            Shape::Full => s.keys,
+            Shape::Triangle => row + 1,
+            Shape::Causal => s.keys - (s.rows - 1 - row),
+        };
         let score =
             |key: usize| (0..dim).map(|e| self.q(s, row, g, e) * self.kv(s, false, key, e)).sum::<f64>();
         (0..seen).map(|key| self.scale * score(key)).collect()

@@ -15,5 +15,3 @@ pub(crate) use heads::MAX_PIECES;
 pub(crate) use layout::BatchLayout;
 pub(crate) use pieces::{Cut, Shape};
 pub(crate) use places::{Call, LaidTask, OperandPlace, Regions, TaskOperands, Tensors, call_geometry};
-#[cfg(test)]
-use tables::{KeyHead, MadeUp, Move, RowHead, RowMove};

@@ -53,9 +53,10 @@ pub(crate) struct Cut {
 
 /// Rows that share a tile of the kernels.
 const TILE_ROWS: usize = 128;
-/// Backward, a trapezoid of so many keys for each row is one piece. The kernel computes what its triangle hides, which is
-/// then a fifteenth of the work at most, and less than a second call would take.
+/// Backward, a trapezoid of so many keys for each row, and of few rows, is one piece. The kernel computes what its triangle
+/// hides, which is then a fifteenth of the work at most, and less than a second call would take.
 const TAIL_KEYS: usize = 8;
+const MAX_TAIL_ROWS: usize = 1024;
 /// Keys of an ordered full piece at least.
 const MIN_ORDERED_KEYS: usize = 256;
 /// Rows of an ordered triangle at most.
@@ -188,7 +189,7 @@ fn cut_rows(region: &Piece, pieces: &mut Vec<Piece>) {
 /// Whether a region is computed backward as it is.
 fn is_tail(region: &Piece, ordered: bool) -> bool {
     let (rows, keys) = (region.q.len(), region.kv.len());
-    let few = rows <= TILE_ROWS || rows.saturating_mul(TAIL_KEYS) <= keys;
+    let few = rows <= TILE_ROWS || rows <= MAX_TAIL_ROWS.min(keys / TAIL_KEYS);
     region.shape == Shape::Causal && !ordered && rows < keys && few
 }
 
@@ -208,7 +209,7 @@ fn cut_squares(region: &Piece, ordered: bool, pieces: &mut Vec<Piece>) {
         shape,
         ..*region
     };
-    let block = if ordered { rows.next_multiple_of(128).max(MIN_ORDERED_KEYS) } else { full.max(1) };
+    let block = if ordered { rows.next_multiple_of(TILE_ROWS).max(MIN_ORDERED_KEYS) } else { full.max(1) };
     for from in (0..full).step_by(block) {
         pieces.push(part((0, rows), (from, (from + block).min(full)), Shape::Full));
     }
@@ -222,7 +223,7 @@ fn cut_squares(region: &Piece, ordered: bool, pieces: &mut Vec<Piece>) {
             pieces.push(part((from, to), (full + from, full + to), triangle));
             continue;
         }
-        let middle = from + ((to - from) / 2).next_multiple_of(128);
+        let middle = from + ((to - from) / 2).next_multiple_of(TILE_ROWS);
         pieces.push(part((middle, to), (full + from, full + middle), Shape::Full));
         triangles.extend([(middle, to), (from, middle)]);
     }
@@ -273,7 +274,7 @@ mod tests {
                     assert!(piece.q.len() <= MAX_FORWARD_ROWS);
                 }
             }
-            if q.len() * kv.len() > 4000 {
+            if q.len() * kv.len() > 40_000 {
                 continue;
             }
             for i in q.start()..q.end() {
@@ -299,6 +300,16 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// More rows than are one piece backward.
+    #[test]
+    fn pieces_of_many_rows_have_exactly_the_cells_of_their_slice() {
+        for (lo, hi) in
+            [(None, Some(0)), (None, Some(-40)), (Some(20), None), (Some(-10), Some(30)), (None, Some(250))]
+        {
+            check(Span::at(30, 150), Span::at(10, 240), lo, hi);
         }
     }
 
@@ -341,17 +352,19 @@ mod tests {
 
     #[test]
     fn a_short_causal_tail_is_one_piece_and_a_long_one_two_backward() {
-        let tail = |rows| {
-            let slice = BandSlice::new(Span::at(4000 - rows, rows), Span::to(4000), None, Some(0)).unwrap();
+        let tail = |rows, keys| {
+            let slice = BandSlice::new(Span::at(keys - rows, rows), Span::to(keys), None, Some(0)).unwrap();
             CUTS.map(|cut| pieces(&slice, cut))
         };
-        for rows in [1, 100, 500] {
-            let [forward, backward, _] = tail(rows);
+        for (rows, keys) in [(1, 2), (128, 200), (500, 4000), (1024, 10_000)] {
+            let [forward, backward, _] = tail(rows, keys);
             assert_eq!((forward.len(), &forward), (1, &backward));
         }
-        let [forward, backward, _] = tail(501);
-        assert_eq!((forward.len(), backward.len()), (1, 2));
-        assert_eq!((backward[0].shape, backward[0].kv), (Shape::Full, Span::to(3499)));
-        assert_eq!((backward[1].shape, backward[1].kv), (Shape::Triangle, Span::at(3499, 501)));
+        for (rows, keys) in [(129, 200), (501, 4000), (1025, 10_000)] {
+            let [forward, backward, _] = tail(rows, keys);
+            assert_eq!((forward.len(), backward.len()), (1, 2));
+            assert_eq!((backward[0].shape, backward[0].kv), (Shape::Full, Span::to(keys - rows)));
+            assert_eq!((backward[1].shape, backward[1].kv), (Shape::Triangle, Span::at(keys - rows, rows)));
+        }
     }
 }

@@ -89,18 +89,12 @@ __device__ void move_rows(const float* __restrict__ tensors, float* __restrict__
   // As many rows a warp as it has lanes for.
   const int together = max(32 / m.group, 1);
   const int of_warp = threadIdx.x / m.group;
-  EACH_ROW(warp, (m.rows + together - 1) / together) {
-    const i64 row = warp * together + of_warp;
-    if (m.group <= 32 && (of_warp >= together || row >= m.rows)) continue;
-    if (m.group <= 32) {
-      const i64 to = m.reversed ? m.rows - 1 - row : row;
-      const int g = threadIdx.x % m.group;
+  EACH_ROW(turn, (m.rows + together - 1) / together) {
+    const i64 row = turn * together + (together > 1 ? of_warp : 0);
+    if (row >= m.rows || (together > 1 && of_warp >= together)) continue;
+    const i64 to = m.reversed ? m.rows - 1 - row : row;
+    for (int g = together > 1 ? threadIdx.x % m.group : threadIdx.x; g < m.group; g += 32)
       work[m.target + to * m.group + g] = tensors[m.source + row * m.stride + g];
-    } else {
-      const i64 to = m.reversed ? m.rows - 1 - warp : warp;
-      for (int g = threadIdx.x; g < m.group; g += 32)
-        work[m.target + to * m.group + g] = tensors[m.source + warp * m.stride + g];
-    }
   }
 }
 

@@ -17,7 +17,7 @@ const SOURCE: &str = include_str!("kernels.cu");
 const BLOCK: (u32, u32, u32) = (32, 8, 1);
 /// Blocks along the rows at most; a block takes further rows in turn.
 const MAX_ROW_BLOCKS: usize = 2048;
-/// Entries of a table that one launch takes at most, a limit of the hardware.
+/// Entries of tables that one launch takes at most, a limit of the hardware.
 const MAX_ENTRIES: usize = 65_535;
 
 /// The kernels for one 16-bit element type.
@@ -80,19 +80,13 @@ impl Movers {
     ) -> Result<(), CudaError> {
         let Places { tensors, work, .. } = places;
         let BatchTables { moves, row_moves, made_up, .. } = tables;
-        let [a, b, c] =
-            [moves, row_moves, made_up].map(|table| places.tables + table.start as sys::CUdeviceptr);
+        let tables = [*moves, *row_moves, *made_up];
+        let [moves_at, row_moves_at, made_up_at] =
+            tables.map(|table| places.tables + table.start as sys::CUdeviceptr);
+        let addresses = [tensors, work, moves_at, row_moves_at, made_up_at];
         let counts = [moves.entries as i32, row_moves.entries as i32];
         // SAFETY: the caller vouches for the tables, whose entries stay within the batch's memory.
-        unsafe {
-            launch(
-                stream,
-                &self.bring_in,
-                &[*moves, *row_moves, *made_up],
-                &[tensors, work, a, b, c],
-                &counts,
-            )
-        }
+        unsafe { launch(stream, &self.bring_in, &tables, &addresses, &counts) }
     }
 
     /// Enqueues what merges the outputs of forward pieces.

@@ -11,7 +11,8 @@ pub(super) fn add(builder: &mut Builder, common: &Common, scores: Tensor) -> Res
     let inside = hide_padding(builder, common, scores)?;
     match common.shape {
         Shape::Full => Ok(inside),
-        Shape::Triangle | Shape::Causal => hide_later(builder, common, inside),
+        Shape::Triangle => hide_later(builder, common, inside, Corner::First),
+        Shape::Causal => hide_later(builder, common, inside, Corner::Last),
     }
 }
 
@@ -31,14 +32,27 @@ fn hide_padding(builder: &mut Builder, common: &Common, scores: Tensor) -> Resul
     Ok(out)
 }
 
-fn hide_later(builder: &mut Builder, common: &Common, scores: Tensor) -> Result<Tensor, CudaError> {
+/// Where a triangle has its corner.
+enum Corner {
+    /// The first row sees the first key alone.
+    First,
+    /// The last row sees the last key.
+    Last,
+}
+
+fn hide_later(
+    builder: &mut Builder,
+    common: &Common,
+    scores: Tensor,
+    corner: Corner,
+) -> Result<Tensor, CudaError> {
     let layout = common.layouts.scores;
     let [row, key] = [builder.interim(DataType::I32, layout)?, builder.interim(DataType::I32, layout)?];
     builder.index(2, scores, row)?;
     builder.index(3, scores, key)?;
-    let last_key = match common.shape {
-        Shape::Full | Shape::Triangle => row,
-        Shape::Causal => {
+    let last_key = match corner {
+        Corner::First => row,
+        Corner::Last => {
             let [sum, last] =
                 [builder.interim(DataType::I32, layout)?, builder.interim(DataType::I32, layout)?];
             builder.pointwise((Pointwise::Add, DataType::I32), row, Some(common.keys), sum)?;
