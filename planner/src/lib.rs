@@ -28,7 +28,8 @@
 //! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
 //! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot. Where rates are given,
 //! `trade` does this at several tolerances and keeps what takes the least layer time. A [`Profile`] is the cost model: it
-//! predicts what a task takes by its shape ([`Times`] those of a plan).
+//! predicts what a task takes by its shape ([`Times`] those of a plan). [`Speeds`] compares servers by what they have
+//! measured; it enters no plan, only where tasks are placed.
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
@@ -72,6 +73,7 @@ mod profile;
 mod rows;
 mod search;
 mod sheet;
+mod speed;
 mod split;
 mod start;
 mod trade;
@@ -84,4 +86,5 @@ pub use plan::plan;
 pub use policy::{DISTCA_TOLERANCE, Policy, UnknownPolicy, plan_by};
 pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};
 pub use profile::{Grid, Profile, TaskShape, Times};
+pub use speed::{Sample, Speeds};
 pub use traffic::{Pass, Traffic};
