@@ -70,12 +70,15 @@ pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> Stri
 /// What a layer is predicted to take.
 fn predicted(problem: &Problem, traffic: &Traffic, times: &Times) -> String {
     let [forward, backward] = times.busiest();
+    let weights: f64 = problem.slots.iter().map(|slot| slot.weight).sum();
+    let mean = times.device_seconds / weights;
     let mut text = format!(
-        "\npredicted a layer: compute {} ms (forward {}, backward {}) on the busiest server, {:.1}% of all compute time lost to \
-         inefficient shapes",
+        "\npredicted a layer: compute {} ms (forward {}, backward {}) on the busiest server, max / mean {:.4}; {:.1}% of all \
+         compute time lost to inefficient shapes",
         milliseconds(forward + backward),
         milliseconds(forward),
         milliseconds(backward),
+        if mean > 0.0 { (forward + backward) / mean } else { 1.0 },
         100.0 * times.lost(),
     );
     if let Some(rates) = problem.rates {
