@@ -1,13 +1,13 @@
 //! `outboard plan`: reads STEP.json, prints PLAN.json.
 
 use std::io::{IsTerminal, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, plan_by};
+use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, Profile, plan_by};
 
 use crate::step::{PlanFile, Step, read};
 
@@ -26,7 +26,18 @@ pub(crate) struct Args {
     policy: Policy,
     #[arg(long, value_name = "FRACTION", allow_negative_numbers = true, help = TOLERANCE.as_str())]
     tolerance: Option<f64>,
+    #[arg(long, value_name = "PROFILE.json", help = PROFILE.as_str())]
+    profile: Option<PathBuf>,
 }
+
+static PROFILE: LazyLock<String> = LazyLock::new(|| {
+    format!(
+        "How fast a server of speed 1 computes tasks of each shape: a file that `outboard profile` wrote, or one that \
+         comes with this program, {}. Predicted times are shown on standard error, and if the step has bytes_per_second, \
+         layer time is counted by them instead of flops_per_second",
+        Profile::BUILT_IN.join(", ")
+    )
+});
 
 static TOLERANCE: LazyLock<String> = LazyLock::new(|| {
     format!(
@@ -60,12 +71,28 @@ fn with_tolerance(policy: Policy, tolerance: Option<f64>) -> anyhow::Result<(Pol
     }
 }
 
+/// The profile of that name, or else in that file.
+fn profile(asked: &Path) -> anyhow::Result<Profile> {
+    match asked.to_str().and_then(Profile::built_in) {
+        Some(profile) => Ok(profile),
+        None => crate::profile::read(asked).with_context(|| {
+            let names = Profile::BUILT_IN.join(", ");
+            format!("--profile takes a file or one of {names}")
+        }),
+    }
+}
+
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let Args { step, output, policy, tolerance } = args;
+    let Args { step, output, policy, tolerance, profile: asked } = args;
     let balance = policy == Policy::Outboard && tolerance.is_some();
     let (policy, tolerance) = with_tolerance(policy, tolerance)?;
-    let Step { mut problem, servers, documents, unused, .. } = read(&step)?;
+    let profile = asked.as_deref().map(profile).transpose()?;
+    let Step { mut problem, servers, documents, flops_per_second, mut unused } = read(&step)?;
     problem.tolerance = tolerance;
+    problem.profile = profile;
+    if problem.profile.is_some() && problem.rates.is_some() && flops_per_second.is_some() {
+        unused.push("flops_per_second is not used: --profile says how fast servers compute".to_owned());
+    }
     if balance {
         problem.rates = None;
     }
@@ -75,7 +102,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let plan = plan_by(&problem, policy).with_context(|| format!("cannot plan {}", step.display()))?;
     let plan_seconds = started.elapsed().as_secs_f64();
-    if std::io::stderr().is_terminal() {
+    // Whoever gives a profile asks for what it predicts, wherever that goes.
+    if problem.profile.is_some() || std::io::stderr().is_terminal() {
         eprintln!("{}", summary::table(&problem, &plan, &servers));
     }
     let plan = PlanFile::new(&plan, &servers, &documents, plan_seconds);

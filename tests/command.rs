@@ -275,6 +275,86 @@ fn slow_links_keep_work_at_home_unless_a_tolerance_is_asked_for() {
 }
 
 #[test]
+fn a_profile_says_how_long_a_plan_takes() {
+    let folder = temporary_folder();
+    let [step, file] = ["step.json", "PROFILE.json"].map(|name| folder.path().join(name));
+    let document = |rank: u64, tokens: u64| json!({ "id": rank, "tokens": tokens, "home": [{ "rank": rank, "start": 0, "end": tokens }] });
+    let content = |more: Value| {
+        let mut content = json!({
+            "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+            "servers": [{ "id": 0, "rank": 0 }, { "id": 1, "rank": 1 }],
+            "documents": [document(0, 9001), document(1, 700)],
+        });
+        content.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        std::fs::write(&step, content.to_string()).unwrap();
+    };
+    let grid = |direction: &str, efficiency: f64| {
+        json!({ "direction": direction, "dtype": "bf16", "head_dim": 64, "rows": [1], "keys": [1],
+            "efficiency": [[efficiency]] })
+    };
+    let sound = json!({ "device": "test", "kernel_revision": "1", "peak_flops_per_second": 1e12,
+        "grids": [grid("forward", 0.5), grid("backward", 0.25)], "task_overhead_seconds": 0 });
+    let write = |profile: &Value| std::fs::write(&file, profile.to_string()).unwrap();
+    let plan = |profile: &str| {
+        let (plan, said) = outboard_says(&["plan", step.to_str().unwrap(), "--profile", profile]);
+        let plan: Value = serde_json::from_str(&plan).unwrap();
+        (plan["tasks"].clone(), said)
+    };
+    let file_name = file.to_str().unwrap();
+
+    content(json!({}));
+    write(&sound);
+    let (tasks, said) = plan(file_name);
+    let plain: Value = serde_json::from_str(&outboard(&["plan", step.to_str().unwrap()])).unwrap();
+    assert_eq!(tasks, plain["tasks"], "without links a profile changes no plan");
+    // 1 of 3.5 parts of the FLOPs take 2 at half of the peak, the rest 10 at a quarter.
+    for part in ["compute ms", "predicted a layer: compute ", "70.8% of all compute time lost"] {
+        assert!(said.contains(part), "{part:?} is missing in: {said}");
+    }
+    assert!(!said.contains("layer time"), "{said}");
+    for name in ["cpu", "h100", "h200"] {
+        assert!(plan(name).1.contains("predicted a layer"), "{name}");
+    }
+
+    // Work moves over links this slow where the profile's device computes it, and not where the step's would.
+    content(json!({ "bytes_per_second": 1e7, "flops_per_second": 1e16 }));
+    let moved = |tasks: &Value| {
+        let tasks = tasks.as_array().unwrap().iter();
+        tasks.filter(|task| task["document"] == 0 && task["server"] == 1).count()
+    };
+    let fast: Value = serde_json::from_str(&outboard(&["plan", step.to_str().unwrap()])).unwrap();
+    assert_eq!(moved(&fast["tasks"]), 0);
+    let slow = json!({ "peak_flops_per_second": 1e10 });
+    let mut device = sound.clone();
+    device.as_object_mut().unwrap().extend(slow.as_object().unwrap().clone());
+    write(&device);
+    let (tasks, said) = plan(file_name);
+    assert!(moved(&tasks) > 0);
+    assert!(said.contains("flops_per_second is not used") && said.contains("; layer time "), "{said}");
+
+    let refused = |profile: &str, parts: &[&str]| {
+        let message = outboard_fails(&["plan", step.to_str().unwrap(), "--profile", profile]);
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is missing in: {message}");
+        }
+    };
+    for (field, value, says) in [
+        ("/grids/1/efficiency/0/0", json!(1.5), "profile.grids[1].efficiency[0][0] is 1.5"),
+        ("/grids/0/dtype", json!("f8"), "profile.grids[0].dtype"),
+        ("/task_overhead_seconds", json!("none"), "\"none\""),
+        ("/grids/0", json!({ "speed": 1 }), "unknown field `speed`"),
+    ] {
+        let mut bad = sound.clone();
+        *bad.pointer_mut(field).unwrap() = value;
+        write(&bad);
+        refused(file_name, &[file_name, says]);
+    }
+    std::fs::write(&file, "{").unwrap();
+    refused(file_name, &[file_name, "not a valid profile"]);
+    refused("h300", &["h300", "cpu, h100, h200"]);
+}
+
+#[test]
 fn the_plan_benchmark_judges_every_step_whole_and_as_a_lane() {
     let folder = temporary_folder();
     let write =

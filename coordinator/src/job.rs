@@ -8,6 +8,7 @@ use std::time::Instant;
 use outboard_attention::{Document, HeadGeometry};
 use outboard_proto::ErrorKind;
 
+use crate::pace::Pace;
 use crate::placement::{Assignment, Takers, assign};
 use crate::planning::{PlanInput, PlannedStep};
 use crate::pool::{Candidate, Gone, Pool};
@@ -73,11 +74,24 @@ struct Run {
     assignment: Assignment,
     plan_epoch: u64,
     times: RunTimes,
+    pace: Pace,
 }
 
 impl Run {
     fn stuck(&self, now: Instant) -> Option<Error> {
         self.steps.stuck(&self.footing.numerics_id, now)
+    }
+
+    /// Notes which servers are slow now, and says which have become so or are so no longer.
+    fn compare_servers(&mut self, job: &str) {
+        let slow = self.pace.slow();
+        for (server, speed) in slow.iter().filter(|(id, _)| !self.times.slow.contains_key(id)) {
+            tracing::warn!(job, %server, speed, "server is slower than the others and gives tasks to them");
+        }
+        for server in self.times.slow.keys().filter(|id| !slow.contains_key(id)) {
+            tracing::info!(job, %server, "server is as fast as the others again");
+        }
+        self.times.slow = slow;
     }
 }
 
@@ -232,6 +246,7 @@ impl Job {
             assignment: Assignment::default(),
             plan_epoch: 0,
             times: RunTimes::default(),
+            pace: Pace::new(self.terms.ranks),
         }));
         self.heard = now;
     }
@@ -304,6 +319,7 @@ impl Job {
                 .map(|&(id, _)| id)
                 .collect(),
         };
+        run.pace.retain(takes);
         let assignment = assign(&run.footing.slots, &run.assignment, &takers)?;
         let (step, submissions) = run.steps.next_complete(now)?;
         if assignment != run.assignment {
@@ -322,6 +338,7 @@ impl Job {
             assignment,
             plan_epoch: run.plan_epoch,
             servers,
+            slow: run.pace.slow(),
             tolerance: options.tolerance,
         })
     }
@@ -329,7 +346,16 @@ impl Job {
     /// Answers all who wait for a step; a step that cannot be planned ends the run.
     pub(crate) fn planned(&mut self, step: u64, plan: Result<PlannedStep, Error>, now: Instant) {
         match (plan, &mut self.phase) {
-            (Ok(plan), Phase::Running(run)) => run.steps.planned(step, Arc::new(plan)),
+            (Ok(mut plan), Phase::Running(run)) => {
+                run.pace.planned(step, std::mem::take(&mut plan.given));
+                if plan.corrected > 0 {
+                    run.times.corrected_steps += 1;
+                    run.times.corrected_tasks += plan.corrected;
+                    let tasks = plan.corrected;
+                    tracing::info!(job = %self.name, step, tasks, "slow servers give tasks to others");
+                }
+                run.steps.planned(step, Arc::new(plan));
+            }
             (Err(error), Phase::Running(_)) => self.fail(error, now),
             _ => {}
         }
@@ -349,8 +375,12 @@ impl Job {
         pool: &Pool,
         now: Instant,
     ) -> Result<Vec<ServerId>, Error> {
+        let name = self.name.clone();
         let run = self.run_of(report.rank, now)?;
         run.times.note(report);
+        if run.pace.reported(report) {
+            run.compare_servers(&name);
+        }
         let lost: BTreeSet<ServerId> = report.servers.iter().filter(|s| s.lost).map(|s| s.server).collect();
         // A rank can only give up servers that its plans may name.
         Ok(lost.into_iter().filter(|&id| pool.serves(id, &self.name)).collect())

@@ -8,11 +8,13 @@
 
 #![forbid(unsafe_code)]
 
+mod correction;
 mod documents;
 mod handle;
 mod job;
 mod jobs;
 mod options;
+mod pace;
 mod placement;
 mod planning;
 mod pool;

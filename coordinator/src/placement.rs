@@ -3,7 +3,7 @@
 //! Cuts belong to the job, placement to the pool: tasks and their slots come from the plan and never change here. An
 //! in-place slot belongs to its rank's server. A dedicated slot keeps its server while that takes tasks; else a
 //! dedicated server without a slot takes over. A slot without a server is spread, task by task, largest first, each to
-//! the server with the least work over weight in that tick.
+//! the server with the least work over weight in that tick. `correction` then takes tasks from servers that are slow.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -30,7 +30,7 @@ pub(crate) struct Takers {
 }
 
 /// What placement needs to know of a task.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Load {
     /// Its nano-batch.
     pub(crate) tick: u32,
@@ -38,6 +38,8 @@ pub(crate) struct Load {
     pub(crate) slot: u32,
     /// Its work, in cells.
     pub(crate) cells: u64,
+    /// Its work as predicted, in seconds of a device of speed 1: finite and above zero.
+    pub(crate) work: f64,
 }
 
 /// Fills slots with servers, as before where those still take tasks. `None` when nobody does.
@@ -198,7 +200,7 @@ mod tests {
                     let mut left = 2520;
                     while left > 0 {
                         let cells = left.min(2520 / count);
-                        loads.push(Load { tick, slot: slot as u32, cells });
+                        loads.push(Load { tick, slot: slot as u32, cells, work: cells as f64 });
                         left -= cells;
                     }
                 }
@@ -242,7 +244,7 @@ mod tests {
     fn heavier_servers_take_more() {
         let light = SlotSpec::of(None);
         let slots = [SlotSpec { weight: 3.0, ..light }, light, light];
-        let loads: Vec<Load> = (0..40).map(|_| Load { tick: 0, slot: 2, cells: 10 }).collect();
+        let loads: Vec<Load> = (0..40).map(|_| Load { tick: 0, slot: 2, cells: 10, work: 10.0 }).collect();
         let assignment = Assignment {
             slots: vec![Some(server(1)), Some(server(2)), None],
             spread: vec![server(1), server(2)],

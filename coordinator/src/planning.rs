@@ -4,9 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use outboard_attention::{Document, DocumentId, HeadGeometry, Mask, PlannedTask, StepPlan};
-use outboard_planner::{Loads, Problem, Traffic, plan};
+use outboard_attention::{Direction, Document, DocumentId, HeadGeometry, Mask, PlannedTask, StepPlan};
+use outboard_planner::{Loads, Problem, Profile, TaskShape, Traffic, plan};
 
+use crate::correction::{Power, relieve};
+use crate::pace::Given;
 use crate::placement::{Assignment, Load, place};
 use crate::pool::Candidate;
 use crate::server::ServerId;
@@ -39,6 +41,8 @@ pub(crate) struct PlanInput {
     pub(crate) plan_epoch: u64,
     /// The servers that take the job's tasks, in order of id.
     pub(crate) servers: Vec<Candidate>,
+    /// Of these the ones that are clearly slower than the others, each with its speed relative to them.
+    pub(crate) slow: BTreeMap<ServerId, f64>,
     /// How far the busiest slot may lie above the mean, as a fraction of it.
     pub(crate) tolerance: f64,
 }
@@ -84,6 +88,10 @@ pub struct PlannedStep {
     pub servers: Vec<Candidate>,
     /// Facts about the whole.
     pub summary: Summary,
+    /// How many tasks are not on their slot's server because that is slow.
+    pub corrected: u64,
+    /// What each server is given.
+    pub(crate) given: BTreeMap<ServerId, Given>,
     of_rank: BTreeMap<u32, Vec<usize>>,
 }
 
@@ -109,7 +117,7 @@ pub(crate) fn plan_step(input: &PlanInput) -> Result<PlannedStep, Error> {
             Error::internal(format!("{}: the planner made a wrong plan, please report it: {e}", place_name()))
         })?;
     }
-    let tasks = placed_tasks(input, &step, documents)?;
+    let Placed { tasks, corrected, given } = placed_tasks(input, &step, documents)?;
     let summary = summary(input, &step, &problem);
     let by_id: BTreeMap<DocumentId, &Document> = documents.iter().map(|d| (d.id(), d)).collect();
     let mut of_rank: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
@@ -123,7 +131,8 @@ pub(crate) fn plan_step(input: &PlanInput) -> Result<PlannedStep, Error> {
         }
     }
     let summary = Summary { plan_seconds: began.elapsed().as_secs_f64(), ..summary };
-    Ok(PlannedStep { plan_epoch: input.plan_epoch, tasks, servers: input.servers.clone(), summary, of_rank })
+    let (plan_epoch, servers) = (input.plan_epoch, input.servers.clone());
+    Ok(PlannedStep { plan_epoch, tasks, servers, summary, corrected, given, of_rank })
 }
 
 /// The check compares all pairs of a document's tasks, which is dear for long documents on many slots.
@@ -135,19 +144,35 @@ fn worth_checking(step: &StepPlan) -> bool {
     cfg!(debug_assertions) || counts.values().map(|n| n * n / 2).sum::<usize>() <= MAX_CHECKED_PAIRS
 }
 
-fn placed_tasks(
-    input: &PlanInput,
-    step: &StepPlan,
-    documents: &[Document],
-) -> Result<Vec<PlacedTask>, Error> {
+/// Tasks on their servers.
+struct Placed {
+    tasks: Vec<PlacedTask>,
+    corrected: u64,
+    given: BTreeMap<ServerId, Given>,
+}
+
+fn placed_tasks(input: &PlanInput, step: &StepPlan, documents: &[Document]) -> Result<Placed, Error> {
     let kv_heads = input.geometry.kv_heads();
     let masks: BTreeMap<DocumentId, Mask> = documents.iter().map(|d| (d.id(), d.mask(kv_heads))).collect();
-    let cells = |task: &PlannedTask| {
-        masks.get(&task.document).map_or(0, |m| m.clip(task.q, task.kv, task.kv_heads).cells())
+    let profile = profile(&input.footing.numerics_id);
+    let load = |(tick, task): (u32, &PlannedTask)| {
+        let mask = masks.get(&task.document);
+        let cells = mask.map_or(0, |m| m.clip(task.q, task.kv, task.kv_heads).cells());
+        Load { tick, slot: task.slot, cells, work: work(input, profile.as_ref(), task, cells) }
     };
-    let loads: Vec<Load> =
-        step.tasks().map(|(tick, task)| Load { tick, slot: task.slot, cells: cells(task) }).collect();
-    let servers = place(&loads, &input.footing.slots, &input.assignment);
+    let loads: Vec<Load> = step.tasks().map(load).collect();
+    let mut servers = place(&loads, &input.footing.slots, &input.assignment);
+    let takers = input.servers.iter().map(|(id, _)| *id);
+    let powers = Power::of_all(takers, &input.footing.slots, &input.assignment, &input.slow);
+    let corrected = relieve(&loads, &powers, &mut servers);
+    let mut given: BTreeMap<ServerId, Given> = BTreeMap::new();
+    for (load, id) in loads.iter().zip(&servers) {
+        if let Some((id, power)) = id.and_then(|id| Some((id, powers.get(&id)?))) {
+            let given = given.entry(id).or_default();
+            given.tasks += 1;
+            given.seconds += load.work / power.weight;
+        }
+    }
     let placed = step.tasks().zip(servers).map(|((tick, &task), server)| {
         let nobody = || {
             Error::internal(format!(
@@ -157,7 +182,21 @@ fn placed_tasks(
         };
         Ok(PlacedTask { tick, task, server: server.ok_or_else(nobody)? })
     });
-    placed.collect()
+    Ok(Placed { tasks: placed.collect::<Result<_, Error>>()?, corrected, given })
+}
+
+/// A profile of servers of this numerics id. They are compared with each other only, so that any like them will do.
+fn profile(numerics_id: &str) -> Option<Profile> {
+    Profile::built_in(if numerics_id.starts_with("cuda") { "h200" } else { "cpu" })
+}
+
+/// Predicted seconds of a task of so many cells, forward and backward.
+fn work(input: &PlanInput, profile: Option<&Profile>, task: &PlannedTask, cells: u64) -> f64 {
+    let geometry = &input.geometry;
+    let rows = task.q.len().saturating_mul(geometry.group());
+    let shape = TaskShape { rows, keys: task.kv.len(), cells };
+    let passes = [Direction::Forward, Direction::Backward];
+    profile.map_or(cells.max(1) as f64, |p| passes.map(|pass| p.seconds(geometry, pass, shape)).iter().sum())
 }
 
 fn summary(input: &PlanInput, step: &StepPlan, problem: &Problem) -> Summary {

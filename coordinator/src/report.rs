@@ -1,4 +1,4 @@
-//! What ranks report of finished steps. Kept for the correction of the cost model; it never changes a cut.
+//! What ranks report of finished steps. It may change where tasks are placed (`pace`), and never a cut.
 
 use std::collections::BTreeMap;
 
@@ -41,13 +41,19 @@ pub struct ServerReport {
     pub lost: bool,
 }
 
-/// The last times that a run's ranks reported.
+/// The last times that a run's ranks reported, and what followed of all of them.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct RunTimes {
     /// By rank.
     pub ranks: BTreeMap<u32, RankTimes>,
     /// By server, summed over the ranks that reported its last step.
     pub servers: BTreeMap<ServerId, ServerTimes>,
+    /// The servers that are clearly slower than the others, each with its speed relative to them.
+    pub slow: BTreeMap<ServerId, f64>,
+    /// Steps in which slow servers gave tasks to others.
+    pub corrected_steps: u64,
+    /// The tasks that they gave, of one layer and direction.
+    pub corrected_tasks: u64,
 }
 
 /// A rank's last reported step.

@@ -53,6 +53,14 @@ pub enum PlanError {
         /// Its value.
         rate: f64,
     },
+    /// A device's profile that makes no sense.
+    #[error("profile.{field} {what}")]
+    BadProfile {
+        /// Which field of the profile.
+        field: String,
+        /// What it is, and what it must be.
+        what: String,
+    },
     /// A tolerance that is negative or not a number, or above one.
     #[error("tolerance is {tolerance}; it must be between 0 and 1")]
     BadTolerance {

@@ -11,9 +11,9 @@
 //! # What is guaranteed
 //! - Every cell of every document lies in exactly one task ([`outboard_attention::StepPlan::check`]); no task is
 //!   empty, and no task's queries or keys reach beyond the first and last that its part of the mask uses.
-//! - The plan is a function of documents, homes, geometry, slots, tolerance and rates. The order in which documents come
-//!   does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations, so
-//!   any machine makes the same plan. Measured speeds and membership are no input.
+//! - The plan is a function of documents, homes, geometry, slots, tolerance, rates and profile. The order in which documents
+//!   come does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations,
+//!   so any machine makes the same plan. Measured speeds and membership are no input.
 //! - Cuts are by query rows and by kv heads, never by keys. Rows are cut at multiples of 128 tokens, or of 64, 32 and
 //!   so on where a block of 128 is too much work to balance. Without rates, balance is then within
 //!   the tolerance or one row.
@@ -27,7 +27,9 @@
 //! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split`
 //! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
 //! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot. Where rates are given,
-//! `trade` does this at several tolerances and keeps what takes the least layer time.
+//! `trade` does this at several tolerances and keeps what takes the least layer time. A [`Profile`] is the cost model: it
+//! predicts what a task takes by its shape ([`Times`] those of a plan). [`Speeds`] compares servers by what they have
+//! measured; it enters no plan, only where tasks are placed.
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
@@ -68,9 +70,11 @@ mod loads;
 mod plan;
 mod policy;
 mod problem;
+mod profile;
 mod rows;
 mod search;
 mod sheet;
+mod speed;
 mod split;
 mod start;
 mod trade;
@@ -83,4 +87,6 @@ pub use loads::Loads;
 pub use plan::plan;
 pub use policy::{DISTCA_TOLERANCE, Policy, UnknownPolicy, plan_by};
 pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};
+pub use profile::{Grid, Profile, TaskShape, Times};
+pub use speed::{Sample, Speeds};
 pub use traffic::{Pass, Traffic};

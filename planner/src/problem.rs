@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use outboard_attention::{Document, HeadGeometry};
 
-use crate::{PlanError, Rates};
+use crate::{PlanError, Profile, Rates};
 
 /// The tolerance of a problem that names none: the busiest slot within 1% of the mean.
 pub const DEFAULT_TOLERANCE: f64 = 0.01;
@@ -52,12 +52,15 @@ pub struct Problem {
     /// links leave work at home, fast ones spread it evenly. Without, the plan balances within the tolerance, and moves
     /// the fewest bytes that allow it.
     pub rates: Option<Rates>,
+    /// How long a device of speed 1 takes for tasks of each shape. Where given, layer time is counted by it, and not by
+    /// the rates' FLOPs a second. It changes nothing else: without rates the plan is the same.
+    pub profile: Option<Profile>,
 }
 
 impl Problem {
     /// A problem with the [`DEFAULT_TOLERANCE`].
     pub fn new(geometry: HeadGeometry, documents: Vec<Document>, slots: Vec<Slot>) -> Problem {
-        Problem { geometry, documents, slots, tolerance: DEFAULT_TOLERANCE, rates: None }
+        Problem { geometry, documents, slots, tolerance: DEFAULT_TOLERANCE, rates: None, profile: None }
     }
 
     /// Checks that the problem can be planned.

@@ -3,11 +3,12 @@
 
 use std::collections::BTreeMap;
 
-use outboard_attention::{PlannedTask, Span};
+use outboard_attention::{Direction, PlannedTask, Span};
 
 use crate::judge::needs::needs;
 use crate::judge::pieces::{Piece, Shelf};
 use crate::plan::{Effort, Tick};
+use crate::profile::{flops, predicted};
 use crate::sheet::Strip;
 use crate::traffic::Ports;
 use crate::{PassVerdict, Rates};
@@ -63,10 +64,17 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
     if seconds(tick, rates, &still) < best.0 { still } else { best.2 }
 }
 
-/// Seconds of computing, forward and backward, of a slot with so many times the mean work.
+/// Seconds of computing, forward and backward, of a slot with so many times the mean work; with a profile, at least so
+/// many.
 fn computing(tick: &Tick<'_>, rates: Rates, over_mean: f64) -> f64 {
     let weights: f64 = tick.problem.slots.iter().map(|slot| slot.weight).sum();
     let geometry = &tick.problem.geometry;
+    if let Some(profile) = &tick.problem.profile {
+        let pass = |direction| {
+            flops(geometry, direction, tick.cells) / profile.highest_flops_per_second(geometry, direction)
+        };
+        return (pass(Direction::Forward) + pass(Direction::Backward)) / weights * over_mean;
+    }
     let flops = geometry.forward_flops(1) + geometry.backward_flops(1);
     flops * tick.cells as f64 / weights * over_mean / rates.flops_per_second
 }
@@ -77,11 +85,14 @@ fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
     let slots = held.iter().zip(&tick.problem.slots);
     let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);
     let [forward, backward] = busiest_links(tick, held);
-    let pass = |bytes: u64, flops_a_cell: f64| {
-        PassVerdict { bytes: 0, busiest: bytes, flops: busiest * flops_a_cell }.seconds(rates)
+    let predicted = tick.problem.profile.as_ref().map(|profile| predicted(tick, profile, held));
+    let pass = |bytes: u64, flops_a_cell: f64, n: usize| {
+        let flops = busiest * flops_a_cell;
+        let predicted = predicted.map(|passes| passes[n]);
+        PassVerdict { bytes: 0, busiest: bytes, flops, predicted }.seconds(rates)
     };
     let geometry = &tick.problem.geometry;
-    pass(forward, geometry.forward_flops(1)) + pass(backward, geometry.backward_flops(1))
+    pass(forward, geometry.forward_flops(1), 0) + pass(backward, geometry.backward_flops(1), 1)
 }
 
 /// Bytes of the busiest link, forward and backward.

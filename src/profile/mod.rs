@@ -3,19 +3,21 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod file;
 
-use std::io::{ErrorKind, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, ensure};
+use anyhow::ensure;
 use outboard_attention::kernel::Isa;
 use outboard_attention::{BandSlice, DType, Direction, DocumentId, MAX_TOKENS, Mask, MaskPart, Span, Task};
-use serde::Serialize;
 
 use crate::bench::kernel::args::{direction, isa};
 use crate::bench::kernel::show::rounded;
 use crate::cuda::CudaArgs;
 use crate::device::Device;
+use file::{Grid, Profile, write};
+
+pub(crate) use file::read;
 
 /// Arguments of `outboard profile`.
 #[derive(Debug, clap::Args)]
@@ -54,6 +56,9 @@ pub(crate) struct Args {
     cuda: CudaArgs,
 }
 
+/// The least that is written.
+const LEAST_EFFICIENCY: f64 = 1e-5;
+
 /// What is measured, and at which sizes.
 struct Axes {
     directions: Vec<Direction>,
@@ -62,30 +67,6 @@ struct Axes {
     rows: Vec<usize>,
     keys: Vec<usize>,
     repeats: u32,
-}
-
-/// What is written. A task takes `flops / (peak_flops_per_second * efficiency) + task_overhead_seconds`.
-#[derive(Debug, Serialize)]
-struct Profile {
-    device: String,
-    kernel_revision: String,
-    /// Of a CPU that of all threads, by the element type that has the highest; of a GPU what the fastest size reached.
-    /// Efficiencies of all are fractions of it.
-    peak_flops_per_second: f64,
-    grids: Vec<Grid>,
-    /// Of the device: what each of many tasks of one cell costs, in the cheaper direction.
-    task_overhead_seconds: f64,
-}
-
-#[derive(Debug, Serialize)]
-struct Grid {
-    direction: String,
-    dtype: String,
-    head_dim: usize,
-    rows: Vec<usize>,
-    keys: Vec<usize>,
-    /// For each number of rows, one for each of keys.
-    efficiency: Vec<Vec<f64>>,
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
@@ -153,7 +134,8 @@ fn of_one_peak(measured: Vec<(f64, Vec<Grid>)>) -> Vec<Grid> {
     for (peak, grids) in measured {
         for mut grid in grids {
             for efficiency in grid.efficiency.iter_mut().flatten() {
-                *efficiency = rounded((*efficiency * peak / highest).min(1.0), 5);
+                // Whoever reads a profile divides by it.
+                *efficiency = rounded((*efficiency * peak / highest).min(1.0), 5).max(LEAST_EFFICIENCY);
             }
             all.push(grid);
         }
@@ -164,19 +146,6 @@ fn of_one_peak(measured: Vec<(f64, Vec<Grid>)>) -> Vec<Grid> {
 /// The kernel's revision, as the end of a numerics id has it.
 fn revision(numerics_id: &str) -> String {
     numerics_id.rsplit_once("-r").map_or(numerics_id, |(_, revision)| revision).to_owned()
-}
-
-fn write(out: &Path, profile: &Profile) -> anyhow::Result<()> {
-    let mut json = serde_json::to_vec(profile).context("cannot encode the profile")?;
-    json.push(b'\n');
-    if out != Path::new("-") {
-        return std::fs::write(out, json).with_context(|| format!("cannot write {}", out.display()));
-    }
-    match std::io::stdout().write_all(&json) {
-        // Whoever read the profile has seen enough.
-        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
-        outcome => outcome.context("cannot write the profile to standard output"),
-    }
 }
 
 impl Grid {
@@ -225,5 +194,6 @@ mod tests {
         let grids = of_one_peak(vec![(1e9, vec![grid(0.8)]), (2e9, vec![grid(0.6)])]);
         let efficiencies: Vec<_> = grids.iter().map(|grid| grid.efficiency[0][0]).collect();
         assert_eq!(efficiencies, [0.4, 0.6]);
+        assert!(of_one_peak(vec![(1e9, vec![grid(1e-9)])])[0].efficiency[0][0] > 0.0);
     }
 }

@@ -14,7 +14,7 @@ mod tiles;
 use outboard_attention::{Document, HeadGeometry, StepPlan};
 
 use crate::traffic::{Ports, Traffic};
-use crate::{Loads, Problem};
+use crate::{Loads, Problem, Times};
 
 pub use fault::Fault;
 pub use tiles::TILE;
@@ -57,6 +57,8 @@ pub struct PassVerdict {
     pub busiest: u64,
     /// FLOPs over weight of the busiest slot.
     pub flops: f64,
+    /// Seconds of computing on the busiest slot, where the problem's profile predicts them.
+    pub predicted: Option<f64>,
 }
 
 /// How fast slots compute and links carry.
@@ -76,9 +78,9 @@ impl Default for Rates {
 }
 
 impl PassVerdict {
-    /// Seconds of computing on the busiest slot.
+    /// Seconds of computing on the busiest slot: as predicted, or else its FLOPs at the rate.
     pub fn compute_seconds(&self, rates: Rates) -> f64 {
-        self.flops / rates.flops_per_second
+        self.predicted.unwrap_or(self.flops / rates.flops_per_second)
     }
 
     /// Seconds that the busiest link is in use.
@@ -116,7 +118,12 @@ pub fn judge(plan: &StepPlan, problem: &Problem) -> Result<Verdict, Fault> {
         }
         traffic.append(&moved);
     }
-    Ok(count.verdict(problem, plan.tasks().count(), &traffic))
+    let mut verdict = count.verdict(problem, plan.tasks().count(), &traffic);
+    if let Some(profile) = &problem.profile {
+        let [forward, backward] = Times::planned(plan, problem, profile).busiest().map(Some);
+        (verdict.forward.predicted, verdict.backward.predicted) = (forward, backward);
+    }
+    Ok(verdict)
 }
 
 /// What is counted on the way.
@@ -183,6 +190,7 @@ impl Count {
             bytes,
             busiest,
             flops: worst(&self.cells) * flops_per_cell,
+            predicted: None,
         };
         let Traffic { forward, backward } = traffic;
         Verdict {

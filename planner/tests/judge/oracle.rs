@@ -115,7 +115,7 @@ pub fn figures(problem: &Problem, plan: &StepPlan, work: &[BTreeSet<Cell>]) -> V
             most += ports.into_iter().flatten().max().unwrap_or(0);
         }
         let per_cell = if backward { geometry.backward_flops(1) } else { geometry.forward_flops(1) };
-        PassVerdict { bytes: all, busiest: most, flops: worst(&cells) * per_cell }
+        PassVerdict { bytes: all, busiest: most, flops: worst(&cells) * per_cell, predicted: None }
     });
     Verdict {
         max_over_mean: ratio(worst(&cells), total),

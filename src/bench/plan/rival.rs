@@ -132,6 +132,7 @@ impl Entry {
             bytes: lane(gigabytes * 1e9),
             busiest: lane(megabytes * 1e6),
             flops: ours_of_pass.flops * self.max_over_mean / ours.max_over_mean,
+            predicted: None,
         };
         [
             pass(self.forward_gb, self.busiest_mb, &ours.forward),

@@ -1,0 +1,111 @@
+//! Predicted times of a whole plan.
+
+use std::collections::BTreeMap;
+
+use outboard_attention::{Direction, DocumentId, PlannedTask, StepPlan};
+
+use super::{Profile, TaskShape, flops};
+use crate::Problem;
+use crate::judge::pieces::Shelf;
+use crate::plan::Tick;
+use crate::sheet::Strip;
+use crate::split::split;
+
+/// Predicted seconds that slots compute in one layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Times {
+    /// `forward[n][slot]`, ticks in order of their numbers: the tasks of a slot one after the other, over its weight.
+    pub forward: Vec<Vec<f64>>,
+    /// The same of the backward pass.
+    pub backward: Vec<Vec<f64>>,
+    /// What all tasks of both passes take on one device of speed 1.
+    pub device_seconds: f64,
+    /// What their FLOPs alone would take there at its peak.
+    pub peak_seconds: f64,
+}
+
+impl Times {
+    /// The times that `profile` predicts for `plan`. Tasks of documents or slots that the problem does not have take
+    /// none.
+    pub fn planned(plan: &StepPlan, problem: &Problem, profile: &Profile) -> Times {
+        let Problem { geometry, documents, slots, .. } = problem;
+        let shelves: BTreeMap<DocumentId, Shelf> =
+            documents.iter().map(|d| (d.id(), Shelf::new(&d.mask(geometry.kv_heads())))).collect();
+        let mut times =
+            Times { forward: Vec::new(), backward: Vec::new(), device_seconds: 0.0, peak_seconds: 0.0 };
+        for tick in &plan.ticks {
+            let mut passes = [vec![0.0; slots.len()], vec![0.0; slots.len()]];
+            for task in &tick.tasks {
+                let (Some(slot), Some(shelf)) = (slots.get(task.slot as usize), shelves.get(&task.document))
+                else {
+                    continue;
+                };
+                let shape = shape(task, shelf, geometry.group());
+                for (direction, pass) in DIRECTIONS.into_iter().zip(&mut passes) {
+                    let seconds = profile.seconds(geometry, direction, shape);
+                    times.device_seconds += seconds;
+                    times.peak_seconds +=
+                        flops(geometry, direction, shape.cells) / profile.peak_flops_per_second();
+                    pass[task.slot as usize] += seconds / slot.weight;
+                }
+            }
+            let [forward, backward] = passes;
+            times.forward.push(forward);
+            times.backward.push(backward);
+        }
+        times
+    }
+
+    /// Seconds of the busiest slot, forward and backward: the maximum of each tick, summed.
+    pub fn busiest(&self) -> [f64; 2] {
+        [&self.forward, &self.backward].map(|ticks| ticks.iter().map(|tick| most(tick)).sum())
+    }
+
+    /// Seconds of each slot, of all ticks and both passes.
+    pub fn totals(&self) -> Vec<f64> {
+        let mut totals = vec![0.0; self.forward.first().map_or(0, Vec::len)];
+        for tick in self.forward.iter().chain(&self.backward) {
+            for (total, seconds) in totals.iter_mut().zip(tick) {
+                *total += seconds;
+            }
+        }
+        totals
+    }
+
+    /// The share of device time that is lost to shapes and overhead: 0 at peak, up to 1.
+    pub fn lost(&self) -> f64 {
+        if self.device_seconds > 0.0 { 1.0 - self.peak_seconds / self.device_seconds } else { 0.0 }
+    }
+}
+
+const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Backward];
+
+fn most(seconds: &[f64]) -> f64 {
+    seconds.iter().copied().fold(0.0, f64::max)
+}
+
+fn shape(task: &PlannedTask, shelf: &Shelf, group: usize) -> TaskShape {
+    let rows = task.q.len().saturating_mul(group);
+    TaskShape { rows, keys: task.kv.len(), cells: shelf.piece(task).cells() }
+}
+
+/// Seconds of the busiest slot, forward and backward, if slots held these strips and computed them in pieces.
+pub(crate) fn predicted(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Strip>]) -> [f64; 2] {
+    let geometry = &tick.problem.geometry;
+    let mut longest = [0.0f64; 2];
+    for (strips, slot) in held.iter().zip(&tick.problem.slots) {
+        let shapes: Vec<TaskShape> = split(&tick.sheets, &mut strips.clone())
+            .iter()
+            .filter_map(|piece| {
+                let keys = tick.sheets.get(piece.sheet)?.keys(piece.q).len();
+                let rows = piece.q.len().saturating_mul(geometry.group());
+                Some(TaskShape { rows, keys, cells: piece.cells() })
+            })
+            .collect();
+        for (direction, longest) in DIRECTIONS.into_iter().zip(&mut longest) {
+            let seconds: f64 = shapes.iter().map(|shape| profile.seconds(geometry, direction, *shape)).sum();
+            *longest = longest.max(seconds / slot.weight);
+        }
+    }
+    longest
+}
