@@ -26,7 +26,8 @@
 //! where there is room; `balance` decides who gives how much to whom, at first greedily, then by a `search` that deals
 //! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split`
 //! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
-//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot. Where rates are given,
+//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot, [`Flow`] those of
+//! each home and slot. Where rates are given,
 //! `trade` does this at several tolerances and keeps what takes the least layer time.
 //!
 //! # Rivals
@@ -61,6 +62,7 @@ mod balance;
 mod cost;
 mod cut;
 mod error;
+mod flows;
 mod group;
 mod judge;
 mod loads;
@@ -76,6 +78,7 @@ mod trade;
 mod traffic;
 
 pub use error::PlanError;
+pub use flows::{Carried, Flow};
 pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;
