@@ -49,9 +49,7 @@ fn flows_add_up(problem: &Problem, plan: &StepPlan, traffic: &Traffic) {
     let flows = Flow::of(plan, problem);
     assert!(flows.windows(2).all(|pair| (pair[0].rank, pair[0].slot) < (pair[1].rank, pair[1].slot)));
     assert!(flows.iter().all(|f| f.total() > 0 && problem.slots[f.slot].rank != Some(f.rank)));
-    let passes: [(&Pass, fn(&Flow) -> Carried); 2] =
-        [(&traffic.forward, |f| f.forward), (&traffic.backward, |f| f.backward)];
-    for (pass, carried) in passes {
+    let pass = |pass: &Pass, carried: fn(&Flow) -> Carried| {
         assert_eq!(flows.iter().map(|f| carried(f).total()).sum::<u64>(), pass.total);
         for (n, slot) in problem.slots.iter().enumerate() {
             let sum = |side: fn(Carried) -> u64, here: &dyn Fn(&Flow) -> bool| {
@@ -62,7 +60,9 @@ fn flows_add_up(problem: &Problem, plan: &StepPlan, traffic: &Traffic) {
             assert_eq!(sum(|c| c.there, &computed) + sum(|c| c.back, &lent), pass.bytes_in[n]);
             assert_eq!(sum(|c| c.back, &computed) + sum(|c| c.there, &lent), pass.bytes_out[n]);
         }
-    }
+    };
+    pass(&traffic.forward, |f| f.forward);
+    pass(&traffic.backward, |f| f.backward);
 }
 
 fn agree(a: &Verdict, b: &Verdict) {
