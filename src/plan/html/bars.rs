@@ -167,14 +167,11 @@ fn limits(mean: f64, limit: Option<f64>) -> String {
 fn pair(bar: &Bar, x: f64, step: f64, y: impl Fn(f64) -> f64) -> String {
     let tall = |share: f64| y(0.0) - y(share);
     if step < 7.0 {
-        let gap = if step > 3.0 { 0.5 } else { 0.0 };
-        let before = rect("before", [x, y(bar.before), step - gap, tall(bar.before)], "");
-        return before
-            + &if bar.serves {
-                rect("after", [x, y(bar.after) - 1.0, step, 2.0], "")
-            } else {
-                String::new()
-            };
+        // A little wider than they are apart, so that no seams show where many touch.
+        let width = if step > 3.0 { step - 0.5 } else { step + 0.5 };
+        let before = rect("before", [x, y(bar.before), width, tall(bar.before)], "");
+        let after = rect("after", [x, y(bar.after) - 1.5, width, 3.0], "");
+        return if bar.serves { before + &after } else { before };
     }
     let width = (step * 0.4).min(28.0);
     let middle = x + step / 2.0;
@@ -215,5 +212,60 @@ fn short(name: &str) -> String {
     match name.strip_prefix("rank ") {
         Some(rank) => format!("r{}", rank.trim_end_matches(" (no server)")),
         None => name.trim_start_matches("server ").to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use outboard_planner::{Policy, Rates, plan_by};
+
+    use super::super::super::examples::{in_place, mixed};
+    use super::super::Given;
+    use super::*;
+
+    fn with_bars(problem: &outboard_planner::Problem, check: impl Fn(&Planned<'_>, &Figures)) {
+        let plan = plan_by(problem, Policy::Fixed).unwrap();
+        let servers: Vec<u64> = (0..problem.slots.len() as u64).collect();
+        let planned = Planned {
+            problem,
+            plan: &plan,
+            servers: &servers,
+            documents: &[],
+            step: "",
+            policy: Policy::Fixed,
+            limit: Some(0.01),
+            rates: Rates::default(),
+            given: Given { compute: false, link: false },
+            seconds: 0.0,
+        };
+        check(&planned, &Figures::of(problem, &plan).unwrap());
+    }
+
+    #[test]
+    fn however_many_servers_there_are_the_busiest_is_seen() {
+        for (servers, expected, in_order) in [(2, 2, false), (NAMED as u32, NAMED, false), (1500, 500, true)]
+        {
+            with_bars(&in_place(servers), |planned, figures| {
+                let (before, after) = figures.shares();
+                let (bars, sorted) = bars(planned, figures, &before, &after);
+                assert_eq!((bars.len(), sorted), (expected, in_order));
+                let most = before.iter().copied().fold(0.0, f64::max);
+                assert!(most > 1.9 && bars[0].before == most && bars[0].after == most);
+                assert!(!sorted || bars.windows(2).all(|pair| pair[0].before >= pair[1].before));
+            });
+        }
+    }
+
+    #[test]
+    fn every_tick_has_its_bars_and_every_rank_its_name() {
+        with_bars(&mixed(), |planned, figures| {
+            let section = section(planned, figures);
+            let ticks: Vec<&str> =
+                section.match_indices("<h3>Tick ").map(|(at, _)| &section[at + 9..at + 10]).collect();
+            assert_eq!(ticks, ["0", "1"]);
+            for name in [">0<", ">1<", ">2<", ">r2<"] {
+                assert!(section.contains(&format!("{name}/text>")), "{name}");
+            }
+        });
     }
 }
