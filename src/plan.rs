@@ -1,4 +1,4 @@
-//! `outboard plan`: reads STEP.json, prints PLAN.json.
+//! `outboard plan`: reads STEP.json, prints PLAN.json, and shows the plan to people.
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -7,10 +7,17 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, Profile, plan_by};
+use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, Profile, Rates, plan_by};
+
+use figures::Figures;
 
 use crate::step::{PlanFile, Step, read};
 
+#[cfg(test)]
+mod examples;
+mod figures;
+mod html;
+mod numbers;
 mod summary;
 
 /// Arguments of `outboard plan`.
@@ -21,6 +28,10 @@ pub(crate) struct Args {
     /// Write the plan to this file instead of standard output.
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
+    /// Write a page that shows the plan to this file too: figures, the work of each server, who sends to whom, and how
+    /// the longest documents are cut. It needs no network and no other file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
     /// Who decides: our planner, or another system's way to compare it with.
     #[arg(long, value_name = "NAME", default_value_t, value_parser = policies())]
     policy: Policy,
@@ -83,7 +94,12 @@ fn profile(asked: &Path) -> anyhow::Result<Profile> {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
-    let Args { step, output, policy, tolerance, profile: asked } = args;
+    let Args { step, output, html, policy, tolerance, profile: asked } = args;
+    if let (Some(html), Some(output)) = (&html, &output)
+        && html == output
+    {
+        bail!("--html and --output both name {}", html.display());
+    }
     let balance = policy == Policy::Outboard && tolerance.is_some();
     let (policy, tolerance) = with_tolerance(policy, tolerance)?;
     let profile = asked.as_deref().map(profile).transpose()?;
@@ -93,6 +109,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     if problem.profile.is_some() && problem.rates.is_some() && flops_per_second.is_some() {
         unused.push("flops_per_second is not used: --profile says how fast servers compute".to_owned());
     }
+    // What the step says of links and servers holds, whatever is planned for.
+    let known = problem.rates;
     if balance {
         problem.rates = None;
     }
@@ -102,12 +120,37 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let started = Instant::now();
     let plan = plan_by(&problem, policy).with_context(|| format!("cannot plan {}", step.display()))?;
     let plan_seconds = started.elapsed().as_secs_f64();
+    let cannot_judge = || format!("cannot judge the plan of {}", step.display());
     // Whoever gives a profile asks for what it predicts, wherever that goes.
     if problem.profile.is_some() || std::io::stderr().is_terminal() {
-        eprintln!("{}", summary::table(&problem, &plan, &servers));
+        let figures = Figures::of(&problem, &plan).with_context(cannot_judge)?;
+        eprintln!("{}", summary::table(&problem, &figures, &servers, known));
+    }
+    if let Some(file) = html {
+        let default = Rates::default();
+        let given = html::Given { compute: flops_per_second.is_some(), link: known.is_some() };
+        let flops_per_second = flops_per_second.unwrap_or(default.flops_per_second);
+        let planned = html::Planned {
+            problem: &problem,
+            plan: &plan,
+            servers: &servers,
+            documents: &documents,
+            step: &step.file_name().unwrap_or(step.as_os_str()).to_string_lossy(),
+            policy,
+            limit: (policy == Policy::Outboard && problem.rates.is_none()).then_some(tolerance),
+            rates: known.unwrap_or(Rates { flops_per_second, ..default }),
+            given,
+            seconds: plan_seconds,
+        };
+        let page = html::page(&planned).with_context(cannot_judge)?;
+        std::fs::write(&file, page).with_context(|| format!("cannot write {}", file.display()))?;
     }
     let plan = PlanFile::new(&plan, &servers, &documents, plan_seconds);
-    let mut json = serde_json::to_vec(&plan).context("cannot encode the plan")?;
+    write_json(&plan, output)
+}
+
+fn write_json(plan: &PlanFile, output: Option<PathBuf>) -> anyhow::Result<()> {
+    let mut json = serde_json::to_vec(plan).context("cannot encode the plan")?;
     json.push(b'\n');
     match output {
         Some(file) => std::fs::write(&file, json).with_context(|| format!("cannot write {}", file.display())),

@@ -26,10 +26,11 @@
 //! where there is room; `balance` decides who gives how much to whom, at first greedily, then by a `search` that deals
 //! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split`
 //! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
-//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot. Where rates are given,
-//! `trade` does this at several tolerances and keeps what takes the least layer time. A [`Profile`] is the cost model: it
-//! predicts what a task takes by its shape ([`Times`] those of a plan). [`Speeds`] compares servers by what they have
-//! measured; it enters no plan, only where tasks are placed.
+//! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot, [`Flow`] those of each
+//! home and slot. Where rates are given, `trade` does this at several tolerances and keeps what takes the least layer time.
+//! A [`Profile`] is the cost model: it predicts what a task takes by its shape ([`Times`] those of a plan). [`Speeds`]
+//! compares servers by what they have measured; it enters no plan, only where tasks are placed. What no plan does better
+//! is in [`least_bytes()`] and [`least_seconds()`].
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
@@ -64,6 +65,7 @@ mod bound;
 mod cost;
 mod cut;
 mod error;
+mod flows;
 mod group;
 mod judge;
 mod loads;
@@ -82,6 +84,7 @@ mod traffic;
 
 pub use bound::{least_bytes, least_seconds};
 pub use error::PlanError;
+pub use flows::{Carried, Flow};
 pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use outboard_attention::{DocumentId, HomeRange, PlannedTask, Span, StepPlan};
+use outboard_attention::{DocumentId, HomeRange, PlannedTask, Span, StepPlan, TickPlan};
 
-use crate::judge::needs::{Need, by_heads, fetches, needs};
+use crate::judge::needs::{Fetch, Need, by_heads, fetches, needs};
 use crate::judge::pieces::{Piece, Shelf};
 use crate::judge::price::{Fare, Price};
 use crate::{Problem, Slot};
@@ -38,21 +38,11 @@ pub struct Pass {
 impl Traffic {
     /// Bytes that `plan` moves. Tasks of documents or slots that the problem does not have move nothing.
     pub fn of(plan: &StepPlan, problem: &Problem) -> Traffic {
-        let documents: BTreeMap<DocumentId, _> = problem.documents.iter().map(|d| (d.id(), d)).collect();
         let ports = Ports::new(problem);
         let mut traffic = ports.idle();
         for tick in &plan.ticks {
-            let mut by_document: BTreeMap<DocumentId, Vec<&PlannedTask>> = BTreeMap::new();
-            for task in tick.tasks.iter().filter(|task| ports.has(task.slot)) {
-                by_document.entry(task.document).or_default().push(task);
-            }
             let mut moved = ports.idle();
-            for (id, tasks) in by_document {
-                let Some(document) = documents.get(&id) else { continue };
-                let shelf = Shelf::new(&document.mask(problem.geometry.kv_heads()));
-                let pieces: Vec<Piece> = tasks.iter().map(|task| shelf.piece(task)).collect();
-                moved.add(&ports, document.homes(), &needs(&pieces));
-            }
+            ports.of_tick(tick, problem, |homes, needs| moved.add(&ports, homes, needs));
             traffic.append(&moved);
         }
         traffic
@@ -60,22 +50,11 @@ impl Traffic {
 
     /// Adds what one document's tasks need.
     pub(crate) fn add(&mut self, ports: &Ports<'_>, homes: &[HomeRange], needs: &[Need]) {
-        for (heads, needs) in by_heads(needs) {
-            let rows: Vec<(usize, Span)> = needs.iter().map(|need| (need.slot, need.rows)).collect();
-            let keys: Vec<(usize, Span)> = needs.iter().map(|need| (need.slot, need.keys)).collect();
-            for (spans, [whole, partial]) in [(rows, ports.row), (keys, ports.key)] {
-                for fetch in fetches(spans, homes) {
-                    if ports.rank(fetch.slot) == Some(fetch.rank) {
-                        continue;
-                    }
-                    let home = ports.of_rank.get(&fetch.rank).copied();
-                    for (fare, tokens) in [(whole, fetch.alone), (partial, fetch.shared)] {
-                        self.forward.ship(fetch.slot, home, fare.forward, tokens.saturating_mul(heads));
-                        self.backward.ship(fetch.slot, home, fare.backward, tokens.saturating_mul(heads));
-                    }
-                }
-            }
-        }
+        ports.shipments(homes, needs, |Shipment { slot, rank, fare, tokens }| {
+            let home = ports.of_rank.get(&rank).copied();
+            self.forward.ship(slot, home, fare.forward, tokens);
+            self.backward.ship(slot, home, fare.backward, tokens);
+        });
     }
 
     /// Adds a tick.
@@ -116,6 +95,17 @@ impl Pass {
     }
 }
 
+/// Tokens of one kv head that go from their home to a slot and back.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shipment {
+    pub(crate) slot: usize,
+    /// Their home.
+    pub(crate) rank: u32,
+    /// What one of them costs.
+    pub(crate) fare: Fare,
+    pub(crate) tokens: u64,
+}
+
 /// Whose device a slot is on, and what tokens cost on the way to it: alone, and where others compute parts too.
 pub(crate) struct Ports<'a> {
     slots: &'a [Slot],
@@ -131,6 +121,44 @@ impl<'a> Ports<'a> {
         let row = [false, true].map(|partial| Fare::of_row(geometry, partial));
         let key = [false, true].map(|partial| Fare::of_key(geometry, partial));
         Ports { slots, of_rank, row, key }
+    }
+
+    /// What each document's tasks of a tick need, with the document's homes. Tasks of documents or slots that the problem
+    /// does not have need nothing.
+    pub(crate) fn of_tick(
+        &self,
+        tick: &TickPlan,
+        problem: &Problem,
+        mut each: impl FnMut(&[HomeRange], &[Need]),
+    ) {
+        let mut by_document: BTreeMap<DocumentId, Vec<&PlannedTask>> = BTreeMap::new();
+        for task in tick.tasks.iter().filter(|task| self.has(task.slot)) {
+            by_document.entry(task.document).or_default().push(task);
+        }
+        for document in &problem.documents {
+            let Some(tasks) = by_document.get(&document.id()) else { continue };
+            let shelf = Shelf::new(&document.mask(problem.geometry.kv_heads()));
+            let pieces: Vec<Piece> = tasks.iter().map(|task| shelf.piece(task)).collect();
+            each(document.homes(), &needs(&pieces));
+        }
+    }
+
+    /// What crosses links for the needs of one document's tasks. A slot on the tokens' home gets nothing.
+    pub(crate) fn shipments(&self, homes: &[HomeRange], needs: &[Need], mut each: impl FnMut(Shipment)) {
+        for (heads, needs) in by_heads(needs) {
+            let rows: Vec<(usize, Span)> = needs.iter().map(|need| (need.slot, need.rows)).collect();
+            let keys: Vec<(usize, Span)> = needs.iter().map(|need| (need.slot, need.keys)).collect();
+            for (spans, [whole, partial]) in [(rows, self.row), (keys, self.key)] {
+                for Fetch { slot, rank, alone, shared } in fetches(spans, homes) {
+                    if self.rank(slot) == Some(rank) {
+                        continue;
+                    }
+                    for (fare, tokens) in [(whole, alone), (partial, shared)] {
+                        each(Shipment { slot, rank, fare, tokens: tokens.saturating_mul(heads) });
+                    }
+                }
+            }
+        }
     }
 
     fn has(&self, slot: u32) -> bool {

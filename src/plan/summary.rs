@@ -1,49 +1,42 @@
 //! A plan for human eyes.
 
-use std::collections::BTreeSet;
-
 use comfy_table::{CellAlignment, Table, presets};
-use outboard_attention::StepPlan;
-use outboard_planner::{Loads, Pass, PassVerdict, Problem, Times, Traffic};
+use outboard_planner::{Problem, Rates, Times, least_seconds};
+
+use super::figures::{Figures, busiest, layer_times};
+use super::numbers::seconds;
 
 /// More servers than this are too many to read.
 const ROWS: usize = 32;
 
-/// Per server its share, tasks and bytes, busiest first where there are many; then the step as a whole. With a profile also
-/// what it predicts of each.
-pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> String {
-    let Problem { geometry, documents, slots, .. } = problem;
-    let after = Loads::planned(plan, documents, geometry);
-    let traffic = Traffic::of(plan, problem);
-    let cells = after.totals();
-    let total: f64 = cells.iter().map(|&c| c as f64).sum();
-    let weights: f64 = slots.iter().map(|slot| slot.weight).sum();
-    let share = |n: usize| match total > 0.0 {
-        true => cells[n] as f64 / slots[n].weight / (total / weights),
-        false => 0.0,
-    };
-    let mut tasks = vec![0usize; slots.len()];
-    for (_, task) in plan.tasks() {
-        tasks[task.slot as usize] += 1;
-    }
-    let times = problem.profile.as_ref().map(|profile| Times::planned(plan, problem, profile));
-    let computing = times.as_ref().map(Times::totals);
+/// Per server its share, tasks and bytes, busiest first where there are many, and with a profile what it predicts; then the
+/// step as a whole. Layer time where rates are known.
+pub(super) fn table(problem: &Problem, figures: &Figures, servers: &[u64], rates: Option<Rates>) -> String {
+    let Figures { traffic, tasks, verdict, times: predicted, .. } = figures;
+    let slots = &problem.slots;
+    let (_, shares) = figures.shares();
+    let computing = predicted.as_ref().map(Times::totals);
     let mut order: Vec<usize> = (0..slots.len()).collect();
     if order.len() > ROWS {
-        order.sort_by(|&a, &b| share(b).total_cmp(&share(a)));
+        order.sort_by(|&a, &b| shares[b].total_cmp(&shares[a]));
     }
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     let mut header = vec!["server", "rank", "cells / mean", "tasks", "MB in", "MB out"];
-    header.extend(times.as_ref().map(|_| "compute ms"));
+    header.extend(computing.as_ref().map(|_| "compute ms"));
     table.set_header(header);
     for &n in order.iter().take(ROWS) {
         let rank = slots[n].rank.map_or("-".to_owned(), |rank| rank.to_string());
         let bytes_in = traffic.forward.bytes_in[n].saturating_add(traffic.backward.bytes_in[n]);
         let bytes_out = traffic.forward.bytes_out[n].saturating_add(traffic.backward.bytes_out[n]);
-        let [bytes_in, bytes_out] = [bytes_in, bytes_out].map(|bytes| format!("{:.1}", bytes as f64 / 1e6));
-        let share = format!("{:.4}", share(n));
-        let mut row = vec![servers[n].to_string(), rank, share, tasks[n].to_string(), bytes_in, bytes_out];
+        let mut row = vec![
+            servers[n].to_string(),
+            rank,
+            format!("{:.4}", shares[n]),
+            tasks[n].to_string(),
+            megabytes(bytes_in),
+            megabytes(bytes_out),
+        ];
         row.extend(computing.as_ref().map(|seconds| milliseconds(seconds.get(n).copied().unwrap_or(0.0))));
         table.add_row(row);
     }
@@ -53,26 +46,25 @@ pub(super) fn table(problem: &Problem, plan: &StepPlan, servers: &[u64]) -> Stri
     let hidden = order.len().saturating_sub(ROWS);
     let more =
         if hidden > 0 { format!("\n{hidden} servers with less work are not shown") } else { String::new() };
-    let ranks = documents.iter().flat_map(|d| d.homes()).map(|home| home.rank);
-    let ranks: BTreeSet<u32> = ranks.chain(slots.iter().filter_map(|slot| slot.rank)).collect();
-    let ranks: Vec<u32> = ranks.into_iter().collect();
-    let before = Loads::at_home_of(documents, geometry, &ranks).max_over_mean();
-    let predicted = times.map(|times| predicted(problem, &traffic, &times)).unwrap_or_default();
     format!(
-        "{table}{more}\n{} tasks; max / mean {before:.3} at home, {:.4} planned; forward {:.3} GB, backward {:.3} GB a layer{predicted}",
-        tasks.iter().sum::<usize>(),
-        after.max_over_mean_by(|n| slots[n].weight),
+        "{table}{more}\n{} tasks; max / mean {:.3} at home, {:.4} planned; forward {:.3} GB, backward {:.3} GB a layer\n{}{}{}",
+        verdict.tasks,
+        figures.imbalance_before,
+        verdict.max_over_mean,
         traffic.forward.total as f64 / 1e9,
         traffic.backward.total as f64 / 1e9,
+        links(figures, servers),
+        predicted.as_ref().map(|times| self::predicted(problem, times)).unwrap_or_default(),
+        rates.map(|rates| times(problem, figures, rates)).unwrap_or_default(),
     )
 }
 
 /// What a layer is predicted to take.
-fn predicted(problem: &Problem, traffic: &Traffic, times: &Times) -> String {
+fn predicted(problem: &Problem, times: &Times) -> String {
     let [forward, backward] = times.busiest();
     let weights: f64 = problem.slots.iter().map(|slot| slot.weight).sum();
     let mean = times.device_seconds / weights;
-    let mut text = format!(
+    format!(
         "\npredicted a layer: compute {} ms (forward {}, backward {}) on the busiest server, max / mean {:.4}; {:.1}% of all \
          compute time lost to inefficient shapes",
         milliseconds(forward + backward),
@@ -80,21 +72,64 @@ fn predicted(problem: &Problem, traffic: &Traffic, times: &Times) -> String {
         milliseconds(backward),
         if mean > 0.0 { (forward + backward) / mean } else { 1.0 },
         100.0 * times.lost(),
-    );
-    if let Some(rates) = problem.rates {
-        let passes = [(forward, &traffic.forward), (backward, &traffic.backward)];
-        let layer: f64 = passes
-            .into_iter()
-            .map(|(seconds, pass)| {
-                let &Pass { total, busiest, .. } = pass;
-                PassVerdict { bytes: total, busiest, flops: 0.0, predicted: Some(seconds) }.seconds(rates)
-            })
-            .sum();
-        text += &format!("; layer time {} ms", milliseconds(layer));
-    }
-    text
+    )
 }
 
 fn milliseconds(seconds: f64) -> String {
     format!("{:.3}", 1e3 * seconds)
+}
+
+fn megabytes(bytes: u64) -> String {
+    format!("{:.1}", bytes as f64 / 1e6)
+}
+
+/// The link that carries most in each pass.
+fn links(figures: &Figures, servers: &[u64]) -> String {
+    let passes = figures.passes().map(|(name, pass)| match busiest(pass) {
+        Some(link) => {
+            let server = servers.get(link.slot).copied().unwrap_or_default();
+            format!("{name} {} MB ({} server {server})", megabytes(link.bytes), link.way)
+        }
+        None => format!("{name} 0 MB"),
+    });
+    format!("busiest link: {}", passes.join(", "))
+}
+
+/// Layer time, and the least of any plan. What a profile predicts has no such bound.
+fn times(problem: &Problem, figures: &Figures, rates: Rates) -> String {
+    let passes = layer_times(&figures.verdict, rates).map(|(name, whole, compute, link)| {
+        format!("{name} {} (compute {}, link {})", seconds(whole), seconds(compute), seconds(link))
+    });
+    let least = match problem.profile {
+        Some(_) => String::new(),
+        None => least_seconds(problem, rates)
+            .map(|least| format!("; no plan takes less than {}", seconds(least)))
+            .unwrap_or_default(),
+    };
+    format!("\nlayer time: {}{least}", passes.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use outboard_planner::plan;
+
+    use super::super::examples::in_place;
+    use super::*;
+
+    #[test]
+    fn links_are_named_and_times_where_rates_are_known() {
+        let problem = in_place(2);
+        let figures = Figures::of(&problem, &plan(&problem).unwrap()).unwrap();
+        let rates = Rates { flops_per_second: figures.verdict.forward.flops, bytes_per_second: 1e6 };
+        let known = table(&problem, &figures, &[70, 71], Some(rates));
+        let most = figures.traffic.forward.bytes_in[1];
+        assert!(most > figures.traffic.forward.bytes_in[0]);
+        let link = format!("busiest link: forward {:.1} MB (into server 71)", most as f64 / 1e6);
+        assert!(known.contains(&link), "{known}");
+        let link = seconds(most as f64 / 1e6);
+        let time = format!("layer time: forward {link} (compute 1.00 s, link {link}), backward");
+        assert!(known.contains(&time) && known.contains("no plan takes less than"), "{time}\n{known}");
+        let unknown = table(&problem, &figures, &[70, 71], None);
+        assert!(unknown.contains("busiest link") && !unknown.contains("layer time"), "{unknown}");
+    }
 }

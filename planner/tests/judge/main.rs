@@ -8,7 +8,9 @@ mod oracle;
 use outboard_attention::{
     Document, DocumentId, HeadGeometry, HomeRange, PlannedTask, Span, StepPlan, TickPlan,
 };
-use outboard_planner::{Fault, PassVerdict, Problem, Rates, Slot, Traffic, Verdict, judge};
+use outboard_planner::{
+    Carried, Fault, Flow, Pass, PassVerdict, Problem, Rates, Slot, Traffic, Verdict, judge,
+};
 use proptest::prelude::*;
 
 use draw::{cut, damage, draws, problem};
@@ -28,6 +30,7 @@ fn check(problem: &Problem, plan: &StepPlan) -> Result<Verdict, Fault> {
             );
             assert_eq!(verdict.forward.busiest, traffic.forward.busiest);
             assert_eq!(verdict.backward.busiest, traffic.backward.busiest);
+            flows_add_up(problem, plan, &traffic);
         }
         (Err(fault), None) => assert!(is_true(fault, problem, plan), "{fault}"),
         (outcome, work) => {
@@ -39,6 +42,27 @@ fn check(problem: &Problem, plan: &StepPlan) -> Result<Verdict, Fault> {
         }
     }
     outcome
+}
+
+/// Flows, each between a home and a slot elsewhere and named once, load every slot's device as the traffic says.
+fn flows_add_up(problem: &Problem, plan: &StepPlan, traffic: &Traffic) {
+    let flows = Flow::of(plan, problem);
+    assert!(flows.windows(2).all(|pair| (pair[0].rank, pair[0].slot) < (pair[1].rank, pair[1].slot)));
+    assert!(flows.iter().all(|f| f.total() > 0 && problem.slots[f.slot].rank != Some(f.rank)));
+    let pass = |pass: &Pass, carried: fn(&Flow) -> Carried| {
+        assert_eq!(flows.iter().map(|f| carried(f).total()).sum::<u64>(), pass.total);
+        for (n, slot) in problem.slots.iter().enumerate() {
+            let sum = |side: fn(Carried) -> u64, here: &dyn Fn(&Flow) -> bool| {
+                flows.iter().filter(|f| here(f)).map(|f| side(carried(f))).sum::<u64>()
+            };
+            let computed = |f: &Flow| f.slot == n;
+            let lent = |f: &Flow| slot.rank == Some(f.rank);
+            assert_eq!(sum(|c| c.there, &computed) + sum(|c| c.back, &lent), pass.bytes_in[n]);
+            assert_eq!(sum(|c| c.back, &computed) + sum(|c| c.there, &lent), pass.bytes_out[n]);
+        }
+    };
+    pass(&traffic.forward, |f| f.forward);
+    pass(&traffic.backward, |f| f.backward);
 }
 
 fn agree(a: &Verdict, b: &Verdict) {

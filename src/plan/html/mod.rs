@@ -1,0 +1,115 @@
+//! A plan as one HTML page that needs nothing else: no network, no fonts, no libraries.
+
+mod bars;
+mod documents;
+mod flows;
+mod headline;
+mod matrix;
+mod panels;
+mod servers;
+mod shape;
+mod svg;
+
+use outboard_attention::StepPlan;
+use outboard_planner::{Fault, Policy, Problem, Rates};
+
+use super::figures::Figures;
+use super::numbers::{count, percent, things};
+use svg::escape;
+
+const STYLE: &str = include_str!("page.css");
+const SCRIPT: &str = include_str!("page.js");
+
+/// A plan and what is known of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Planned<'a> {
+    pub(super) problem: &'a Problem,
+    pub(super) plan: &'a StepPlan,
+    /// Slot n is server `servers[n]`.
+    pub(super) servers: &'a [u64],
+    /// Document `0.n` is `documents[n]`.
+    pub(super) documents: &'a [u64],
+    /// What the step is called.
+    pub(super) step: &'a str,
+    pub(super) policy: Policy,
+    /// How far the busiest server may lie above the mean, where that is what was planned for.
+    pub(super) limit: Option<f64>,
+    /// How fast servers and links are.
+    pub(super) rates: Rates,
+    /// Who says so, for each of the two.
+    pub(super) given: Given,
+    /// How long planning took.
+    pub(super) seconds: f64,
+}
+
+/// Which rates the step gives; the others are the judge's defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Given {
+    pub(super) compute: bool,
+    pub(super) link: bool,
+}
+
+impl Planned<'_> {
+    /// A slot's server, as text.
+    fn server(&self, slot: usize) -> String {
+        self.servers.get(slot).map_or_else(|| "?".to_owned(), u64::to_string)
+    }
+}
+
+/// The whole page.
+///
+/// # Errors
+/// A [`Fault`] when the plan does not compute its step.
+pub(super) fn page(planned: &Planned<'_>) -> Result<String, Fault> {
+    let figures = Figures::of(planned.problem, planned.plan)?;
+    let name = escape(planned.step);
+    let sections = [
+        headline::section(planned, &figures),
+        bars::section(planned, &figures),
+        flows::section(planned),
+        documents::section(planned),
+        servers::section(planned, &figures),
+    ];
+    let sections = sections.concat();
+    let (textures, about) = (svg::textures(), about(planned));
+    Ok(format!(
+        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
+         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
+         <meta name=\"color-scheme\" content=\"light dark\"/>\n\
+         <title>Plan of {name}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{textures}<main>\n\
+         <header><h1>Who computes what: {name}</h1>\n{about}</header>\n{sections}</main>\n\
+         <script>\n{SCRIPT}</script>\n</body>\n</html>\n"
+    ))
+}
+
+/// What was planned, and how.
+fn about(planned: &Planned<'_>) -> String {
+    let Planned { problem, policy, limit, .. } = planned;
+    let geometry = &problem.geometry;
+    let tokens: usize = problem.documents.iter().map(|d| d.tokens()).sum();
+    let ticks = planned.plan.ticks.len();
+    let in_ticks = if ticks > 1 { format!(" in {}", things(ticks, "tick")) } else { String::new() };
+    let dims = match (geometry.head_dim(), geometry.v_head_dim()) {
+        (same, other) if same == other => format!("head dim {same}"),
+        (head, v_head) => format!("head dim {head} of Q and K, {v_head} of V"),
+    };
+    let goal = match limit {
+        Some(limit) => {
+            format!("for the fewest bytes with the busiest server within {} of the mean", percent(*limit))
+        }
+        None if problem.rates.is_some() && *policy == Policy::Outboard => {
+            "for the least layer time".to_owned()
+        }
+        None => "without a bound on the busiest server".to_owned(),
+    };
+    format!(
+        "<p>{}{in_ticks}, {} tokens, on {}. {}, {}, {dims}, {}.<br/>Planned by <b>{policy}</b> {goal}. \
+         Figures are of one layer.</p>\n",
+        things(problem.documents.len(), "document"),
+        count(tokens),
+        things(problem.slots.len(), "server"),
+        things(geometry.q_heads(), "query head"),
+        things(geometry.kv_heads(), "kv head"),
+        geometry.dtype(),
+    )
+}
