@@ -27,7 +27,8 @@
 //! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`), in several ways; `split`
 //! cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
 //! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot. Where rates are given,
-//! `trade` does this at several tolerances and keeps what takes the least layer time.
+//! `trade` does this at several tolerances and keeps what takes the least layer time. [`Forecast`] says from a plan and
+//! the cost of the rest of the model how much shorter a step becomes, and whether that is worth it.
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
@@ -61,6 +62,7 @@ mod balance;
 mod cost;
 mod cut;
 mod error;
+mod forecast;
 mod group;
 mod judge;
 mod loads;
@@ -76,6 +78,7 @@ mod trade;
 mod traffic;
 
 pub use error::PlanError;
+pub use forecast::{Doubt, Forecast, StepCosts};
 pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;
