@@ -1,6 +1,8 @@
 //! Runs the command and reads what it prints. A process still running when its handle is dropped is killed.
 #![allow(unreachable_pub, reason = "a module of a test binary")]
 
+pub mod figures;
+
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
