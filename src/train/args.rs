@@ -232,14 +232,16 @@ impl Run {
         self.modes.contains(&Mode::Pool)
     }
 
-    /// Whether every server is known to compute as fast as a rank does: on a CPU, started by this run.
-    pub(crate) fn servers_like_ranks(&self) -> bool {
-        self.device == Device::Cpu && self.coordinator.is_none()
-    }
-
-    /// Whether a prediction of what the pool gains would say anything.
-    pub(crate) fn predictable(&self) -> bool {
-        self.pooled() && self.servers_like_ranks() && !self.cores_shared
+    /// Why it is not known that every server computes as fast as a rank does, without which nothing is predicted of a
+    /// plan.
+    pub(crate) fn unlike_servers(&self) -> Option<&'static str> {
+        if self.device != Device::Cpu {
+            Some("how fast the GPU computes is not known before")
+        } else if self.coordinator.is_some() {
+            Some("how fast the servers of an outside pool compute is not known")
+        } else {
+            self.cores_shared.then_some("ranks and servers share cores")
+        }
     }
 }
 

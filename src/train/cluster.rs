@@ -114,7 +114,7 @@ impl Cluster {
                 in_place: run.in_place,
                 min_servers: (in_place + run.dedicated).max(1),
                 cores: cores.clone(),
-                probe: run.predictable(),
+                probe: run.pooled() && run.unlike_servers().is_none(),
                 memory_bytes: run.memory_mib << 20,
                 data: run.data.clone(),
             };

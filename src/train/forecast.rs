@@ -118,20 +118,18 @@ impl Outlook {
     pub(crate) fn warning(&self) -> Option<String> {
         let doubt = self.doubt?;
         let help = match doubt {
-            Doubt::OneRank => "train on more ranks, or with --attention local",
-            Doubt::TooFewSlots => "start more servers with --pool, or add --in-place",
+            Doubt::OneRank => "more ranks, or --attention local",
+            Doubt::TooFewSlots => "more servers with --pool, or --in-place",
             Doubt::SlowLinks => {
-                "use faster links, or say with --link-bytes-per-second what they carry if they are faster"
+                "faster links, or --link-bytes-per-second where they carry more than is assumed"
             }
-            Doubt::Balanced => "train with --attention local, or on documents whose lengths differ more",
-            Doubt::LittleAttention => {
-                "train with --attention local, or on longer documents with more --tokens"
-            }
+            Doubt::Balanced => "--attention local, or documents whose lengths differ more",
+            Doubt::LittleAttention => "--attention local, or longer documents with more --tokens",
         };
         let least = 100.0 * Forecast::LEAST_GAIN;
         Some(format!(
             "attention is not worth disaggregating for this job, whose steps would gain less than {least:.0}%: \
-             {doubt}. Training goes on; to gain more, {help}"
+             {doubt}. Training goes on; what helps: {help}"
         ))
     }
 }

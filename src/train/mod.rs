@@ -69,12 +69,13 @@ async fn train(run: &args::Run) -> anyhow::Result<()> {
 
 /// Says before the job starts what balance is predicted to gain. A run trains whatever that is.
 fn say_outlook(run: &args::Run, cluster: &Cluster, show: &mut Show) -> anyhow::Result<()> {
-    let unknown = match (run.pooled(), run.servers_like_ranks(), cluster.speeds()) {
-        (false, ..) => return Ok(()),
-        (true, false, _) => "it is not known how fast the pool computes",
-        (true, true, _) if run.cores_shared => "ranks and servers share cores",
-        (true, true, None) => "a rank could not measure its speed",
-        (true, true, Some(speeds)) => match Outlook::new(run, &speeds) {
+    if !run.pooled() {
+        return Ok(());
+    }
+    let unknown = match (run.unlike_servers(), cluster.speeds()) {
+        (Some(why), _) => why,
+        (None, None) => "a rank could not measure its speed",
+        (None, Some(speeds)) => match Outlook::new(run, &speeds) {
             Ok(Some(outlook)) => return show.outlook(&outlook),
             Ok(None) => "the run has no rank",
             Err(error) => {
@@ -90,7 +91,7 @@ fn say_outlook(run: &args::Run, cluster: &Cluster, show: &mut Show) -> anyhow::R
 /// Follows all steps of all trainings.
 async fn follow(run: &args::Run, cluster: &mut Cluster, show: &mut Show) -> anyhow::Result<Record> {
     let (layers, dtype) = (run.model.layers as u64, run.model.attention_dtype.to_string());
-    let servers_like_ranks = run.servers_like_ranks();
+    let servers_like_ranks = run.unlike_servers().is_none();
     let mut record = Record { layers, dtype, servers_like_ranks, ..Record::default() };
     for step in 0..run.train.steps {
         for turn in 0..run.modes.len() {

@@ -89,9 +89,7 @@ pub(super) fn words(summary: &Summary, cores_shared: bool, device: Device) -> Ve
         ));
     }
     let steps = (summary.local_step_seconds, summary.predicted_step_seconds, summary.measured_step_seconds);
-    if let (Some(local), Some(predicted), Some(measured)) = steps
-        && !cores_shared
-    {
+    if let (Some(local), Some(predicted), Some(measured)) = steps {
         lines.push(format!(
             "step of the slowest rank: {local:.2} s with local attention, {predicted:.2} s as the plans predict, \
              {measured:.2} s measured with the pool"
