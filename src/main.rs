@@ -35,6 +35,11 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Role {
     /// Train a small Llama whose core attention is computed by attention servers, and compare with local attention.
+    ///
+    /// Before the job starts, a line says what balanced attention is predicted to gain for its documents and links; where
+    /// that is not worth a pool, a warning does. The table at the end has what was run, and what the times of the local
+    /// training predict of two trainings that were not: whole documents packed by their attention without a pool (wlb),
+    /// and attention exactly where the plans put it.
     Train(train::Args),
     /// Run one attention server, or one for each GPU.
     AttentionServer(attention_server::Args),

@@ -5,6 +5,7 @@ mod command_support;
 
 use std::time::Duration;
 
+use command_support::figures::sums;
 use command_support::markup::{Element, elements};
 use command_support::{
     Running, corpus, losses, outboard, outboard_fails, outboard_says, read_json, summary, temporary_folder,
@@ -20,6 +21,11 @@ fn train(folder: &std::path::Path, more: &[&str]) -> Vec<String> {
     let json = folder.join("figures.jsonl");
     let fixed = ["train", "--data", data.to_str().unwrap(), "--json", json.to_str().unwrap()];
     fixed.iter().chain(&SMALL).chain(more).map(|&arg| arg.to_owned()).collect()
+}
+
+/// Whether so many ranks or servers have a core each.
+fn cores_of_their_own(owners: usize) -> bool {
+    rustix::thread::sched_getaffinity(None).unwrap().count() as usize >= owners
 }
 
 #[test]
@@ -42,6 +48,83 @@ fn the_main_job_agrees_with_local_attention_and_repeats_its_bits() {
         (losses(&lines, "local"), losses(&lines, "pool"))
     };
     assert_eq!(run(), run());
+}
+
+#[test]
+fn figures_of_a_run_follow_from_its_step_lines() {
+    let folder = temporary_folder();
+    let args = train(folder.path(), &["--steps", "3"]);
+    let (words, errors) = outboard_says(&args.iter().map(String::as_str).collect::<Vec<_>>());
+    let lines = read_json(&folder.path().join("figures.jsonl"));
+    let (summary, sums) = (summary(&lines), sums(&lines));
+    let expected = [
+        ("ideal_speedup", sums.local / sums.ideal),
+        ("wlb_speedup", sums.local / sums.wlb),
+        ("wlb_token_imbalance", sums.wlb_token_imbalance),
+        ("local_step_seconds", sums.local / sums.steps),
+        ("predicted_step_seconds", sums.predicted / sums.steps),
+        ("measured_step_seconds", sums.measured / sums.steps),
+        ("imbalance", sums.imbalance),
+    ];
+    let cores_of_their_own = cores_of_their_own(2);
+    for (key, value) in expected {
+        if key == "predicted_step_seconds" && !cores_of_their_own {
+            assert!(summary.get(key).is_none(), "{summary}");
+            continue;
+        }
+        let printed = summary[key].as_f64().unwrap_or_else(|| panic!("no {key} in {summary}"));
+        assert!(printed > 0.0 && (printed / value - 1.0).abs() < 1e-9, "{key}: {printed}, not {value}");
+    }
+    let rows = ["| local ", "| wlb (predicted) ", "| pool (predicted) ", "| pool "];
+    let rows: Vec<&str> =
+        rows.into_iter().filter(|row| cores_of_their_own || *row != "| pool (predicted) ").collect();
+    let starts: Vec<&str> =
+        words.lines().filter_map(|line| rows.iter().find(|row| line.starts_with(*row))).copied().collect();
+    assert_eq!(starts, rows, "{words}");
+
+    if !cores_of_their_own {
+        assert!(words.contains("no gain is predicted: ranks and servers share cores"), "{words}");
+        return;
+    }
+    let first = words.lines().next().unwrap();
+    assert!(first.starts_with("balancing attention over 2 ranks is predicted to "), "{words}");
+    assert!(
+        words.contains("step of the slowest rank: ") && words.contains(" as the plans predict, "),
+        "{words}"
+    );
+    let forecast = &lines[0];
+    assert_eq!((&forecast["kind"], &forecast["steps"]), (&json!("forecast"), &json!(3)));
+    let number = |key: &str| forecast[key].as_f64().unwrap_or_else(|| panic!("no {key} in {forecast}"));
+    assert!((number("imbalance") / sums.imbalance - 1.0).abs() < 1e-9, "{forecast}, not {}", sums.imbalance);
+    assert!(number("gain") <= number("ideal_gain") && number("ideal_gain") < 1.0, "{forecast}");
+    let share = number("attention_share");
+    assert!(share > 0.0 && share < 1.0, "{forecast}");
+    assert!(["attention_flops_per_second", "rest_flops_per_second"].iter().all(|key| number(key) > 0.0));
+    let worth = forecast["worth"].as_bool().unwrap();
+    assert_eq!((worth, forecast.get("reason").is_none()), (number("gain") >= 0.02, worth), "{forecast}");
+    assert_eq!(errors.contains("not worth disaggregating"), !worth, "{errors}");
+}
+
+#[test]
+fn a_job_that_gains_nothing_is_warned_and_trained() {
+    let warned = |more: &[&str], reason: &str| {
+        let folder = temporary_folder();
+        let args = train(folder.path(), &[&["--steps", "1"], more].concat());
+        let (_, errors) = outboard_says(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let warnings: Vec<&str> =
+            errors.lines().filter(|line| line.starts_with("outboard: warning: ")).collect();
+        assert_eq!(warnings.len(), 1, "{more:?}: {errors}");
+        assert!(warnings[0].contains("not worth disaggregating") && warnings[0].contains(reason), "{errors}");
+        let lines = read_json(&folder.path().join("figures.jsonl"));
+        assert_eq!(lines[0]["worth"], false);
+        assert!(reason.contains(lines[0]["reason"].as_str().unwrap()), "{}", lines[0]);
+        assert_eq!(summary(&lines)["steps"], 1);
+    };
+    warned(&["--ranks", "1"], "one rank has nobody to share its attention with");
+    if cores_of_their_own(2) {
+        let slow = ["--link-bytes-per-second", "1000"];
+        warned(&slow, "links are too slow for what the plans move");
+    }
 }
 
 #[test]
@@ -104,9 +187,14 @@ fn the_roles_run_apart() {
         server.ready_address();
     }
     let folder = temporary_folder();
-    outboard(&train(folder.path(), &["--steps", "2", "--coordinator", &url]));
+    let words = outboard(&train(folder.path(), &["--steps", "2", "--coordinator", &url]));
+    assert!(
+        words.contains("no gain is predicted: how fast the servers of an outside pool compute is not known"),
+        "{words}"
+    );
     let lines = read_json(&folder.path().join("figures.jsonl"));
     let summary = summary(&lines);
+    assert!(summary.get("predicted_step_seconds").is_none(), "{summary}");
     assert_eq!(summary["tasks_planned"], summary["tasks_computed"]);
     for role in servers.into_iter().chain([coordinator]) {
         role.signal(Signal::TERM);
@@ -458,7 +546,7 @@ fn a_profile_says_how_long_a_plan_takes() {
     write(&device);
     let (tasks, said) = plan(file_name);
     assert!(moved(&tasks) > 0);
-    assert!(said.contains("flops_per_second is not used") && said.contains("; layer time "), "{said}");
+    assert!(said.contains("flops_per_second is not used") && said.contains("layer time: "), "{said}");
 
     let refused = |profile: &str, parts: &[&str]| {
         let message = outboard_fails(&["plan", step.to_str().unwrap(), "--profile", profile]);
@@ -559,7 +647,7 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
     });
     std::fs::write(&step, content.to_string()).unwrap();
     let step = step.to_str().unwrap();
-    let cases: [(&[&str], &[&str]); 35] = [
+    let cases: [(&[&str], &[&str]); 36] = [
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
@@ -567,6 +655,7 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
         (&["train", "--data", data, "--tokens", "0"], &["tokens"]),
         (&["train", "--data", data, "--dtype", "f64"], &["--dtype", "f64", "f32, bf16 or f16"]),
         (&["train", "--data", data, "--learning-rate", "NaN"], &["learning_rate", "NaN"]),
+        (&["train", "--data", data, "--link-bytes-per-second", "0"], &["--link-bytes-per-second is 0"]),
         (&["train", "--data", data, "--attention", "local", "--pool", "2"], &["--pool", "local"]),
         (&["train", "--data", data, "--coordinator", "http://127.0.0.1:1"], &["127.0.0.1:1", "coordinator"]),
         (&["train", "--data", data, "--device", "cuda:all"], &["--device", "cuda:all", "cuda:N"]),

@@ -86,6 +86,14 @@ fn in_place_servers_balance_two_ranks() {
         let stats = &outputs[0].1;
         assert!(stats.summary.imbalance_before > 1.5 && stats.summary.imbalance_after < 1.05, "{stats:?}");
         assert!(outputs.iter().any(|(_, stats)| stats.bytes_moved > 0));
+        let mut planned = [0, 0];
+        for placed in outputs.iter().flat_map(|(_, stats)| &stats.placed) {
+            planned[placed.rank.unwrap() as usize] += placed.cells;
+        }
+        let (sum, most) = (planned.iter().sum::<u64>(), planned.into_iter().max().unwrap());
+        assert_eq!(sum, stats.summary.cells);
+        let after = most as f64 / (sum as f64 / 2.0);
+        assert!((after - stats.summary.imbalance_after).abs() < 1e-9, "{planned:?} {stats:?}");
         let own: u64 = outputs.iter().map(|(_, stats)| stats.tasks).sum();
         assert_eq!(own, 2 * stats.summary.tasks, "each task is computed forward and backward");
         assert_eq!(tasks_computed(&services), 2 * stats.summary.tasks * (n + 1));

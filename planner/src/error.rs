@@ -61,6 +61,18 @@ pub enum PlanError {
         /// What it is, and what it must be.
         what: String,
     },
+    /// A cost of the rest of the model that is negative or not a finite number.
+    #[error("costs.rest_seconds_per_token is {seconds}; it must be finite and at least zero")]
+    BadRest {
+        /// What was given.
+        seconds: f64,
+    },
+    /// A step that takes longer than can be said.
+    #[error("by its costs the step takes {seconds} s; flops_per_second or bytes_per_second is too low")]
+    Endless {
+        /// What it takes.
+        seconds: f64,
+    },
     /// A tolerance that is negative or not a number, or above one.
     #[error("tolerance is {tolerance}; it must be between 0 and 1")]
     BadTolerance {

@@ -30,7 +30,8 @@
 //! home and slot. Where rates are given, `trade` does this at several tolerances and keeps what takes the least layer time.
 //! A [`Profile`] is the cost model: it predicts what a task takes by its shape ([`Times`] those of a plan). [`Speeds`]
 //! compares servers by what they have measured; it enters no plan, only where tasks are placed. What no plan does better
-//! is in [`least_bytes()`] and [`least_seconds()`].
+//! is in [`least_bytes()`] and [`least_seconds()`]. [`Forecast`] says from a plan and the cost of the rest
+//! of the model how much shorter a step becomes, and whether that is worth it.
 //!
 //! # Rivals
 //! [`plan_by()`] plans the same problem by other policies, so that plans can be compared. Theirs hold what is said above
@@ -66,6 +67,7 @@ mod cost;
 mod cut;
 mod error;
 mod flows;
+mod forecast;
 mod group;
 mod judge;
 mod loads;
@@ -85,6 +87,7 @@ mod traffic;
 pub use bound::{least_bytes, least_seconds};
 pub use error::PlanError;
 pub use flows::{Carried, Flow};
+pub use forecast::{Doubt, Forecast, StepCosts};
 pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;

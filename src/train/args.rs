@@ -1,10 +1,11 @@
 //! Flags of `outboard train`, and the run they describe.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use outboard_attention::DType;
-use outboard_trainer::{ModelConfig, TrainConfig};
+use outboard_trainer::{Corpus, ModelConfig, TrainConfig};
 
 use super::protocol::{Data, Mode};
 use crate::cores;
@@ -82,6 +83,10 @@ pub(crate) struct Args {
     /// Memory of each attention server, in MiB: a quarter for its kernel to work in, the rest for task buffers.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     memory_mib: u64,
+    /// Bytes a second that a server's link carries each way, for the prediction that is printed before training. The
+    /// default is a little less than ten-gigabit Ethernet carries, and less than the links within one machine do.
+    #[arg(long, value_name = "N", default_value_t = 1e9)]
+    link_bytes_per_second: f64,
     /// Fail when local and pooled losses differ by more than this, relative [default: 1e-4, with --device cuda:N 1e-2].
     #[arg(long)]
     loss_tolerance: Option<f64>,
@@ -109,6 +114,8 @@ pub(crate) struct Run {
     pub(crate) train: TrainConfig,
     pub(crate) modes: Vec<Mode>,
     pub(crate) data: Data,
+    /// Its documents.
+    pub(crate) corpus: Arc<Corpus>,
     /// An outside coordinator, or none for an embedded one.
     pub(crate) coordinator: Option<String>,
     pub(crate) in_place: bool,
@@ -124,6 +131,7 @@ pub(crate) struct Run {
     /// Whether cores are shared, so that speed says nothing.
     pub(crate) cores_shared: bool,
     pub(crate) memory_mib: u64,
+    pub(crate) link_bytes_per_second: f64,
     pub(crate) loss_tolerance: f64,
     pub(crate) json: Option<PathBuf>,
 }
@@ -150,6 +158,10 @@ impl Args {
         let loss_tolerance = self.loss_tolerance.unwrap_or(usual_tolerance);
         if !(loss_tolerance.is_finite() && loss_tolerance >= 0.0) {
             bail!("--loss-tolerance is {loss_tolerance}; it must be finite and at least 0");
+        }
+        let links = self.link_bytes_per_second;
+        if !(links.is_finite() && links > 0.0) {
+            bail!("--link-bytes-per-second is {links}; it must be finite and above zero");
         }
         if on_gpu {
             self.check_gpu(pooled, dtype)?;
@@ -179,7 +191,7 @@ impl Args {
             None => Data::Cargo(cargo_home()?),
         };
         // An empty folder should be known before processes are started.
-        data.corpus()?;
+        let corpus = Arc::new(data.corpus()?);
 
         let cores = cores::available()?;
         let each = usize::from(self.cores_per_rank);
@@ -197,6 +209,7 @@ impl Args {
             train,
             modes,
             data,
+            corpus,
             in_place: pooled && (self.in_place || (dedicated == 0 && self.coordinator.is_none())),
             coordinator: self.coordinator,
             dedicated,
@@ -206,9 +219,29 @@ impl Args {
             server_cores,
             cores_shared: owners * each > cores.len(),
             memory_mib: self.memory_mib,
+            link_bytes_per_second: links,
             loss_tolerance,
             json: self.json,
         })
+    }
+}
+
+impl Run {
+    /// Whether any training is served by the pool.
+    pub(crate) fn pooled(&self) -> bool {
+        self.modes.contains(&Mode::Pool)
+    }
+
+    /// Why it is not known that every server computes as fast as a rank does, without which nothing is predicted of a
+    /// plan.
+    pub(crate) fn unlike_servers(&self) -> Option<&'static str> {
+        if self.device != Device::Cpu {
+            Some("how fast the GPU computes is not known before")
+        } else if self.coordinator.is_some() {
+            Some("how fast the servers of an outside pool compute is not known")
+        } else {
+            self.cores_shared.then_some("ranks and servers share cores")
+        }
     }
 }
 

@@ -17,7 +17,8 @@ use tonic::transport::Channel;
 
 use super::args::Run;
 use super::child::JsonChild;
-use super::protocol::{FromRank, Mode, Setup, ToRank};
+use super::probe::Speed;
+use super::protocol::{FromRank, Setup, ToRank};
 use super::report::Record;
 use crate::device::Device;
 
@@ -39,6 +40,10 @@ pub(crate) struct Cluster {
     numerics_id: Option<String>,
     in_place: bool,
     cores: Vec<Vec<usize>>,
+    /// Where ranks take connections of the gradient exchange.
+    addresses: Vec<SocketAddr>,
+    /// How fast ranks compute, as far as they have measured it.
+    speeds: Vec<Option<Speed>>,
 }
 
 /// What a dedicated server says when it is ready.
@@ -57,9 +62,9 @@ struct CoordinatorLink {
 }
 
 impl Cluster {
-    /// Starts everything, in the order in which each part needs the one before.
+    /// Starts all processes, in the order in which each needs the ones before. The job begins with [`Self::begin`].
     pub(crate) async fn start(run: &Run) -> anyhow::Result<Cluster> {
-        let coordinator = match run.modes.contains(&Mode::Pool) {
+        let coordinator = match run.pooled() {
             true => Some(CoordinatorLink::start(run).await?),
             false => None,
         };
@@ -70,6 +75,8 @@ impl Cluster {
             numerics_id: None,
             in_place: run.in_place,
             cores: run.rank_cores.clone(),
+            addresses: Vec::new(),
+            speeds: Vec::new(),
         };
         cluster.start_servers(run).await?;
         cluster.start_ranks(run).await?;
@@ -107,6 +114,7 @@ impl Cluster {
                 in_place: run.in_place,
                 min_servers: (in_place + run.dedicated).max(1),
                 cores: cores.clone(),
+                probe: run.pooled() && run.unlike_servers().is_none(),
                 memory_bytes: run.memory_mib << 20,
                 data: run.data.clone(),
             };
@@ -114,15 +122,27 @@ impl Cluster {
             child.send(&ToRank::Setup(Box::new(setup))).await?;
             self.ranks.push(child);
         }
-        let mut addresses = Vec::with_capacity(self.ranks.len());
         for message in self.next_of_each(START_LIMIT).await? {
             match message {
-                FromRank::Listening { address } => addresses.push(address),
+                FromRank::Listening { address, speed } => {
+                    self.addresses.push(address);
+                    self.speeds.push(speed);
+                }
                 other => bail!("a rank said {other:?} before it was listening"),
             }
         }
+        Ok(())
+    }
+
+    /// How fast each rank computes; `None` unless all of them have measured it.
+    pub(crate) fn speeds(&self) -> Option<Vec<Speed>> {
+        self.speeds.iter().copied().collect()
+    }
+
+    /// Lets the ranks meet, join the job and begin.
+    pub(crate) async fn begin(&mut self, run: &Run) -> anyhow::Result<()> {
         for rank in &mut self.ranks {
-            rank.send(&ToRank::Exchange { addresses: addresses.clone() }).await?;
+            rank.send(&ToRank::Exchange { addresses: self.addresses.clone() }).await?;
         }
         if self.coordinator.is_some() {
             for message in self.next_of_each(JOIN_LIMIT).await? {

@@ -3,10 +3,13 @@
 mod args;
 mod child;
 mod cluster;
+mod forecast;
+mod probe;
 mod protocol;
 pub(crate) mod rank;
 mod report;
 mod show;
+mod table;
 
 use std::time::Duration;
 
@@ -16,6 +19,8 @@ pub(crate) use args::Args;
 
 use crate::lifetime;
 use cluster::Cluster;
+use forecast::Outlook;
+use outboard_proto::describe;
 use protocol::{FromRank, RankStep};
 use report::{Record, StepLine};
 use show::Show;
@@ -41,6 +46,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 async fn train(run: &args::Run) -> anyhow::Result<()> {
     let mut show = Show::new(run)?;
     let mut cluster = Cluster::start(run).await?;
+    say_outlook(run, &cluster, &mut show)?;
+    cluster.begin(run).await?;
     show.started(&cluster);
     let outcome = follow(run, &mut cluster, &mut show).await;
     show.progress_ends();
@@ -60,10 +67,32 @@ async fn train(run: &args::Run) -> anyhow::Result<()> {
     }
 }
 
+/// Says before the job starts what balance is predicted to gain. A run trains whatever that is.
+fn say_outlook(run: &args::Run, cluster: &Cluster, show: &mut Show) -> anyhow::Result<()> {
+    if !run.pooled() {
+        return Ok(());
+    }
+    let unknown = match (run.unlike_servers(), cluster.speeds()) {
+        (Some(why), _) => why,
+        (None, None) => "a rank could not measure its speed",
+        (None, Some(speeds)) => match Outlook::new(run, &speeds) {
+            Ok(Some(outlook)) => return show.outlook(&outlook),
+            Ok(None) => "the run has no rank",
+            Err(error) => {
+                show.warn(&format!("no gain is predicted: {}", describe(error.as_ref())));
+                return Ok(());
+            }
+        },
+    };
+    show.say(&format!("no gain is predicted: {unknown}"));
+    Ok(())
+}
+
 /// Follows all steps of all trainings.
 async fn follow(run: &args::Run, cluster: &mut Cluster, show: &mut Show) -> anyhow::Result<Record> {
     let (layers, dtype) = (run.model.layers as u64, run.model.attention_dtype.to_string());
-    let mut record = Record { layers, dtype, ..Record::default() };
+    let servers_like_ranks = run.unlike_servers().is_none();
+    let mut record = Record { layers, dtype, servers_like_ranks, ..Record::default() };
     for step in 0..run.train.steps {
         for turn in 0..run.modes.len() {
             let ranks = step_of_all_ranks(cluster).await?;

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use outboard_trainer::{Corpus, ModelConfig, TrainConfig, TrainerError};
 use serde::{Deserialize, Serialize};
 
+use super::probe::Speed;
+
 /// Who computes core attention.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, clap::ValueEnum,
@@ -55,6 +57,8 @@ pub(crate) struct Setup {
     pub(crate) min_servers: u32,
     /// Cores to run on; the kernel has as many threads.
     pub(crate) cores: Vec<usize>,
+    /// Whether to measure the rank's speed first.
+    pub(crate) probe: bool,
     /// Memory of the in-place server, in bytes.
     pub(crate) memory_bytes: u64,
     /// The documents.
@@ -85,8 +89,8 @@ impl Data {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum FromRank {
-    /// Where it takes connections of the gradient exchange.
-    Listening { address: SocketAddr },
+    /// Where it takes connections of the gradient exchange, and its speed where that was asked for and could be measured.
+    Listening { address: SocketAddr, speed: Option<Speed> },
     /// It has joined the job and begins.
     Started { numerics_id: String },
     /// A step of one training is done.
@@ -113,7 +117,8 @@ pub(crate) struct RankStep {
     /// Of that, waiting for the slowest rank's backward pass.
     pub(crate) wait_seconds: f64,
     pub(crate) tokens: u64,
-    pub(crate) documents: u64,
+    /// Tokens of each of the rank's documents.
+    pub(crate) documents: Vec<usize>,
     /// Bytes of the step's files, on all ranks, dropped because a rank's budget was full.
     pub(crate) dropped_bytes: u64,
     /// Attention cells of the rank's documents.
@@ -128,6 +133,8 @@ pub(crate) struct PoolStep {
     pub(crate) imbalance_after: f64,
     /// Tasks of all ranks, of one layer and direction.
     pub(crate) planned_tasks: u64,
+    /// Where the plan puts the attention of this rank's documents.
+    pub(crate) placed: Vec<PlacedCells>,
     /// Tasks of this rank's documents, over all layers and both directions.
     pub(crate) tasks: u64,
     pub(crate) tasks_resent: u64,
@@ -140,4 +147,14 @@ pub(crate) struct PoolStep {
     pub(crate) communication_seconds: f64,
     /// Wall time of planning at the coordinator.
     pub(crate) plan_seconds: f64,
+}
+
+/// What a plan puts on one server.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct PlacedCells {
+    pub(crate) server: u64,
+    /// The rank it shares its cores with; `None` for a dedicated server.
+    pub(crate) rank: Option<u32>,
+    /// Cells of one layer and direction, each counted once per kv head.
+    pub(crate) cells: u64,
 }

@@ -14,10 +14,11 @@ use outboard_attention_server::{CpuOptions, DeviceOptions, EngineOptions, InPlac
 use outboard_proto::describe;
 use outboard_trainer::{Exchange, ExchangeConfig, Packer, StepPacking, Trainer, require_one_thread};
 use outboard_transport::TaskHandler;
-use outboard_worker::{CoreAttention, JobOptions, LocalAttention, PoolAttention};
+use outboard_worker::{CoreAttention, JobOptions, LocalAttention, Placed, PoolAttention};
 use tokio::runtime::Runtime;
 
-use super::protocol::{FromRank, Mode, PoolStep, RankStep, Setup, ToRank};
+use super::probe::{self, Speed};
+use super::protocol::{FromRank, Mode, PlacedCells, PoolStep, RankStep, Setup, ToRank};
 use crate::cores;
 
 /// How long a rank waits for the others in the gradient exchange.
@@ -69,7 +70,13 @@ fn say(message: &FromRank) -> anyhow::Result<()> {
 fn train(setup: &Setup, launcher: &Receiver<ToRank>) -> anyhow::Result<()> {
     require_one_thread()?;
     cores::pin(&setup.cores)?;
-    let mut exchange = join_exchange(setup, launcher)?;
+    let speed = setup.probe.then(|| probe::measure(&setup.model, setup.cores.len())).transpose();
+    let speed = speed.unwrap_or_else(|error| {
+        // The run needs no prediction.
+        tracing::warn!(rank = setup.train.rank, error = %describe(error.as_ref()), "the speed could not be measured");
+        None
+    });
+    let mut exchange = join_exchange(setup, launcher, speed)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
     let pool = match setup.modes.contains(&Mode::Pool) {
         true => Some(Pool::join(setup, &runtime)?),
@@ -89,9 +96,13 @@ fn train(setup: &Setup, launcher: &Receiver<ToRank>) -> anyhow::Result<()> {
     outcome
 }
 
-fn join_exchange(setup: &Setup, launcher: &Receiver<ToRank>) -> anyhow::Result<Exchange> {
+fn join_exchange(
+    setup: &Setup,
+    launcher: &Receiver<ToRank>,
+    speed: Option<Speed>,
+) -> anyhow::Result<Exchange> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("cannot listen for other ranks")?;
-    say(&FromRank::Listening { address: listener.local_addr()? })?;
+    say(&FromRank::Listening { address: listener.local_addr()?, speed })?;
     let Ok(ToRank::Exchange { addresses }) = launcher.recv() else {
         bail!("the launcher did not say where the other ranks are");
     };
@@ -196,7 +207,7 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
                 exchange_seconds: outcome.exchange_seconds,
                 wait_seconds: outcome.wait_seconds,
                 tokens: outcome.tokens as u64,
-                documents: outcome.documents as u64,
+                documents: packing.lengths(rank),
                 dropped_bytes: packing.dropped_tokens,
                 cells: cells(&packing, rank, setup.model.kv_heads),
                 pool: pool_step,
@@ -212,7 +223,10 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
 /// Ends a pooled step and says what it took.
 fn finish(pool: &Pool, step: u64, seconds: f64) -> anyhow::Result<PoolStep> {
     let stats = pool.attention.finish_step(step, seconds)?;
+    let placed =
+        stats.placed.iter().map(|&Placed { server, rank, cells }| PlacedCells { server, rank, cells });
     Ok(PoolStep {
+        placed: placed.collect(),
         imbalance_before: stats.summary.imbalance_before,
         imbalance_after: stats.summary.imbalance_after,
         planned_tasks: stats.summary.tasks,
@@ -227,7 +241,7 @@ fn finish(pool: &Pool, step: u64, seconds: f64) -> anyhow::Result<PoolStep> {
 }
 
 /// This rank's documents of a step, as the planner sees them.
-fn documents(packing: &StepPacking, rank: u32) -> anyhow::Result<Vec<Document>> {
+pub(crate) fn documents(packing: &StepPacking, rank: u32) -> anyhow::Result<Vec<Document>> {
     let document = |(index, tokens): (usize, usize)| {
         let id = DocumentId { rank, index: index as u32 };
         Document::new(id, tokens, vec![HomeRange { rank, tokens: Span::to(tokens) }])

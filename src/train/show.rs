@@ -6,14 +6,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use comfy_table::{Table, presets};
 use indicatif::{HumanBytes, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::args::Run;
 use super::cluster::Cluster;
+use super::forecast::Outlook;
 use super::protocol::Mode;
-use super::report::{Record, StepLine, Summary, Training};
+use super::report::{Record, StepLine};
+use super::table::{table, words};
 use crate::device::Device;
 
 /// Where figures and words go.
@@ -45,6 +46,25 @@ impl Show {
         Ok(Show { bar, json, words_to_stderr: to_stdout, cores_shared: run.cores_shared, device: run.device })
     }
 
+    /// Says whether attention is worth disaggregating, loudly where it is not.
+    pub(crate) fn outlook(&mut self, outlook: &Outlook) -> anyhow::Result<()> {
+        self.write_json(outlook)?;
+        self.say(&outlook.words());
+        if let Some(warning) = outlook.warning() {
+            self.warn(&warning);
+        }
+        Ok(())
+    }
+
+    /// Says what a person should know before reading on, where it cannot be taken for a figure.
+    pub(crate) fn warn(&self, message: &str) {
+        let say = || eprintln!("outboard: warning: {message}");
+        match &self.bar {
+            Some(bar) => bar.suspend(say),
+            None => say(),
+        }
+    }
+
     /// Says what runs where.
     pub(crate) fn started(&self, cluster: &Cluster) {
         for line in cluster.describe() {
@@ -54,15 +74,15 @@ impl Show {
 
     pub(crate) fn step(&mut self, line: &StepLine, last_of_step: bool) -> anyhow::Result<()> {
         self.write_json(line)?;
-        let words = step_words(line);
+        let said = step_words(line);
         match &self.bar {
             Some(bar) => {
-                bar.set_message(words);
+                bar.set_message(said);
                 if last_of_step {
                     bar.inc(1);
                 }
             }
-            None => self.say(&format!("step {:>3}  {words}", line.step)),
+            None => self.say(&format!("step {:>3}  {said}", line.step)),
         }
         Ok(())
     }
@@ -76,8 +96,8 @@ impl Show {
     pub(crate) fn summary(&mut self, record: &Record) -> anyhow::Result<()> {
         let Some(summary) = record.summary() else { return Ok(()) };
         self.write_json(&summary)?;
-        self.say(&training_table(&summary.trainings).to_string());
-        for line in summary_words(&summary, self.cores_shared, self.device) {
+        self.say(&table(&summary).to_string());
+        for line in words(&summary, self.cores_shared, self.device) {
             self.say(&line);
         }
         Ok(())
@@ -90,7 +110,7 @@ impl Show {
         out.write_all(&line).and_then(|()| out.flush()).context("cannot write JSON lines")
     }
 
-    fn say(&self, line: &str) {
+    pub(crate) fn say(&self, line: &str) {
         match &self.bar {
             Some(bar) => bar.suspend(|| self.say_plainly(line)),
             None => self.say_plainly(line),
@@ -120,61 +140,4 @@ fn step_words(line: &StepLine) -> String {
         }
     }
     words
-}
-
-fn training_table(trainings: &[Training]) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::ASCII_MARKDOWN);
-    let mut header = vec!["attention by".to_owned()];
-    header.extend(trainings.iter().map(|t| t.attention.name().to_owned()));
-    table.set_header(header);
-    let mut row = |name: &str, value: &dyn Fn(&Training) -> String| {
-        let mut cells = vec![name.to_owned()];
-        cells.extend(trainings.iter().map(value));
-        table.add_row(cells);
-    };
-    row("loss, first to last", &|t| format!("{:.4} to {:.4}", t.loss_first, t.loss_last));
-    row("tokens/s", &|t| format!("{:.0}", t.tokens_per_second));
-    row("seconds", &|t| format!("{:.1}", t.seconds));
-    row("  core attention", &|t| format!("{:.1}", t.attention_seconds));
-    row("    with the device idle", &|t| match t.attention {
-        Mode::Local => "-".to_owned(),
-        Mode::Pool => format!("{:.1}", t.exposed_seconds),
-    });
-    row("  waiting for the slowest rank", &|t| format!("{:.1}", t.wait_seconds));
-    row("  gradient exchange", &|t| format!("{:.1}", t.exchange_seconds));
-    row("  model and optimizer", &|t| format!("{:.1}", t.other_seconds));
-    table
-}
-
-fn summary_words(summary: &Summary, cores_shared: bool, device: Device) -> Vec<String> {
-    let mut lines = vec![format!("Q, K, V and dO of core attention in {}", summary.dtype)];
-    if let Some((speedup, ideal)) = summary.speedup.zip(summary.ideal_speedup) {
-        let share = if ideal > 1.0 { 100.0 * (speedup - 1.0) / (ideal - 1.0) } else { 0.0 };
-        lines.push(match cores_shared {
-            _ if device != Device::Cpu => {
-                format!("speedup {speedup:.3} by {device} over attention on the ranks' cores")
-            }
-            false => format!("speedup {speedup:.3}, ideal {ideal:.3}: {share:.0}% of what balance can give"),
-            true => "no speedup is claimed: ranks and servers share cores".to_owned(),
-        });
-    }
-    if let Some(difference) = summary.max_relative_loss_difference {
-        lines.push(format!("largest relative difference of loss {difference:.1e}"));
-    }
-    lines.push(format!(
-        "imbalance of the documents {:.3} (most over mean cells of a rank)",
-        summary.imbalance
-    ));
-    if summary.tasks_planned > 0 {
-        lines.push(format!(
-            "tasks: {} planned, {} computed by the servers' own counters, {} resent, {} servers lost; {} moved",
-            summary.tasks_planned,
-            summary.tasks_computed,
-            summary.tasks_resent,
-            summary.servers_lost,
-            HumanBytes(summary.bytes_moved)
-        ));
-    }
-    lines
 }

@@ -1,6 +1,7 @@
 //! Runs the command and reads what it prints. A process still running when its handle is dropped is killed.
 #![allow(unreachable_pub, reason = "a module of a test binary")]
 
+pub mod figures;
 pub mod markup;
 
 use std::fmt::Write as _;

@@ -20,4 +20,4 @@ pub use error::WorkerError;
 pub use local::LocalAttention;
 pub use options::JobOptions;
 pub use outboard_proto::v1::PlanSummary;
-pub use pool::{PoolAttention, StepStats};
+pub use pool::{Placed, PoolAttention, StepStats};

@@ -6,7 +6,7 @@ use outboard_attention::{Document, DocumentId, HeadGeometry, Mask, PlannedTask, 
 use outboard_proto::AssignedTask;
 use outboard_proto::v1::{PlanSummary, ServerInfo, SubmitStepResponse};
 
-use crate::LayerCall;
+use crate::{LayerCall, Placed};
 
 /// A task of this rank's documents and the server that computes it.
 #[derive(Clone, Debug)]
@@ -61,6 +61,16 @@ impl RankPlan {
         plan.check(&documents, geometry).map_err(|e| e.to_string())?;
         let summary = response.summary.ok_or("it has no summary")?;
         Ok(RankPlan { epoch: response.plan_epoch, documents, tasks, servers, summary })
+    }
+
+    /// How much of it each server has, in order of server.
+    pub(crate) fn placed(&self) -> Vec<Placed> {
+        let mut cells: BTreeMap<u64, u64> = BTreeMap::new();
+        for placed in &self.tasks {
+            *cells.entry(placed.server).or_default() += placed.task.cells();
+        }
+        let rank = |server: u64| self.servers.get(&server).and_then(|info| info.rank);
+        cells.into_iter().map(|(server, cells)| Placed { server, rank: rank(server), cells }).collect()
     }
 
     /// Checks that a call asks for what was submitted, no more and no less: then the plan computes all of it.

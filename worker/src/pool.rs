@@ -83,6 +83,8 @@ struct Times {
 pub struct StepStats {
     /// Facts about the whole plan.
     pub summary: PlanSummary,
+    /// Where the plan puts the attention of this rank's documents, in order of server.
+    pub placed: Vec<Placed>,
     /// Tasks of this rank's documents, over all layers and both directions.
     pub tasks: u64,
     /// Tasks sent again.
@@ -97,6 +99,17 @@ pub struct StepStats {
     pub exposed: Duration,
     /// Time that tensors of this rank's tasks were on their way: for each call that of the longest task, summed.
     pub communication: Duration,
+}
+
+/// What a plan puts on one server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Id of the server.
+    pub server: u64,
+    /// The rank it shares a device with; `None` for a dedicated server.
+    pub rank: Option<u32>,
+    /// Cells of one layer and direction, each counted once per kv head.
+    pub cells: u64,
 }
 
 impl PoolAttention {
@@ -179,6 +192,7 @@ impl PoolAttention {
         let bytes = |t: Traffic| t.sent + t.received;
         Ok(StepStats {
             summary: planned.plan.summary,
+            placed: planned.plan.placed(),
             tasks: times.tasks,
             tasks_resent: now.resent - start.resent,
             servers_lost: std::mem::take(

@@ -127,6 +127,14 @@ impl ModelConfig {
         in_range("number of matrix elements", elements, 1, MAX_ELEMENTS)?;
         Ok(geometry.with_dtype(self.attention_dtype))
     }
+
+    /// FLOPs of one token outside of core attention, forward and backward: two for each element of a matrix that it is
+    /// multiplied with, and twice that backward. Norms, rotary positions and the like are not counted.
+    pub fn rest_flops_per_token(&self) -> f64 {
+        let heads = 2.0 * (self.q_heads + self.kv_heads) as f64 * self.head_dim as f64;
+        let layer = self.dim as f64 * (heads + 3.0 * self.ffn_dim as f64);
+        6.0 * (self.layers as f64 * layer + self.vocab as f64 * self.dim as f64)
+    }
 }
 
 impl TrainConfig {
