@@ -103,7 +103,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let balance = policy == Policy::Outboard && tolerance.is_some();
     let (policy, tolerance) = with_tolerance(policy, tolerance)?;
     let profile = asked.as_deref().map(profile).transpose()?;
-    let Step { mut problem, servers, documents, flops_per_second, mut unused } = read(&step)?;
+    let Step { mut problem, servers, documents, flops_per_second, link, mut unused } = read(&step)?;
     problem.tolerance = tolerance;
     problem.profile = profile;
     if problem.profile.is_some() && problem.rates.is_some() && flops_per_second.is_some() {
@@ -128,7 +128,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     }
     if let Some(file) = html {
         let default = Rates::default();
-        let given = html::Given { compute: flops_per_second.is_some(), link: known.is_some() };
+        let given = html::Given { compute: flops_per_second.is_some(), link: link.is_some() };
         let flops_per_second = flops_per_second.unwrap_or(default.flops_per_second);
         let planned = html::Planned {
             problem: &problem,
@@ -138,7 +138,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             step: &step.file_name().unwrap_or(step.as_os_str()).to_string_lossy(),
             policy,
             limit: (policy == Policy::Outboard && problem.rates.is_none()).then_some(tolerance),
-            rates: known.unwrap_or(Rates { flops_per_second, ..default }),
+            rates: Rates { flops_per_second, bytes_per_second: link.unwrap_or(default.bytes_per_second) },
             given,
             seconds: plan_seconds,
         };

@@ -1,8 +1,8 @@
 //! Correction: which tasks slow servers give to others. Pure.
 //!
 //! Cuts and slots stay; single tasks change servers. A slow server gives tasks, the largest that fit first, until it is
-//! expected to end no later than everybody would if all work were spread by power, give or take [`SLACK`]. Whoever
-//! would end first takes the next one, so long as it then still ends sooner than the giver would have.
+//! expected to end no later than everybody would if all work were spread by power, give or take [`SLACK`]; one it keeps.
+//! Whoever would end first takes the next one, so long as it then still ends sooner than the giver would have.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,8 +37,10 @@ impl Power {
                 *weights.entry(*id).or_default() += slot.weight;
             }
         }
+        // A server without a slot is taken to be like the others.
+        let mean = slots.iter().map(|slot| slot.weight).sum::<f64>() / slots.len().max(1) as f64;
         let power = |id: ServerId| Power {
-            weight: weights.get(&id).copied().unwrap_or(1.0),
+            weight: weights.get(&id).copied().unwrap_or(if mean > 0.0 { mean } else { 1.0 }),
             speed: slow.get(&id).copied().unwrap_or(1.0),
         };
         takers.map(|id| (id, power(id))).collect()
@@ -127,7 +129,10 @@ impl<'a> Tick<'a> {
         // Of equal tasks the last in plan order goes first.
         from.tasks.sort_by(|&a, &b| work(a).total_cmp(&work(b)));
         let mut given = 0;
-        while from.seconds() > level {
+        // Those that would take longer with any task of this one are left to others.
+        let mut unsuitable = Vec::new();
+        // It keeps a task: what computes nothing is never found to be fast again.
+        while from.seconds() > level && from.tasks.len() > 1 {
             let Some(&(time, taker)) = takers.first() else { break };
             let Some(to) = self.held.get_mut(&taker) else { break };
             let spare = from.work * (1.0 - level / from.seconds());
@@ -135,7 +140,8 @@ impl<'a> Tick<'a> {
             let sooner =
                 from.tasks.partition_point(|&n| to.power.seconds(to.work + work(n)) < from.seconds());
             let Some(at) = fitting.min(sooner).checked_sub(1).filter(|&at| at < from.tasks.len()) else {
-                break;
+                unsuitable.extend(takers.pop_first());
+                continue;
             };
             let n = from.tasks.remove(at);
             from.work -= work(n);
@@ -147,6 +153,7 @@ impl<'a> Tick<'a> {
             takers.remove(&(time, taker));
             takers.insert((to.seconds().to_bits(), taker));
         }
+        takers.extend(unsuitable);
         self.held.insert(giver, from);
         given
     }
@@ -191,6 +198,22 @@ mod tests {
         let moved = relieve(loads, &powers, &mut after);
         let ids = |placed: Vec<Option<ServerId>>| placed.into_iter().map(|id| id.unwrap().0).collect();
         (ids(before), ids(after), moved)
+    }
+
+    /// Without work it would never be seen to be fast again.
+    #[test]
+    fn a_slow_server_keeps_a_task() {
+        let (_, after, moved) = corrected(&loads(&[&[10], &[10]]), &[1.0; 2], 3, &[(1, 0.3)]);
+        assert_eq!((after, moved), (vec![0, 1], 0));
+        let (_, after, moved) = corrected(&loads(&[&[10, 10], &[10, 10]]), &[1.0; 2], 4, &[(1, 0.125)]);
+        assert_eq!((moved, after.iter().filter(|&&id| id == 1).count()), (1, 1));
+    }
+
+    #[test]
+    fn a_taker_that_is_too_weak_stands_in_nobodys_way() {
+        let loads = loads(&[&[100; 4], &[100; 4], &[]]);
+        let (_, after, moved) = corrected(&loads, &[4.0, 4.0, 0.01], 3, &[(1, 0.5)]);
+        assert!(moved > 0 && !after.contains(&2), "{after:?}");
     }
 
     #[test]
@@ -275,7 +298,8 @@ mod tests {
                 let longest = |placed: &[u64]| {
                     let mut seconds = vec![0.0; servers as usize];
                     for (load, &id) in loads.iter().zip(placed).filter(|(load, _)| load.tick == tick) {
-                        let weight = weights.get(id as usize).copied().unwrap_or(1.0);
+                        let mean = weights.iter().sum::<f64>() / weights.len() as f64;
+                        let weight = weights.get(id as usize).copied().unwrap_or(mean);
                         seconds[id as usize] += load.work / (weight * speed(id).unwrap_or(1.0));
                     }
                     seconds.into_iter().fold(0.0, f64::max)

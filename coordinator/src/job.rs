@@ -88,7 +88,7 @@ impl Run {
         for (server, speed) in slow.iter().filter(|(id, _)| !self.times.slow.contains_key(id)) {
             tracing::warn!(job, %server, speed, "server is slower than the others and gives tasks to them");
         }
-        for server in self.times.slow.keys().filter(|id| !slow.contains_key(id)) {
+        for server in self.times.slow.keys().filter(|id| !slow.contains_key(id) && self.pace.knows(**id)) {
             tracing::info!(job, %server, "server is as fast as the others again");
         }
         self.times.slow = slow;

@@ -81,6 +81,11 @@ impl Pace {
         self.speeds.retain(|&id| takes(id));
     }
 
+    /// Whether anything is known of a server's speed: it has measured something, and still takes tasks.
+    pub(crate) fn knows(&self, server: ServerId) -> bool {
+        self.speeds.knows(&server)
+    }
+
     /// The servers that are clearly slower than the others, each with its speed relative to them.
     pub(crate) fn slow(&self) -> BTreeMap<ServerId, f64> {
         self.speeds.slow()

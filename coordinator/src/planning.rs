@@ -108,7 +108,9 @@ pub(crate) fn plan_step(input: &PlanInput) -> Result<PlannedStep, Error> {
     let place_name = || format!("job {}, step {}", input.name, input.step);
     let mut documents: Vec<Document> = input.submissions.iter().flat_map(|d| d.iter().cloned()).collect();
     documents.sort_unstable_by_key(Document::id);
-    let slots = input.footing.slots.iter().map(|slot| slot.planned()).collect();
+    // Links are relative to the fastest that was declared; those that were not are as fast.
+    let fastest = input.footing.slots.iter().map(|slot| slot.bytes_per_second).fold(0.0, f64::max);
+    let slots = input.footing.slots.iter().map(|slot| slot.planned(fastest)).collect();
     let problem = Problem { tolerance: input.tolerance, ..Problem::new(input.geometry, documents, slots) };
     let step = plan(&problem).map_err(|e| Error::invalid(format!("{}: {e}", place_name())))?;
     let documents = &problem.documents;

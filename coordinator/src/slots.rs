@@ -12,6 +12,8 @@ use crate::server::{ServerId, ServerSpec};
 use crate::text::{check_name, listed, ranks, servers};
 use crate::{Error, MAX_RANKS};
 
+/// The slowest link that is planned for, as a part of the fastest.
+const SLOWEST_LINK: f64 = 1e-4;
 /// Most slots of a job.
 pub(crate) const MAX_SLOTS: usize = 1 << 16;
 
@@ -34,9 +36,12 @@ impl SlotSpec {
         SlotSpec { rank, weight: 1.0, memory_bytes: 0, bytes_per_second: 0.0 }
     }
 
-    /// The slot as the planner takes it.
-    pub(crate) fn planned(&self) -> Slot {
-        Slot { rank: self.rank, weight: self.weight }
+    /// The slot as the planner takes it, beside links of up to so many bytes a second.
+    pub(crate) fn planned(&self, fastest: f64) -> Slot {
+        // A link that is slower yet makes no other plan.
+        let relative = (self.bytes_per_second / fastest).clamp(SLOWEST_LINK, 1.0);
+        let link = if self.bytes_per_second > 0.0 { relative } else { 1.0 };
+        Slot { rank: self.rank, weight: self.weight, link }
     }
 }
 

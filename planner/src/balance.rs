@@ -5,7 +5,7 @@ use std::cmp::Reverse;
 use crate::cost::Cost;
 use crate::cut::{Cut, Edge, carve};
 use crate::plan::Effort;
-use crate::search::{self, Rect, Terms};
+use crate::search::{self, Links, Rect, Terms};
 use crate::sheet::{Sheet, Strip};
 use crate::start::Share;
 
@@ -114,8 +114,9 @@ fn exchange(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], load: &[u64], d
     let grain = shares.iter().map(|share| share.slack).min().unwrap_or(0) as f64;
     let many_heads = donors.iter().flat_map(|donor| &donor.strips).any(|strip| strip.kv_heads.len() > 1);
     let tries = shares.len() * if many_heads { TRIES_AT_MANY_HEADS } else { TRIES_AT_ONE_HEAD };
-    let links =
-        search::improve(&mut searched, &mut room, &Terms { shape: cost.shape(), grain: 0.5 * grain, tries });
+    let terms = Terms { shape: cost.shape(), grain: 0.5 * grain, tries };
+    let links = Links::new(shares.iter().map(|share| share.link));
+    let links = search::improve(&mut searched, &mut room, links, &terms);
     for &n in &which {
         if links.out(donors[n].slot) > NEAR_BUSIEST {
             donors[n].scarce = SCARCE;

@@ -53,6 +53,18 @@ pub enum PlanError {
         /// Its value.
         rate: f64,
     },
+    /// A slot's link that is not a number, or absurd.
+    #[error("slots[{slot}].link is {link}; it must be between {least} and {most}")]
+    BadLink {
+        /// The slot.
+        slot: usize,
+        /// Its link.
+        link: f64,
+        /// The least that is allowed.
+        least: f64,
+        /// The most.
+        most: f64,
+    },
     /// A device's profile that makes no sense.
     #[error("profile.{field} {what}")]
     BadProfile {

@@ -87,7 +87,8 @@ impl Forecast {
             return Err(PlanError::BadRest { seconds: rest }.into());
         }
         // The judge checks the rates with the rest of the problem.
-        let verdict = judge(plan, &Problem { rates: Some(rates), ..problem.clone() })?;
+        // All times are by these rates, whatever profile the problem was planned with.
+        let verdict = judge(plan, &Problem { rates: Some(rates), profile: None, ..problem.clone() })?;
         let passes = [verdict.forward, verdict.backward];
         let planned: f64 = passes.iter().map(|pass| pass.seconds(rates)).sum();
         let unlinked: f64 = passes.iter().map(|pass| pass.compute_seconds(rates)).sum();

@@ -92,7 +92,7 @@ pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;
 pub use policy::{DISTCA_TOLERANCE, Policy, UnknownPolicy, plan_by};
-pub use problem::{DEFAULT_TOLERANCE, Problem, Slot};
+pub use problem::{DEFAULT_TOLERANCE, MIN_LINK, Problem, Slot};
 pub use profile::{Grid, Profile, TaskShape, Times};
 pub use speed::{Sample, Speeds};
 pub use traffic::{Pass, Traffic};

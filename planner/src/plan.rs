@@ -70,10 +70,18 @@ impl<'a> Tick<'a> {
         Tick { problem, sheets, cells }
     }
 
-    /// What slots hold when none may have more than `1 + tolerance` times its share.
-    pub(crate) fn hold(&self, tolerance: f64, effort: Effort) -> Vec<Vec<Strip>> {
-        let shares = shares(&self.problem.slots, tolerance, self.cells);
+    /// What slots hold when none may have more than `1 + tolerance` times its share, and the link of each is to carry no more
+    /// than its part of `reach`: cells of a link of 1.
+    pub(crate) fn hold(&self, tolerance: f64, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {
+        let mut shares = shares(&self.problem.slots, tolerance, self.cells);
         let mut held = start(&self.sheets, &shares);
+        if reach.is_finite() {
+            for (share, strips) in shares.iter_mut().zip(&held) {
+                let (home, carried) =
+                    (strips.iter().map(Strip::cells).sum::<u64>(), (reach * share.link) as u64);
+                share.cap = share.cap.clamp(home.saturating_sub(carried), home.saturating_add(carried));
+            }
+        }
         if effort != Effort::Nothing {
             balance(&self.sheets, &Cost::new(&self.problem.geometry), &shares, &mut held, effort);
         }
@@ -83,7 +91,7 @@ impl<'a> Tick<'a> {
     fn plan(&self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
         let mut held = match self.problem.rates {
             Some(rates) => trade::hold(self, rates),
-            None => self.hold(self.problem.tolerance, Effort::Search),
+            None => self.hold(self.problem.tolerance, f64::INFINITY, Effort::Search),
         };
         let pieces: Vec<_> = held.iter_mut().map(|strips| split(&self.sheets, strips)).collect();
         group::tasks(&self.sheets, &pieces, next_group)

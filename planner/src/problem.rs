@@ -13,6 +13,8 @@ pub const DEFAULT_TOLERANCE: f64 = 0.01;
 const MAX_CELLS: u64 = 1 << 61;
 /// Largest number of slots.
 const MAX_SLOTS: usize = 1 << 20;
+/// Least of a link, relative to the others; the most is its inverse.
+pub const MIN_LINK: f64 = 1e-6;
 /// Largest ratio of the weights' sum to the smallest weight.
 const MAX_WEIGHT_RATIO: f64 = 1e12;
 
@@ -23,17 +25,19 @@ pub struct Slot {
     pub rank: Option<u32>,
     /// How much work the slot takes, relative to the others: finite and above zero.
     pub weight: f64,
+    /// How much its link carries, each way, relative to [`Rates::bytes_per_second`]: finite and above zero.
+    pub link: f64,
 }
 
 impl Slot {
-    /// A slot of weight 1 on the device of `rank`.
+    /// A slot of weight and link 1 on the device of `rank`.
     pub fn in_place(rank: u32) -> Slot {
-        Slot { rank: Some(rank), weight: 1.0 }
+        Slot { rank: Some(rank), weight: 1.0, link: 1.0 }
     }
 
-    /// A slot of weight 1 with a device of its own.
+    /// A slot of weight and link 1 with a device of its own.
     pub fn dedicated() -> Slot {
-        Slot { rank: None, weight: 1.0 }
+        Slot { rank: None, weight: 1.0, link: 1.0 }
     }
 }
 
@@ -104,7 +108,10 @@ impl Problem {
         }
         let mut of_rank = BTreeMap::new();
         let (mut total, mut smallest) = (0.0, f64::INFINITY);
-        for (slot, &Slot { rank, weight }) in self.slots.iter().enumerate() {
+        for (slot, &Slot { rank, weight, link }) in self.slots.iter().enumerate() {
+            if !(MIN_LINK..=1.0 / MIN_LINK).contains(&link) {
+                return Err(PlanError::BadLink { slot, link, least: MIN_LINK, most: 1.0 / MIN_LINK });
+            }
             if !(weight.is_finite() && weight > 0.0) {
                 return Err(PlanError::BadWeight { slot, weight });
             }

@@ -72,6 +72,11 @@ impl<K: Ord + Clone> Speeds<K> {
         self.settle();
     }
 
+    /// Whether a server has measured anything, and was not forgotten.
+    pub fn knows(&self, key: &K) -> bool {
+        self.of.contains_key(key)
+    }
+
     /// The estimate of a server: 1 for one that is not known.
     pub fn speed(&self, key: &K) -> f64 {
         self.of.get(key).map_or(1.0, |estimate| estimate.speed)

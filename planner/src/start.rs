@@ -9,7 +9,7 @@ use crate::Slot;
 use crate::sheet::{Sheet, Strip};
 
 /// A slot's part of a tick's work.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Share {
     /// The rank whose tokens it has.
     pub(crate) rank: Option<u32>,
@@ -17,6 +17,8 @@ pub(crate) struct Share {
     pub(crate) cap: u64,
     /// Cells that may be misplaced.
     pub(crate) slack: u64,
+    /// How much its link carries, relative to the others.
+    pub(crate) link: f64,
 }
 
 /// Of the tolerance, this much is planned for; the rest absorbs rounding.
@@ -36,7 +38,7 @@ pub(crate) fn shares(slots: &[Slot], tolerance: f64, cells: u64) -> Vec<Share> {
         let slack = fair * (SLACK * tolerance).max(LEAST_SLACK);
         // A step of fewer cells than slots must have room for them.
         let cap = (fair * (1.0 + USED_TOLERANCE * tolerance)).floor().max(fair.ceil());
-        Share { rank: slot.rank, cap: cap as u64, slack: slack as u64 }
+        Share { rank: slot.rank, cap: cap as u64, slack: slack as u64, link: slot.link }
     };
     slots.iter().map(share).collect()
 }

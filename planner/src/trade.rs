@@ -10,7 +10,7 @@ use crate::judge::pieces::{Piece, Shelf};
 use crate::plan::{Effort, Tick};
 use crate::profile::{flops, predicted};
 use crate::sheet::Strip;
-use crate::traffic::Ports;
+use crate::traffic::{Ports, Traffic};
 use crate::{PassVerdict, Rates};
 
 /// The least tolerance tried: where links are fast, balance is all that counts.
@@ -22,11 +22,48 @@ const STRIDES: u32 = 28;
 /// After that, both neighbours of the best one are tried so many times, ever closer, with all effort.
 const REFINEMENTS: u32 = 3;
 
-/// What slots hold at the tolerance at which a tick's layer time is least, as far as was tried. Layer time falls with the
+/// Where links differ, parts of what a link of 1 carries in the time of the best plan so far: slots are given work by their
+/// links then, and not by their weights alone.
+const REACHES: [f64; 6] = [2.0, 1.0, 0.5, 0.25, 0.125, 0.0625];
+
+/// What slots hold.
+type Held = Vec<Vec<Strip>>;
+
+/// What slots hold where a tick's layer time is least, as far as was tried.
+pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Held {
+    let mut best = at_best_tolerance(tick, rates, f64::INFINITY);
+    let slots = &tick.problem.slots;
+    let differ = slots.iter().any(|slot| slot.link != slots[0].link);
+    if differ && best.0 > computing(tick, rates, 1.0 + LEAST) {
+        let usual = reach(tick, rates, &best);
+        for part in REACHES {
+            let other = at_best_tolerance(tick, rates, part * usual);
+            if other.0 < best.0 {
+                best = other;
+            }
+        }
+    }
+    let still = tick.hold(LEAST, f64::INFINITY, Effort::Nothing);
+    if seconds(tick, rates, &still) < best.0 { still } else { best.1 }
+}
+
+/// Cells that a link of 1 carries in the time that `best` takes, if they cost it what cells cost there on average. Each pass
+/// has half of the time, and each way half of the bytes.
+fn reach(tick: &Tick<'_>, rates: Rates, (seconds, held): &(f64, Held)) -> f64 {
+    let cells = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>();
+    let before = tick.hold(LEAST, f64::INFINITY, Effort::Nothing);
+    let moved: u64 =
+        before.iter().zip(held).map(|(before, now)| cells(before).saturating_sub(cells(now))).sum();
+    let (_, traffic) = traffic(tick, held);
+    let bytes = traffic.forward.total as f64 + traffic.backward.total as f64;
+    seconds * rates.bytes_per_second * moved as f64 / bytes.max(1.0)
+}
+
+/// The least layer time of a tick at any tolerance, as far as was tried, and what slots hold then. It falls with the
 /// tolerance as long as links take longer than computing, and rises afterwards.
-pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
-    let first = seconds(tick, rates, &tick.hold(LEAST, Effort::Greedy));
-    let mut best = (first, LEAST);
+fn at_best_tolerance(tick: &Tick<'_>, rates: Rates, reach: f64) -> (f64, Held) {
+    let greedy = |tolerance: f64| seconds(tick, rates, &tick.hold(tolerance, reach, Effort::Greedy));
+    let mut best = (greedy(LEAST), LEAST);
     let mut at = LEAST;
     for _ in 0..STRIDES {
         at *= STRIDE;
@@ -34,14 +71,13 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
         if computing(tick, rates, 1.0 + at) > best.0 {
             break;
         }
-        let seconds = seconds(tick, rates, &tick.hold(at, Effort::Greedy));
+        let seconds = greedy(at);
         if seconds < best.0 {
             best = (seconds, at);
         }
     }
-    let still = tick.hold(LEAST, Effort::Nothing);
     let search = |tolerance: f64| {
-        let held = tick.hold(tolerance, Effort::Search);
+        let held = tick.hold(tolerance, reach, Effort::Search);
         (seconds(tick, rates, &held), tolerance, held)
     };
     let mut best = search(best.1);
@@ -61,7 +97,7 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Vec<Vec<Strip>> {
             }
         }
     }
-    if seconds(tick, rates, &still) < best.0 { still } else { best.2 }
+    (best.0, best.2)
 }
 
 /// Seconds of computing, forward and backward, of a slot with so many times the mean work; with a profile, at least so
@@ -84,19 +120,20 @@ fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
     let work = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>() as f64;
     let slots = held.iter().zip(&tick.problem.slots);
     let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);
-    let [forward, backward] = busiest_links(tick, held);
+    let (ports, traffic) = traffic(tick, held);
+    let [forward, backward] = [&traffic.forward, &traffic.backward].map(|pass| pass.longest_of(&ports));
     let predicted = tick.problem.profile.as_ref().map(|profile| predicted(tick, profile, held));
-    let pass = |bytes: u64, flops_a_cell: f64, n: usize| {
+    let pass = |longest: f64, flops_a_cell: f64, n: usize| {
         let flops = busiest * flops_a_cell;
         let predicted = predicted.map(|passes| passes[n]);
-        PassVerdict { bytes: 0, busiest: bytes, flops, predicted }.seconds(rates)
+        PassVerdict { bytes: 0, busiest: 0, longest, flops, predicted }.seconds(rates)
     };
     let geometry = &tick.problem.geometry;
     pass(forward, geometry.forward_flops(1), 0) + pass(backward, geometry.backward_flops(1), 1)
 }
 
-/// Bytes of the busiest link, forward and backward.
-fn busiest_links(tick: &Tick<'_>, held: &[Vec<Strip>]) -> [u64; 2] {
+/// Bytes that what slots hold moves, and how they reach the slots.
+fn traffic<'a>(tick: &Tick<'a>, held: &[Vec<Strip>]) -> (Ports<'a>, Traffic) {
     let ports = Ports::new(tick.problem);
     let at_home = |slot: usize, strip: &Strip| {
         let homes = tick.sheets[strip.sheet].document.homes();
@@ -133,6 +170,5 @@ fn busiest_links(tick: &Tick<'_>, held: &[Vec<Strip>]) -> [u64; 2] {
         let pieces: Vec<Piece> = strips.iter().map(piece).collect();
         traffic.add(&ports, sheet.document.homes(), &needs(&pieces));
     }
-    [&traffic.forward, &traffic.backward]
-        .map(|pass| pass.bytes_in.iter().chain(&pass.bytes_out).max().copied().unwrap_or(0))
+    (ports, traffic)
 }

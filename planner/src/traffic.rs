@@ -14,7 +14,7 @@ use crate::{Problem, Slot};
 /// Each slot gets the tokens that its tasks need and its rank is not home of: Q, K and V forward, dO, LSE and D
 /// backward (Q, K and V are still there), and sends back O and LSE, and dQ, dK and dV. Tokens that several tasks of a
 /// slot need count once; what several slots compute a part of travels back in f32.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Traffic {
     /// The forward pass.
     pub forward: Pass,
@@ -23,7 +23,7 @@ pub struct Traffic {
 }
 
 /// Bytes of one pass of one layer.
-#[derive(Clone, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Default)]
 pub struct Pass {
     /// To slots and back.
     pub total: u64,
@@ -33,6 +33,8 @@ pub struct Pass {
     pub bytes_out: Vec<u64>,
     /// The most that any slot's device sends or receives, the maximum of each tick summed.
     pub busiest: u64,
+    /// The same over the slot's [`Slot::link`]: bytes of a link of 1 that takes as long.
+    pub longest: f64,
 }
 
 impl Traffic {
@@ -43,7 +45,7 @@ impl Traffic {
         for tick in &plan.ticks {
             let mut moved = ports.idle();
             ports.of_tick(tick, problem, |homes, needs| moved.add(&ports, homes, needs));
-            traffic.append(&moved);
+            traffic.append(&ports, &moved);
         }
         traffic
     }
@@ -58,9 +60,9 @@ impl Traffic {
     }
 
     /// Adds a tick.
-    pub(crate) fn append(&mut self, tick: &Traffic) {
-        self.forward.append(&tick.forward);
-        self.backward.append(&tick.backward);
+    pub(crate) fn append(&mut self, ports: &Ports<'_>, tick: &Traffic) {
+        self.forward.append(ports, &tick.forward);
+        self.backward.append(ports, &tick.backward);
     }
 }
 
@@ -82,8 +84,17 @@ impl Pass {
         }
     }
 
+    /// Bytes over link of the link that is in use longest.
+    pub(crate) fn longest_of(&self, ports: &Ports<'_>) -> f64 {
+        let over_link = |(n, bytes): (usize, &u64)| *bytes as f64 / ports.link(n);
+        let [into, out] =
+            [&self.bytes_in, &self.bytes_out].map(|bytes| bytes.iter().enumerate().map(over_link));
+        into.chain(out).fold(0.0, f64::max)
+    }
+
     /// Adds a tick.
-    fn append(&mut self, tick: &Pass) {
+    fn append(&mut self, ports: &Ports<'_>, tick: &Pass) {
+        self.longest += tick.longest_of(ports);
         self.total = self.total.saturating_add(tick.total);
         let busiest = tick.bytes_in.iter().chain(&tick.bytes_out).max().copied();
         self.busiest = self.busiest.saturating_add(busiest.unwrap_or(0));
@@ -169,10 +180,14 @@ impl<'a> Ports<'a> {
         self.slots.get(slot).and_then(|slot| slot.rank)
     }
 
+    fn link(&self, slot: usize) -> f64 {
+        self.slots.get(slot).map_or(1.0, |slot| slot.link)
+    }
+
     /// Nothing moved yet.
     pub(crate) fn idle(&self) -> Traffic {
         let zero = vec![0; self.slots.len()];
-        let pass = Pass { total: 0, bytes_in: zero.clone(), bytes_out: zero, busiest: 0 };
+        let pass = Pass { total: 0, bytes_in: zero.clone(), bytes_out: zero, busiest: 0, longest: 0.0 };
         Traffic { forward: pass.clone(), backward: pass }
     }
 }

@@ -23,6 +23,15 @@ fn judged(problem: &Problem, policy: Policy) -> Verdict {
     judge(&plan, problem).expect("a valid plan")
 }
 
+/// Those whose slots do not both give and take.
+const ONE_WAY: [Policy; 5] = [
+    Policy::Outboard,
+    Policy::Fixed,
+    Policy::Distca { tolerance: 0.0 },
+    Policy::Distca { tolerance: 0.1 },
+    Policy::Distca { tolerance: 1.0 },
+];
+
 /// The plan moves no less than any plan as balanced as it is must move.
 fn check_bytes(problem: &Problem, policy: Policy) {
     let verdict = judged(problem, policy);
@@ -51,7 +60,7 @@ fn check_seconds(problem: &Problem, policy: Policy, rates: Rates, bound: f64) {
 proptest! {
     #[test]
     fn no_policy_moves_fewer_bytes(problem in any_problem()) {
-        for policy in POLICIES {
+        for policy in ONE_WAY {
             check_bytes(&problem, policy);
         }
     }

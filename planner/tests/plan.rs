@@ -202,11 +202,12 @@ fn what_cannot_be_planned_is_refused() {
     };
     assert_eq!(refused(documents(), Vec::new(), 0.01), PlanError::NoSlots.to_string());
     for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let slots = vec![Slot::in_place(0), Slot { rank: None, weight }];
+        let slots = vec![Slot::in_place(0), Slot { weight, ..Slot::dedicated() }];
         let says = format!("slots[1].weight is {weight}; it must be finite and above zero");
         assert_eq!(refused(documents(), slots, 0.01), says);
     }
-    let apart = vec![Slot { rank: None, weight: 1e-300 }, Slot { rank: None, weight: f64::MAX }];
+    let apart =
+        vec![Slot { weight: 1e-300, ..Slot::dedicated() }, Slot { weight: f64::MAX, ..Slot::dedicated() }];
     assert!(refused(documents(), apart, 0.01).contains("the smallest is 1e-300"));
     let shared = vec![Slot::in_place(3), Slot::in_place(3)];
     assert!(refused(documents(), shared, 0.01).contains("slots[0].rank and slots[1].rank are both 3"));
@@ -318,5 +319,37 @@ fn a_slot_of_hardly_any_weight_is_planned() {
 fn one_document_spreads_over_very_many_slots() {
     for slots in [63, 64, 65, 200] {
         check(&Problem::new(geometry(1), vec![document(0, 0, 500_000)], in_place(slots)));
+    }
+}
+
+/// Links are part of what is planned for: a slot with a slow one gives and takes less.
+#[test]
+fn slow_links_carry_less() {
+    let documents = |most: usize| {
+        let mut documents = vec![document(0, 0, most)];
+        documents.extend((1..6).map(|rank| document(rank, 0, 30_000)));
+        documents
+    };
+    let rates = Rates { flops_per_second: 1e12, bytes_per_second: 1e9 };
+    let into_last = |link: f64| {
+        let slots =
+            (0..6).map(|rank| Slot { link: if rank == 5 { link } else { 1.0 }, ..Slot::in_place(rank) });
+        let problem =
+            Problem { rates: Some(rates), ..Problem::new(geometry(2), documents(90_000), slots.collect()) };
+        let plan = plan(&problem).expect("a sound problem");
+        let verdict = judge(&plan, &problem).expect("a valid plan");
+        let seconds = verdict.forward.seconds(rates) + verdict.backward.seconds(rates);
+        (Traffic::of(&plan, &problem).forward.bytes_in[5], seconds)
+    };
+    let (equal, usual) = into_last(1.0);
+    let (slow, slower) = into_last(0.002);
+    assert!(slow < equal / 2, "{slow} of {equal} bytes over a link of 0.002");
+    assert!(slower < 3.0 * usual, "{slower} s, and {usual} s with a link like the others");
+    let nonsense = |link| {
+        let slots = vec![Slot { link, ..Slot::in_place(0) }];
+        plan(&Problem::new(geometry(2), documents(100), slots)).expect_err("no such link")
+    };
+    for link in [0.0, -1.0, f64::NAN, f64::INFINITY, 1e300] {
+        assert!(matches!(nonsense(link), PlanError::BadLink { slot: 0, .. }), "{link}");
     }
 }

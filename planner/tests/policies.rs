@@ -157,7 +157,7 @@ fn steps_at_the_edges_are_planned() {
 #[test]
 fn rows_without_a_slot_go_whole_to_the_lightest() {
     // Ranks 2 and 3 have no slot; slot 1 is three times as fast.
-    let slots = vec![Slot::in_place(0), Slot { rank: Some(1), weight: 3.0 }];
+    let slots = vec![Slot::in_place(0), Slot { weight: 3.0, ..Slot::in_place(1) }];
     let documents = vec![document(0, 0, 1000), document(1, 0, 1000), spanning(2, 0, &[(2, 300), (3, 300)])];
     let problem = Problem::new(geometry(2), documents, slots);
     let plan = check(&problem, Policy::Fixed);
@@ -216,7 +216,7 @@ fn distca_balances_odd_lengths_weights_and_masks() {
     let window = Mask::new(vec![MaskPart { kv_heads: Span::to(2), slice: window }]).expect("one slice");
     let masked = document(1, 0, 90_001).with_mask(window).expect("within the document");
     let documents = vec![document(0, 0, 70_001), masked, document(2, 0, 9_999)];
-    let slot = |rank: u32| Slot { rank: Some(rank), weight: f64::from(rank + 1) };
+    let slot = |rank: u32| Slot { weight: f64::from(rank + 1), ..Slot::in_place(rank) };
     let problem = Problem::new(geometry(2), documents, (0..4).map(slot).collect());
     let plan = check(&problem, Policy::Distca { tolerance: 0.0 });
     let balance = max_over_mean(&problem, &plan);

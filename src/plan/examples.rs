@@ -37,6 +37,6 @@ pub(super) fn mixed() -> Problem {
         document(3, &[(0, 5000)]).with_tick(1),
         document(4, &[(2, 1200)]).with_tick(1),
     ];
-    let slots = vec![Slot::in_place(0), Slot::in_place(1), Slot { rank: None, weight: 1.5 }];
+    let slots = vec![Slot::in_place(0), Slot::in_place(1), Slot { weight: 1.5, ..Slot::dedicated() }];
     Problem::new(HeadGeometry::standard(8, 4, 64).unwrap(), documents, slots)
 }

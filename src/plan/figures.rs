@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use outboard_attention::StepPlan;
-use outboard_planner::{Fault, Loads, Pass, Problem, Rates, Times, Traffic, Verdict, judge};
+use outboard_planner::{Fault, Loads, Pass, Problem, Rates, Slot, Times, Traffic, Verdict, judge};
 
 /// What computes or lends: a server, or a rank that has none.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -37,7 +37,7 @@ pub(super) struct Figures {
     pub(super) times: Option<Times>,
 }
 
-/// The link that carries most in a pass.
+/// The link that is in use longest in a pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Link {
     /// Whose link it is.
@@ -138,14 +138,17 @@ fn sum(ticks: &[Vec<u64>]) -> Vec<u64> {
     sums
 }
 
-/// The busiest link of a pass, if it carries anything.
-pub(super) fn busiest(pass: &Pass) -> Option<Link> {
+/// The link of a pass that is in use longest, if any carries anything.
+pub(super) fn busiest(pass: &Pass, slots: &[Slot]) -> Option<Link> {
     let side = |way, bytes: &[u64]| -> Vec<Link> {
         bytes.iter().enumerate().map(|(slot, &bytes)| Link { slot, way, bytes }).collect()
     };
     let links = side("into", &pass.bytes_in).into_iter().chain(side("out of", &pass.bytes_out));
     // Of equals the first is named.
-    links.filter(|link| link.bytes > 0).reduce(|most, link| if link.bytes > most.bytes { link } else { most })
+    let time = |link: &Link| link.bytes as f64 / slots.get(link.slot).map_or(1.0, |slot| slot.link);
+    links
+        .filter(|link| link.bytes > 0)
+        .reduce(|most, link| if time(&link) > time(&most) { link } else { most })
 }
 
 /// Layer time of both passes, with its parts: compute and link seconds.
@@ -188,12 +191,14 @@ mod tests {
         assert!((ratio / expected - 1.0).abs() < 1e-12 && ratio > 1.9, "{ratio} {expected}");
         let fixed = Figures::of(&problem, &plan_by(&problem, Policy::Fixed).unwrap()).unwrap();
         assert_eq!(fixed.compute_at_home(), Some(1.0));
-        assert_eq!(busiest(&fixed.traffic.forward), None);
+        assert_eq!(busiest(&fixed.traffic.forward, &problem.slots), None);
     }
 
     #[test]
     fn the_busiest_link_is_named_with_its_way() {
         let pass = Pass { bytes_in: vec![3, 5], bytes_out: vec![7, 7], ..Pass::default() };
-        assert_eq!(busiest(&pass), Some(Link { slot: 0, way: "out of", bytes: 7 }));
+        assert_eq!(busiest(&pass, &[]), Some(Link { slot: 0, way: "out of", bytes: 7 }));
+        let slots = [Slot::dedicated(), Slot { link: 0.5, ..Slot::dedicated() }];
+        assert_eq!(busiest(&pass, &slots), Some(Link { slot: 1, way: "out of", bytes: 7 }));
     }
 }

@@ -53,7 +53,7 @@ pub(super) fn table(problem: &Problem, figures: &Figures, servers: &[u64], rates
         verdict.max_over_mean,
         traffic.forward.total as f64 / 1e9,
         traffic.backward.total as f64 / 1e9,
-        links(figures, servers),
+        links(problem, figures, servers),
         predicted.as_ref().map(|times| self::predicted(problem, times)).unwrap_or_default(),
         rates.map(|rates| times(problem, figures, rates)).unwrap_or_default(),
     )
@@ -83,9 +83,9 @@ fn megabytes(bytes: u64) -> String {
     format!("{:.1}", bytes as f64 / 1e6)
 }
 
-/// The link that carries most in each pass.
-fn links(figures: &Figures, servers: &[u64]) -> String {
-    let passes = figures.passes().map(|(name, pass)| match busiest(pass) {
+/// The link that is in use longest in each pass.
+fn links(problem: &Problem, figures: &Figures, servers: &[u64]) -> String {
+    let passes = figures.passes().map(|(name, pass)| match busiest(pass, &problem.slots) {
         Some(link) => {
             let server = servers.get(link.slot).copied().unwrap_or_default();
             format!("{name} {} MB ({} server {server})", megabytes(link.bytes), link.way)

@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow, bail, ensure};
 use outboard_attention::{
     DType, Document, DocumentId, HeadGeometry, HeadShape, HomeRange, InvalidAttention, Span, StepPlan,
 };
-use outboard_planner::{Problem, Rates, Slot};
+use outboard_planner::{MIN_LINK, Problem, Rates, Slot};
 use serde::{Deserialize, Serialize};
 
 use crate::slices::{self, SliceEntry, span};
@@ -73,6 +73,8 @@ pub(crate) struct Step {
     pub(crate) documents: Vec<u64>,
     /// What a server of speed 1 computes in a second, where the step says so.
     pub(crate) flops_per_second: Option<f64>,
+    /// Bytes a second of a link of 1, where the step or one of its servers says so.
+    pub(crate) link: Option<f64>,
     /// What the step says and this version does not use.
     pub(crate) unused: Vec<String>,
 }
@@ -92,7 +94,11 @@ impl TryFrom<StepFile> for Step {
                 "slots is {slots}; this version plans one a server, and there are {servers}"
             );
         }
-        let slots = file.servers.iter().enumerate().map(slot).collect::<anyhow::Result<Vec<_>>>()?;
+        // Links are relative to what the step says of all, or else to the fastest of them.
+        let own = file.servers.iter().filter_map(|server| server.bytes_per_second);
+        let link = file.bytes_per_second.or(own.reduce(f64::max));
+        let slots = file.servers.iter().enumerate().map(|(n, server)| slot(n, server, link.unwrap_or(1.0)));
+        let slots = slots.collect::<anyhow::Result<Vec<_>>>()?;
         let mut servers: Vec<(u64, Slot)> = file.servers.iter().map(|server| server.id).zip(slots).collect();
         servers.sort_unstable_by_key(|(id, _)| *id);
         if let Some(pair) = servers.windows(2).find(|pair| pair[0].0 == pair[1].0) {
@@ -129,6 +135,7 @@ impl TryFrom<StepFile> for Step {
             servers,
             documents: ids,
             flops_per_second: file.flops_per_second,
+            link,
             unused,
         })
     }
@@ -167,12 +174,8 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
             "token_slack is {slack}, but homes are not chosen yet: give every document its home and leave token_slack out"
         );
     }
-    let mut links = 0;
     for (n, server) in file.servers.iter().enumerate() {
-        links += usize::from(positive(&format!("servers[{n}].bytes_per_second"), server.bytes_per_second)?);
-    }
-    if links > 0 {
-        unused.push(format!("bytes_per_second of {links} servers is not used yet: all links count as equal"));
+        positive(&format!("servers[{n}].bytes_per_second"), server.bytes_per_second)?;
     }
     let memories = file.servers.iter().filter(|server| server.memory_bytes.is_some()).count();
     if memories > 0 {
@@ -183,14 +186,22 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     Ok(unused)
 }
 
-fn slot((n, server): (usize, &ServerEntry)) -> anyhow::Result<Slot> {
+/// The slot of a server. Servers that say nothing of their link have one of `usual` bytes a second.
+fn slot(n: usize, server: &ServerEntry, usual: f64) -> anyhow::Result<Slot> {
     let weight = server.speed.unwrap_or(1.0);
     ensure!(
         weight.is_finite() && weight > 0.0,
         "servers[{n}].speed of server {} is {weight}; it must be finite and above zero",
         server.id
     );
-    Ok(Slot { rank: server.rank, weight })
+    let link = server.bytes_per_second.map_or(1.0, |bytes_per_second| bytes_per_second / usual);
+    ensure!(
+        (MIN_LINK..=1.0 / MIN_LINK).contains(&link),
+        "servers[{n}].bytes_per_second of server {} is {link:e} times that of the others; it must be within {MIN_LINK:e} and {:e}",
+        server.id,
+        1.0 / MIN_LINK
+    );
+    Ok(Slot { rank: server.rank, weight, link })
 }
 
 fn check_home((n, document): (usize, &DocumentEntry)) -> anyhow::Result<()> {

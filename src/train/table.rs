@@ -84,7 +84,7 @@ pub(super) fn words(summary: &Summary, cores_shared: bool, device: Device) -> Ve
         && !cores_shared
     {
         lines.push(format!(
-            "whole documents packed by their attention (wlb), the best without a pool: predicted speedup {speedup:.3}, \
+            "whole documents packed by their attention (wlb), without a pool: predicted speedup {speedup:.3}, \
              with {tokens:.2} times the mean tokens on the fullest rank"
         ));
     }

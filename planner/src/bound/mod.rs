@@ -35,7 +35,8 @@ pub fn least_bytes(problem: &Problem) -> Result<[f64; 2], PlanError> {
     }))
 }
 
-/// The least layer time in seconds, forward and backward, of any plan, balanced or not.
+/// The least layer time in seconds, forward and backward, of any plan, balanced or not, where slots compute at these rates,
+/// whatever the problem's profile says.
 ///
 /// # Errors
 /// When the problem makes no sense.
@@ -64,6 +65,7 @@ struct Tick {
 #[derive(Clone, Copy, Debug, Default)]
 struct Home {
     weight: f64,
+    link: f64,
     cells: f64,
     /// Those of documents that span ranks. What their cells cost when they move is not bounded.
     spanning: f64,
@@ -85,7 +87,7 @@ impl Tick {
         let mut homes: Vec<Home> = Vec::new();
         for slot in slots {
             of_rank.extend(slot.rank.map(|rank| (rank, homes.len())));
-            homes.push(Home { weight: slot.weight, ..Home::default() });
+            homes.push(Home { weight: slot.weight, link: slot.link, ..Home::default() });
         }
         let mut meetings = Vec::new();
         for document in documents {
@@ -152,7 +154,7 @@ impl Tick {
         let mean = self.cells / self.weights;
         let slots = self.homes.iter().filter(|home| home.weight > 0.0);
         let most = slots.clone().map(|home| home.cells / home.weight).fold(mean, f64::max);
-        let slots = slots.count().max(1) as f64;
+        let links: f64 = slots.map(|home| home.link).sum();
         let flops = [geometry.forward_flops(1), geometry.backward_flops(1)];
         let priced = PASSES.map(|pass| {
             [Way::There, Way::Back].map(|way| {
@@ -166,9 +168,10 @@ impl Tick {
             for &(n, cells) in donors {
                 let bytes = cells * priced[n].per_cell(cells);
                 all += bytes;
-                busiest = if self.homes[n].weight > 0.0 { busiest.max(bytes) } else { busiest };
+                let Home { weight, link, .. } = self.homes[n];
+                busiest = if weight > 0.0 { busiest.max(bytes / link) } else { busiest };
             }
-            busiest.max(all / slots) / rates.bytes_per_second
+            busiest.max(all / links) / rates.bytes_per_second
         };
         let between = |from: f64, to: f64| {
             let (donors, _) = self.surplus(to);

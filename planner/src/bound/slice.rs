@@ -179,7 +179,9 @@ fn fewest_a_cell(prices: &Prices, tokens: f64, [a, b]: [f64; 2]) -> (f64, f64) {
     };
     // With whole rows alone, and with all parts besides. Between these bytes a cell only rise or only fall. Each is least
     // where one more row has as many bytes a cell as all before it.
-    for (parts, from, to) in [([0.0; 2], 0.0, if beyond > 0.0 { worth } else { b }), (parts, worth, b)] {
+    for (parts, from, to) in
+        [([0.0; 2], 1.0, if beyond > 0.0 { worth } else { b.max(1.0) }), (parts, worth, b.max(worth))]
+    {
         let before = (keys + parts[1]) / row.max(1e-9);
         let square = before * before + 2.0 * before * (b + 0.5) - 2.0 * parts[0];
         for x in [square.max(0.0).sqrt() - before, from, to] {
@@ -230,38 +232,47 @@ mod tests {
 
     use super::*;
 
-    fn prices(group: usize, dtype: DType) -> Prices {
+    fn geometry(group: usize, dtype: DType) -> HeadGeometry {
         let shape = HeadGeometry::standard(group, 1, 128).unwrap().shape();
-        let geometry = HeadShape { dtype, ..shape }.try_into().unwrap();
-        Prices::new(&geometry, |fare| fare.forward, Way::Both)
+        HeadShape { dtype, ..shape }.try_into().unwrap()
+    }
+
+    fn prices(group: usize, dtype: DType) -> Prices {
+        Prices::new(&geometry(group, dtype), |fare| fare.forward, Way::Both)
     }
 
     /// Every slice of whole rows, and every rectangle that cuts rows, of a short document.
+    fn check_slices(prices: Prices) {
+        let tokens = 20;
+        let priced = Source { causal: tokens as f64, band: [0.0; 2] }.priced(prices);
+        let check = |cells: usize, bytes: f64| {
+            let least = priced.per_cell(cells as f64) * cells as f64;
+            assert!(bytes >= least * (1.0 - 1e-9), "{prices:?}: {cells} cells for {bytes}, not {least}");
+        };
+        for end in 1..=tokens {
+            for start in 0..end {
+                let rows = end - start;
+                let cells: usize = (start..end).map(|row| row + 1).sum();
+                check(cells, prices.row * rows as f64 + prices.key * end as f64);
+                for keys in 1..end {
+                    // Rows before the last of these keys are whole.
+                    let whole = (start..end).filter(|row| row < &keys).count();
+                    let cells: usize = (start..end).map(|row| (row + 1).min(keys)).sum();
+                    let rows = prices.row * whole as f64 + prices.part_of_row * (rows - whole) as f64;
+                    check(cells, rows + prices.key * keys as f64);
+                }
+            }
+        }
+    }
+
+    /// Also of passes in which keys, or rows, cost nothing one way.
     #[test]
     fn no_slice_costs_less() {
-        for (group, dtype) in [(1, DType::Bf16), (4, DType::Bf16), (4, DType::F32), (16, DType::Bf16)] {
-            let prices = prices(group, dtype);
-            let tokens = 24;
-            let priced = Source { causal: tokens as f64, band: [0.0; 2] }.priced(prices);
-            let check = |cells: usize, bytes: f64| {
-                let least = priced.per_cell(cells as f64) * cells as f64;
-                assert!(
-                    bytes >= least * (1.0 - 1e-9),
-                    "group {group}: {cells} cells for {bytes}, not {least}"
-                );
-            };
-            for end in 1..=tokens {
-                for start in 0..end {
-                    let rows = end - start;
-                    let cells: usize = (start..end).map(|row| row + 1).sum();
-                    check(cells, prices.row * rows as f64 + prices.key * end as f64);
-                    for keys in 1..end {
-                        // Rows before the last of these keys are whole.
-                        let whole = (start..end).filter(|row| row < &keys).count();
-                        let cells: usize = (start..end).map(|row| (row + 1).min(keys)).sum();
-                        let rows = prices.row * whole as f64 + prices.part_of_row * (rows - whole) as f64;
-                        check(cells, rows + prices.key * keys as f64);
-                    }
+        let passes: [fn(&Fare) -> Price; 2] = [|fare| fare.forward, |fare| fare.backward];
+        for (group, dtype) in [(1, DType::Bf16), (4, DType::F32), (128, DType::Bf16)] {
+            for pass in passes {
+                for way in [Way::There, Way::Back, Way::Both] {
+                    check_slices(Prices::new(&geometry(group, dtype), pass, way));
                 }
             }
         }

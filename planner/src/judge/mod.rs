@@ -13,7 +13,7 @@ mod tiles;
 
 use outboard_attention::{Document, HeadGeometry, StepPlan};
 
-use crate::traffic::{Ports, Traffic};
+use crate::traffic::{Pass, Ports, Traffic};
 use crate::{Loads, Problem, Times};
 
 pub use fault::Fault;
@@ -48,6 +48,13 @@ pub struct Verdict {
     pub slots: usize,
 }
 
+impl Verdict {
+    /// Layer time in seconds, forward and backward.
+    pub fn seconds(&self, rates: Rates) -> f64 {
+        self.forward.seconds(rates) + self.backward.seconds(rates)
+    }
+}
+
 /// One pass of one layer.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PassVerdict {
@@ -55,6 +62,8 @@ pub struct PassVerdict {
     pub bytes: u64,
     /// Bytes in or out, whichever are more, of the slot with most.
     pub busiest: u64,
+    /// The same over [`Slot::link`](crate::Slot::link): bytes of a link of 1 that takes as long.
+    pub longest: f64,
     /// FLOPs over weight of the busiest slot.
     pub flops: f64,
     /// Seconds of computing on the busiest slot, where the problem's profile predicts them.
@@ -66,7 +75,7 @@ pub struct PassVerdict {
 pub struct Rates {
     /// FLOPs a second of a slot of weight 1.
     pub flops_per_second: f64,
-    /// Bytes a second of a slot's link, each way.
+    /// Bytes a second of a link of 1, each way.
     pub bytes_per_second: f64,
 }
 
@@ -85,7 +94,7 @@ impl PassVerdict {
 
     /// Seconds that the busiest link is in use.
     pub fn link_seconds(&self, rates: Rates) -> f64 {
-        self.busiest as f64 / rates.bytes_per_second
+        self.longest / rates.bytes_per_second
     }
 
     /// Layer time in seconds: computing and carrying at once, so the longer of both.
@@ -116,7 +125,7 @@ pub fn judge(plan: &StepPlan, problem: &Problem) -> Result<Verdict, Fault> {
         while let Some((document, tasks)) = at_hand.next_if(|(document, _)| document.tick() == tick) {
             count.add(document, &tasks, geometry, &ports, &mut moved)?;
         }
-        traffic.append(&moved);
+        traffic.append(&ports, &moved);
     }
     let mut verdict = count.verdict(problem, plan.tasks().count(), &traffic);
     if let Some(profile) = &problem.profile {
@@ -186,9 +195,10 @@ impl Count {
             tick.max_over_mean_by(weight)
         });
         let pieces = self.largest.iter().zip(self.cells.totals());
-        let pass = |bytes: u64, busiest: u64, flops_per_cell: f64| PassVerdict {
-            bytes,
-            busiest,
+        let pass = |pass: &Pass, flops_per_cell: f64| PassVerdict {
+            bytes: pass.total,
+            busiest: pass.busiest,
+            longest: pass.longest,
             flops: worst(&self.cells) * flops_per_cell,
             predicted: None,
         };
@@ -201,8 +211,8 @@ impl Count {
                 uncut => worst(&self.tiles) * weights / uncut as f64,
             },
             largest_piece: pieces.map(|(&piece, all)| piece as f64 / all.max(1) as f64).fold(0.0, f64::max),
-            forward: pass(forward.total, forward.busiest, problem.geometry.forward_flops(1)),
-            backward: pass(backward.total, backward.busiest, problem.geometry.backward_flops(1)),
+            forward: pass(forward, problem.geometry.forward_flops(1)),
+            backward: pass(backward, problem.geometry.backward_flops(1)),
             tasks,
             documents: problem.documents.len(),
             slots: problem.slots.len(),

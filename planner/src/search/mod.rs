@@ -65,8 +65,8 @@ struct Relief {
 
 /// Improves the donors' edges. `room` is what slots could take besides, in cells; it is kept up to date. Donors whose
 /// strips cannot serve their edges keep them, and so do those with very many. The outcome is the same on every machine.
-pub(crate) fn improve(donors: &mut [Donor], room: &mut [f64], terms: &Terms) -> Links {
-    let mut search = Search::new(donors, room, terms);
+pub(crate) fn improve(donors: &mut [Donor], room: &mut [f64], links: Links, terms: &Terms) -> Links {
+    let mut search = Search::new(donors, room, links, terms);
     let (mut random, mut fresh) = (Random::new(1), vec![Relief::default(); DONORS]);
     search.start();
     if !search.able.is_empty() {
@@ -106,19 +106,33 @@ struct Search<'a> {
 }
 
 /// Bytes on every slot's link, forward, Q, K and V alone.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Links {
     /// Into and out of each slot.
     loads: Vec<(f64, f64)>,
+    /// How long each takes for a byte, relative to the others.
+    slow: Vec<f64>,
+    /// Of the link that is in use longest, how long.
     busiest: f64,
     /// Bytes in all that the whole of the busiest link is worth.
     price: f64,
 }
 
 impl Links {
-    /// What a link costs besides its bytes.
-    fn toll(&self, into: f64, out: f64) -> f64 {
-        let mut share = into.max(out) / self.busiest;
+    /// Nothing on them. `links` is how much each carries, relative to the others.
+    pub(crate) fn new(links: impl Iterator<Item = f64>) -> Links {
+        let slow: Vec<f64> = links.map(|link| 1.0 / link).collect();
+        Links { loads: vec![(0.0, 0.0); slow.len()], slow, busiest: 0.0, price: 0.0 }
+    }
+
+    /// How long a slot's link is in use.
+    fn time(&self, slot: usize, into: f64, out: f64) -> f64 {
+        into.max(out) * self.slow[slot]
+    }
+
+    /// What a slot's link costs besides its bytes.
+    fn toll(&self, slot: usize, into: f64, out: f64) -> f64 {
+        let mut share = self.time(slot, into, out) / self.busiest;
         // To the 32nd power.
         for _ in 0..5 {
             share *= share;
@@ -126,24 +140,24 @@ impl Links {
         self.price * share
     }
 
-    /// What leaves a slot, as a part of what crosses the busiest link.
+    /// How long what leaves a slot takes, as a part of what the busiest link does.
     pub(crate) fn out(&self, slot: usize) -> f64 {
         match self.loads.get(slot) {
-            Some(load) if self.busiest > 0.0 => load.1 / self.busiest,
+            Some(load) if self.busiest > 0.0 => load.1 * self.slow[slot] / self.busiest,
             _ => 0.0,
         }
     }
 }
 
 impl<'a> Search<'a> {
-    fn new(donors: &'a mut [Donor], room: &'a mut [f64], terms: &'a Terms) -> Search<'a> {
+    fn new(donors: &'a mut [Donor], room: &'a mut [f64], links: Links, terms: &'a Terms) -> Search<'a> {
         let slots = room.len();
         Search {
             bytes: vec![0.0; donors.len()],
             hulls: donors.iter().map(|donor| Rect::hull(&donor.strips)).collect(),
             able: Vec::new(),
             users: vec![Vec::new(); slots],
-            links: Links { loads: vec![(0.0, 0.0); slots], ..Links::default() },
+            links,
             roomy: Vec::new(),
             pool: Pool::default(),
             some: Vec::new(),
@@ -181,8 +195,8 @@ impl<'a> Search<'a> {
     }
 
     fn survey(&mut self) {
-        let busiest = self.links.loads.iter().map(|load| load.0.max(load.1)).fold(1.0, f64::max);
-        self.links.busiest = busiest;
+        let time = |(slot, load): (usize, &(f64, f64))| self.links.time(slot, load.0, load.1);
+        self.links.busiest = self.links.loads.iter().enumerate().map(time).fold(f64::MIN_POSITIVE, f64::max);
         self.links.price = TOLL * self.bytes.iter().sum::<f64>();
         let crumb = self.crumb();
         self.roomy.clear();
@@ -242,7 +256,7 @@ impl<'a> Search<'a> {
 
     /// Deals the pool out. Returns what the exchange may still cost above its lower bound, `None` when it cannot pay.
     fn deal(&mut self, random: &mut Random, fresh: &mut [Relief]) -> Option<f64> {
-        let toll = |slot: usize| self.links.toll(self.links.loads[slot].0, self.links.loads[slot].1);
+        let toll = |slot: usize| self.links.toll(slot, self.links.loads[slot].0, self.links.loads[slot].1);
         let cost = |n: &usize| self.bytes[*n] + toll(self.donors[*n].slot);
         // No link of those touched can end up cheaper than free.
         let tolls: f64 = self.pool.slots().map(toll).sum();
@@ -287,7 +301,9 @@ impl<'a> Search<'a> {
         }
         for &(slot, into, out) in &self.changes {
             let (old_in, old_out) = self.links.loads[slot];
-            saved += self.links.toll(old_in, old_out) - self.links.toll(old_in + into, old_out + out);
+            let (old, new) =
+                (self.links.toll(slot, old_in, old_out), self.links.toll(slot, old_in + into, old_out + out));
+            saved += old - new;
         }
         saved > 0.0
     }
@@ -326,6 +342,10 @@ mod tests {
 
     use super::*;
     use crate::judge::price::Price;
+
+    fn equal(slots: usize) -> Links {
+        Links::new(std::iter::repeat_n(1.0, slots))
+    }
 
     fn terms(grain: f64) -> Terms {
         let sent = [Price { there: 1024, back: 0 }, Price { there: 512, back: 0 }];
@@ -370,7 +390,7 @@ mod tests {
         let mut donors =
             vec![donor(0, vec![edge(3, 6e8), edge(2, 4e8)]), donor(1, vec![edge(2, 5e8), edge(4, 1e8)])];
         let room = &mut [0.0, 0.0, 1e8, 0.0, 0.0];
-        improve(&mut donors, room, terms);
+        improve(&mut donors, room, equal(5), terms);
         (donors, room.iter().sum())
     }
 
@@ -391,7 +411,7 @@ mod tests {
         ) {
             let terms = terms(grain);
             let (mut donors, mut room) = dealt(&documents, &rooms, heads);
-            let before: Vec<f64> = room.clone();
+            let (before, slots): (Vec<f64>, usize) = (room.clone(), room.len());
             let total = |donors: &[Donor]| {
                 let mut left = Vec::new();
                 let bytes = donors.iter().filter_map(|donor| {
@@ -401,7 +421,7 @@ mod tests {
                 bytes.sum::<f64>()
             };
             let (old, mut again) = (donors.clone(), donors.clone());
-            improve(&mut donors, &mut room, &terms);
+            improve(&mut donors, &mut room, equal(slots), &terms);
             // The toll may take bytes for a lighter link, but never more than it is worth.
             prop_assert!(total(&donors) <= total(&old) * (1.0 + TOLL) + 1.0);
             let mut taken = vec![0.0; room.len()];
@@ -421,7 +441,7 @@ mod tests {
                 prop_assert!(*room >= -1.0 - 1e-6 * before);
             }
             let mut room = before;
-            improve(&mut again, &mut room, &terms);
+            improve(&mut again, &mut room, equal(slots), &terms);
             let slots = |donors: &[Donor]| donors.iter().flat_map(|d| d.edges.clone()).collect::<Vec<_>>();
             prop_assert_eq!(slots(&again), slots(&donors), "the same again");
         }

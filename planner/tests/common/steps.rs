@@ -96,12 +96,14 @@ pub fn any_problem() -> impl Strategy<Value = Problem> {
     (kv_heads, 1u32..6).prop_flat_map(|(kv_heads, ranks)| {
         let documents: Vec<_> = (0..12).map(|n| any_document(n, ranks, kv_heads)).collect();
         let slot = prop_oneof![8 => Just(1.0), 8 => 0.2f64..5.0, 1 => Just(1e-3), 1 => Just(1e3)];
-        let slots = prop::collection::vec((slot, any::<bool>()), 1..10);
+        let link = prop_oneof![3 => Just(1.0), 1 => 0.1f64..10.0];
+        let slots = prop::collection::vec((slot, any::<bool>(), link), 1..10);
         (documents, 1usize..=12, slots).prop_map(move |(mut documents, count, slots)| {
             documents.truncate(count);
-            let slot = |(n, &(weight, in_place)): (u32, &(f64, bool))| Slot {
+            let slot = |(n, &(weight, in_place, link)): (u32, &(f64, bool, f64))| Slot {
                 rank: (in_place && n < ranks).then_some(n),
                 weight,
+                link,
             };
             Problem::new(geometry(kv_heads), documents, (0..).zip(&slots).map(slot).collect())
         })

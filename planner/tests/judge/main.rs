@@ -113,7 +113,7 @@ proptest! {
 
 #[test]
 fn layer_time_is_the_longer_of_computing_and_carrying() {
-    let pass = PassVerdict { bytes: 0, busiest: 3_000_000, flops: 2e10, predicted: None };
+    let pass = PassVerdict { bytes: 0, busiest: 3_000_000, longest: 3e6, flops: 2e10, predicted: None };
     assert_eq!(pass.seconds(Rates::default()), 6e-5, "3 MB at 50 GB/s");
     assert_eq!(
         pass.seconds(Rates { bytes_per_second: 1e12, ..Rates::default() }),

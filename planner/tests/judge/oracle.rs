@@ -109,13 +109,16 @@ pub fn figures(problem: &Problem, plan: &StepPlan, work: &[BTreeSet<Cell>]) -> V
     });
     let [forward, backward] = [false, true].map(|backward| {
         let ports = ticks.iter().map(|&tick| bytes(problem, plan, work, tick, backward));
-        let (mut all, mut most) = (0, 0);
+        let (mut all, mut most, mut longest) = (0, 0, 0.0);
         for (total, ports) in ports {
             all += total;
+            let over_link =
+                ports.iter().zip(slots).map(|(port, slot)| port[0].max(port[1]) as f64 / slot.link);
+            longest += over_link.fold(0.0, f64::max);
             most += ports.into_iter().flatten().max().unwrap_or(0);
         }
         let per_cell = if backward { geometry.backward_flops(1) } else { geometry.forward_flops(1) };
-        PassVerdict { bytes: all, busiest: most, flops: worst(&cells) * per_cell, predicted: None }
+        PassVerdict { bytes: all, busiest: most, longest, flops: worst(&cells) * per_cell, predicted: None }
     });
     Verdict {
         max_over_mean: ratio(worst(&cells), total),

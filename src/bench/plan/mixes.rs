@@ -87,6 +87,11 @@ fn at_quantile(table: &[u32; 18], part: f64) -> f64 {
 }
 
 impl Draw {
+    /// The steps that planning time is measured with as they grow.
+    pub(super) fn of_growth(servers: u32) -> Draw {
+        Draw { mix: Mix::Prolong, context: CONTEXTS[0], servers }
+    }
+
     pub(super) fn name(&self) -> String {
         let mix = match self.mix {
             Mix::Pretrain => "pretrain",

@@ -4,19 +4,22 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, ensure};
-use outboard_planner::{Problem, Rates, Verdict, judge, least_bytes, plan};
+use outboard_planner::{Problem, Rates, Verdict, judge, least_bytes, least_seconds, plan};
 
+mod growth;
 mod mixes;
 mod rival;
 mod show;
 mod steps;
 mod targets;
+mod variants;
 
 use super::kernel::measure::median;
 use super::kernel::show::{Output, Progress, table};
 use rival::{LINKS, Ratios, Rivals};
 use show::{HEADER, Line, WORDS};
 use steps::{Source, lane};
+use variants::Variant;
 
 /// Arguments of `outboard bench plan`.
 #[derive(Debug, clap::Args)]
@@ -28,6 +31,9 @@ pub(crate) struct Args {
     /// Only steps with this text in their name.
     #[arg(long, value_name = "TEXT")]
     only: Option<String>,
+    /// Only time planning, for steps of up to 4096 servers.
+    #[arg(long, conflicts_with_all = ["steps", "only"])]
+    growth: bool,
     /// How often each step is planned: the time shown is the median.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     repeats: u32,
@@ -52,8 +58,12 @@ struct Planned {
     /// Tokens of the step over its servers, rounded up.
     tokens_per_server: usize,
     verdict: Verdict,
+    /// Whether it is of a kind of its own, which has no targets.
+    variant: bool,
     /// Forward bytes of any plan that balances as well, at least.
     least_bytes: f64,
+    /// Layer time at the first of [`LINKS`] over the least of any plan.
+    layer_over_bound: f64,
     /// Median over the repeats, of planning alone.
     seconds: f64,
     /// How fast a server computes, and by default its link carries.
@@ -70,9 +80,15 @@ impl Planned {
 }
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    if args.growth {
+        return growth::run(args.repeats, &mut Output::new(args.json.as_deref())?);
+    }
     let mut sources = match &args.steps {
         Some(folder) => steps::in_folder(folder)?,
-        None => mixes::all().into_iter().map(Source::Drawn).collect(),
+        None => {
+            let drawn = mixes::all().into_iter().map(Source::Drawn);
+            drawn.chain(Variant::ALL.map(Source::Variant)).collect()
+        }
     };
     if let Some(only) = &args.only {
         sources.retain(|source| source.name().contains(only.as_str()));
@@ -93,9 +109,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             let (verdict, seconds) = measure(problem, args.repeats).with_context(|| source.words())?;
             let [least_bytes, _] = least_bytes(problem).with_context(|| source.words())?;
             let linked = linked(problem, rates).with_context(|| source.words())?;
-            let (plans, lanes) = match rivals.of(&name) {
-                Some(plans) => (plans, parts),
-                None => (rival::plans(problem).with_context(|| source.words())?, 1),
+            let least_seconds =
+                least_seconds(problem, linked_rates(rates, LINKS[0])).with_context(|| source.words())?;
+            let (plans, lanes) = match (rivals.of(&name), source) {
+                (Some(plans), _) => (plans, parts),
+                // The targets are those of steps like the recorded ones.
+                (None, Source::Variant(_)) => (Vec::new(), 1),
+                (None, _) => (rival::plans(problem).with_context(|| source.words())?, 1),
             };
             let ratios = rival::ratios(&plans, &verdict, &linked, lanes, rates);
             let tokens: usize = problem.documents.iter().map(|document| document.tokens()).sum();
@@ -105,7 +125,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
                 kv_heads: problem.geometry.kv_heads(),
                 tokens_per_server: tokens.div_ceil(problem.slots.len().max(1)),
                 verdict,
+                variant: matches!(source, Source::Variant(_)),
                 least_bytes,
+                layer_over_bound: linked[0].seconds(linked_rates(rates, LINKS[0])) / least_seconds,
                 seconds,
                 rates,
                 ratios,
@@ -123,10 +145,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     show::targets(&targets::rows(&all), &mut output)
 }
 
+fn linked_rates(rates: Rates, bytes_per_second: f64) -> Rates {
+    Rates { bytes_per_second, ..rates }
+}
+
 /// Judges the plans that are told how slow links are.
 fn linked(problem: &Problem, rates: Rates) -> anyhow::Result<[Verdict; 2]> {
     let [fast, slow] = LINKS.map(|bytes_per_second| {
-        let rates = Some(Rates { bytes_per_second, ..rates });
+        let rates = Some(linked_rates(rates, bytes_per_second));
         measure(&Problem { rates, ..problem.clone() }, 1).map(|(verdict, _)| verdict)
     });
     Ok([fast?, slow?])

@@ -131,6 +131,7 @@ impl Entry {
         let pass = |gigabytes: f64, megabytes: f64, ours_of_pass: &PassVerdict| PassVerdict {
             bytes: lane(gigabytes * 1e9),
             busiest: lane(megabytes * 1e6),
+            longest: lane(megabytes * 1e6) as f64,
             flops: ours_of_pass.flops * self.max_over_mean / ours.max_over_mean,
             predicted: None,
         };

@@ -7,7 +7,7 @@ use super::{Part, Planned};
 use crate::bench::kernel::show::{Output, table};
 
 /// Columns, of which the first ones are words.
-pub(super) const HEADER: [&str; 17] = [
+pub(super) const HEADER: [&str; 18] = [
     "step",
     "kv heads",
     "servers",
@@ -20,6 +20,7 @@ pub(super) const HEADER: [&str; 17] = [
     "busiest MB",
     "plan ms",
     "to bound",
+    "layer to bound",
     "forward x",
     "busiest x",
     "fwd+bwd x",
@@ -60,6 +61,8 @@ pub(super) struct Line<'a> {
     busiest_to_distca: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     both_to_distca: Option<f64>,
+    /// Layer time on links of 12.5 GB/s over the least of any plan.
+    layer_over_bound: f64,
     /// Layer time on links of 12.5 and of 3 GB/s.
     #[serde(skip_serializing_if = "Option::is_none")]
     layer_to_distca: Option<[f64; 2]>,
@@ -109,6 +112,7 @@ impl<'a> Line<'a> {
             layer_ms_backward: verdict.backward.seconds(*rates) * 1e3,
             plan_ms: seconds * 1e3,
             forward_over_bound: planned.over_bound(),
+            layer_over_bound: planned.layer_over_bound,
             forward_to_distca: ratios.map(|ratios| ratios.forward),
             busiest_to_distca: ratios.map(|ratios| ratios.busiest),
             both_to_distca: ratios.map(|ratios| ratios.both),
@@ -116,7 +120,7 @@ impl<'a> Line<'a> {
         }
     }
 
-    pub(super) fn row(&self) -> [String; 17] {
+    pub(super) fn row(&self) -> [String; 18] {
         let ratio = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
         [
             self.step.to_owned(),
@@ -131,6 +135,7 @@ impl<'a> Line<'a> {
             format!("{:.1}", self.busiest_mb),
             format!("{:.2}", self.plan_ms),
             ratio(self.forward_over_bound),
+            ratio(Some(self.layer_over_bound)),
             ratio(self.forward_to_distca),
             ratio(self.busiest_to_distca),
             ratio(self.both_to_distca),
@@ -165,6 +170,9 @@ pub(super) fn targets(rows: &[Row], output: &mut Output) -> anyhow::Result<()> {
     }
     output.say(&table.to_string())?;
     output.say("x: over DistCA's plan, layer time over the best of its plans on links of 12.5 and 3 GB/s")?;
+    output.say(
+        "to bound: forward bytes, and layer time on links of 12.5 GB/s, over what no plan does better",
+    )?;
     output.say(&format!("{passed} of {measured} rows pass"))
 }
 

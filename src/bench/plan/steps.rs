@@ -7,6 +7,7 @@ use outboard_attention::{HeadGeometry, HeadShape};
 use outboard_planner::{Problem, Rates};
 
 use super::mixes::Draw;
+use super::variants::Variant;
 use crate::step::read;
 
 /// What the names of step files end in.
@@ -17,6 +18,7 @@ const SUFFIX: &str = ".step.json";
 pub(super) enum Source {
     File { name: String, path: PathBuf },
     Drawn(Draw),
+    Variant(Variant),
 }
 
 impl Source {
@@ -25,6 +27,7 @@ impl Source {
         match self {
             Source::File { name, .. } => name.clone(),
             Source::Drawn(draw) => draw.name(),
+            Source::Variant(variant) => variant.name(),
         }
     }
 
@@ -32,7 +35,7 @@ impl Source {
     pub(super) fn words(&self) -> String {
         match self {
             Source::File { path, .. } => path.display().to_string(),
-            Source::Drawn(draw) => format!("step {}", draw.name()),
+            Source::Drawn(_) | Source::Variant(_) => format!("step {}", self.name()),
         }
     }
 
@@ -41,6 +44,7 @@ impl Source {
         let rates = Rates::default();
         match self {
             Source::Drawn(draw) => Ok((draw.problem().with_context(|| self.words())?, rates)),
+            Source::Variant(variant) => Ok((variant.problem().with_context(|| self.words())?, rates)),
             Source::File { path, .. } => {
                 let step = read(path)?;
                 let flops_per_second = step.flops_per_second.unwrap_or(rates.flops_per_second);

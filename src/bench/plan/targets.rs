@@ -49,7 +49,8 @@ impl Row {
 pub(super) fn rows(all: &[Planned]) -> Vec<Row> {
     let mut rows = Vec::new();
     for (part, targets) in [(Part::Whole, WHOLE), (Part::Lane, LANE)] {
-        let steps: Vec<&Planned> = all.iter().filter(|planned| planned.part == part).collect();
+        let steps: Vec<&Planned> =
+            all.iter().filter(|planned| planned.part == part && !planned.variant).collect();
         rows_of(&steps, &targets, &mut |name, target, reached| {
             let name = format!("{} {name}", part.name());
             rows.push(Row { name, target, reached });

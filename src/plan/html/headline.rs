@@ -72,7 +72,8 @@ fn times(planned: &Planned<'_>, figures: &Figures) -> String {
         let compute: f64 = passes.iter().map(|pass| pass.2).sum();
         notes.push(format!("all at home: {}", seconds(compute * ratio)));
     }
-    if let (Ok(least), false) = (least_seconds(planned.problem, rates), profiled) {
+    // What a profile predicts has no such bound.
+    if !profiled && let Ok(least) = least_seconds(planned.problem, rates) {
         notes.push(format!("no plan takes less than {}", seconds(least)));
     }
     let (flops, link) = (rate(rates.flops_per_second, "FLOP/s"), rate(rates.bytes_per_second, "B/s"));
@@ -89,7 +90,7 @@ fn times(planned: &Planned<'_>, figures: &Figures) -> String {
 
 /// The busiest link of each pass.
 fn links(planned: &Planned<'_>, figures: &Figures) -> String {
-    let found = figures.passes().map(|(name, pass)| (name, busiest(pass)));
+    let found = figures.passes().map(|(name, pass)| (name, busiest(pass, &planned.problem.slots)));
     let most = found.iter().filter_map(|(_, link)| link.map(|link| link.bytes)).max();
     let note = |(name, link): &(&str, Option<super::super::figures::Link>)| match link {
         Some(link) => {

@@ -188,7 +188,7 @@ fn planned(times: &[Time], pooled: &[RankStep]) -> Vec<Time> {
 }
 
 /// What each rank has when the step's documents are packed whole, those with the most attention first, each to the
-/// rank with the least: the best that a trainer gets without a pool. Ranks then hold unequal numbers of tokens.
+/// rank with the least: what trainers do without a pool. Ranks then hold unequal numbers of tokens.
 fn packed(ranks: &[RankStep]) -> Option<Vec<Work>> {
     // One head: documents and ranks compare the same with any number.
     let geometry = HeadGeometry::standard(1, 1, 1).ok()?;
