@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, Policy, Profile, Rates, plan_by};
+use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, PlanError, Policy, Profile, Rates, plan_by};
 
 use figures::Figures;
 
@@ -118,7 +118,15 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("outboard: {}: {note}", step.display());
     }
     let started = Instant::now();
-    let plan = plan_by(&problem, policy).with_context(|| format!("cannot plan {}", step.display()))?;
+    let plan = plan_by(&problem, policy).map_err(|error| {
+        // The planner knows slots, and whoever wrote the step servers.
+        let server = match &error {
+            PlanError::NoMemory { slot, .. } => servers.get(*slot),
+            _ => None,
+        };
+        let of_server = server.map(|id| format!(": server {id} has too little memory")).unwrap_or_default();
+        anyhow::Error::from(error).context(format!("cannot plan {}{of_server}", step.display()))
+    })?;
     let plan_seconds = started.elapsed().as_secs_f64();
     let cannot_judge = || format!("cannot judge the plan of {}", step.display());
     // Whoever gives a profile asks for what it predicts, wherever that goes.

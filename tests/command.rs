@@ -438,6 +438,46 @@ fn the_check_of_pages_finds_what_is_wrong() {
 }
 
 #[test]
+fn what_servers_say_of_memory_and_links_is_planned_for() {
+    let folder = temporary_folder();
+    let step = folder.path().join("step.json");
+    let step = step.to_str().unwrap();
+    let write = |second: Value| {
+        let content = json!({
+            "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+            "servers": [{ "id": 0, "rank": 0 }, second],
+            "documents": [{ "id": 0, "tokens": 9001, "home": [{ "rank": 0, "start": 0, "end": 9001 }] }],
+            "bytes_per_second": 1e12,
+        });
+        std::fs::write(step, content.to_string()).unwrap();
+    };
+    let tasks_of = |server: u64| {
+        let plan: Value = serde_json::from_str(&outboard(&["plan", step])).unwrap();
+        plan["tasks"].as_array().unwrap().iter().filter(|task| task["server"] == server).count()
+    };
+    write(json!({ "id": 1, "rank": null }));
+    assert!(tasks_of(1) > 0);
+    for second in [
+        json!({ "id": 1, "rank": null, "memory_bytes": 0 }),
+        json!({ "id": 1, "rank": null, "bytes_per_second": 1e6 }),
+    ] {
+        write(second.clone());
+        assert_eq!(tasks_of(1), 0, "{second}");
+    }
+    write(json!({ "id": 1, "rank": null, "bytes_per_second": 1e-9 }));
+    let message = outboard_fails(&["plan", step]);
+    assert!(message.contains("servers[1].bytes_per_second"), "{message}");
+    let dedicated = json!({
+        "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+        "servers": [{ "id": 7, "rank": null, "memory_bytes": 1000 }],
+        "documents": [{ "id": 0, "tokens": 90, "home": [{ "rank": 0, "start": 0, "end": 90 }] }],
+    });
+    std::fs::write(step, dedicated.to_string()).unwrap();
+    let message = outboard_fails(&["plan", step]);
+    assert!(message.contains("may hold 1000") && message.contains("server 7"), "{message}");
+}
+
+#[test]
 fn a_profile_has_an_efficiency_for_each_size() {
     let folder = temporary_folder();
     let file = folder.path().join("PROFILE.json");

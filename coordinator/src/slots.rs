@@ -41,7 +41,8 @@ impl SlotSpec {
         // A link that is slower yet makes no other plan.
         let relative = (self.bytes_per_second / fastest).clamp(SLOWEST_LINK, 1.0);
         let link = if self.bytes_per_second > 0.0 { relative } else { 1.0 };
-        Slot { rank: self.rank, weight: self.weight, link }
+        // What a server has no room for waits to be sent, so its memory is no part of the plan.
+        Slot { rank: self.rank, weight: self.weight, link, memory: None }
     }
 }
 

@@ -53,6 +53,21 @@ pub enum PlanError {
         /// Its value.
         rate: f64,
     },
+    /// A slot that would hold more than it may, however the work is dealt.
+    #[error(
+        "slots[{slot}] would hold {bytes} bytes of other ranks' tokens in tick {tick}, and may hold {memory}; \
+         raise its memory, or add servers"
+    )]
+    NoMemory {
+        /// The slot.
+        slot: usize,
+        /// The tick.
+        tick: u32,
+        /// What it would hold.
+        bytes: u64,
+        /// What it may.
+        memory: u64,
+    },
     /// A slot's link that is not a number, or absurd.
     #[error("slots[{slot}].link is {link}; it must be between {least} and {most}")]
     BadLink {

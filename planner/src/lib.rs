@@ -14,6 +14,7 @@
 //! - The plan is a function of documents, homes, geometry, slots, tolerance, rates and profile. The order in which documents
 //!   come does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations,
 //!   so any machine makes the same plan. Measured speeds and membership are no input.
+//! - No slot holds more of others' tokens than its memory allows; where that cannot be had, there is no plan.
 //! - Cuts are by query rows and by kv heads, never by keys. Rows are cut at multiples of 128 tokens, or of 64, 32 and
 //!   so on where a block of 128 is too much work to balance. Without rates, balance is then within
 //!   the tolerance or one row.
@@ -71,6 +72,7 @@ mod forecast;
 mod group;
 mod judge;
 mod loads;
+mod memory;
 mod plan;
 mod policy;
 mod problem;

@@ -8,15 +8,17 @@ use crate::balance::balance;
 use crate::cost::Cost;
 use crate::sheet::{Sheet, Strip};
 use crate::split::split;
-use crate::start::{shares, start};
-use crate::{PlanError, Problem, group, trade};
+use crate::start::{Share, shares, start};
+use crate::{PlanError, Problem, group, memory, trade};
 
 /// Decides who computes which piece of every document. See the crate's documentation for what is guaranteed.
 ///
 /// # Errors
 /// A [`PlanError`] when the problem makes no sense.
 pub fn plan(problem: &Problem) -> Result<StepPlan, PlanError> {
-    by_tick(problem, |documents, next_group| Tick::new(problem, documents).plan(next_group))
+    let plan = by_tick(problem, |documents, next_group| Tick::new(problem, documents).plan(next_group))?;
+    plan.ticks.iter().try_for_each(|tick| memory::check(problem, tick))?;
+    Ok(plan)
 }
 
 /// A plan whose ticks are planned one by one, each from its documents in order of their ids. Group numbers go on from
@@ -41,6 +43,9 @@ pub(crate) fn by_tick<'a>(
     }
     Ok(StepPlan { ticks, slots: problem.slots.len() as u32 })
 }
+
+/// Work is dealt again at most so often for slots that hold too much.
+const FITTINGS: usize = 12;
 
 /// How hard to look for who relieves whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,15 +76,26 @@ impl<'a> Tick<'a> {
     }
 
     /// What slots hold when none may have more than `1 + tolerance` times its share, and the link of each is to carry no more
-    /// than its part of `reach`: cells of a link of 1.
+    /// than its part of `reach`: cells of a link of 1. Slots that would hold more than their memory are given less.
     pub(crate) fn hold(&self, tolerance: f64, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {
         let mut shares = shares(&self.problem.slots, tolerance, self.cells);
+        let mut held = self.hold_within(shares.clone(), reach, effort);
+        for _ in 0..FITTINGS {
+            if !memory::shrink(self, &mut shares, &held) {
+                break;
+            }
+            held = self.hold_within(shares.clone(), reach, effort);
+        }
+        held
+    }
+
+    fn hold_within(&self, mut shares: Vec<Share>, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {
         let mut held = start(&self.sheets, &shares);
         if reach.is_finite() {
             for (share, strips) in shares.iter_mut().zip(&held) {
                 let (home, carried) =
                     (strips.iter().map(Strip::cells).sum::<u64>(), (reach * share.link) as u64);
-                share.cap = share.cap.clamp(home.saturating_sub(carried), home.saturating_add(carried));
+                share.cap = share.cap.min(home.saturating_add(carried)).max(home.saturating_sub(carried));
             }
         }
         if effort != Effort::Nothing {

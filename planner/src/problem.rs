@@ -27,17 +27,20 @@ pub struct Slot {
     pub weight: f64,
     /// How much its link carries, each way, relative to [`Rates::bytes_per_second`]: finite and above zero.
     pub link: f64,
+    /// Bytes of tokens from other ranks that it may hold at once, in one layer: Q, K, V, O and LSE. Whoever keeps them for
+    /// the backward pass divides its memory by the layers and micro-batches in flight.
+    pub memory: Option<u64>,
 }
 
 impl Slot {
     /// A slot of weight and link 1 on the device of `rank`.
     pub fn in_place(rank: u32) -> Slot {
-        Slot { rank: Some(rank), weight: 1.0, link: 1.0 }
+        Slot { rank: Some(rank), weight: 1.0, link: 1.0, memory: None }
     }
 
     /// A slot of weight and link 1 with a device of its own.
     pub fn dedicated() -> Slot {
-        Slot { rank: None, weight: 1.0, link: 1.0 }
+        Slot { rank: None, weight: 1.0, link: 1.0, memory: None }
     }
 }
 
@@ -108,7 +111,7 @@ impl Problem {
         }
         let mut of_rank = BTreeMap::new();
         let (mut total, mut smallest) = (0.0, f64::INFINITY);
-        for (slot, &Slot { rank, weight, link }) in self.slots.iter().enumerate() {
+        for (slot, &Slot { rank, weight, link, .. }) in self.slots.iter().enumerate() {
             if !(MIN_LINK..=1.0 / MIN_LINK).contains(&link) {
                 return Err(PlanError::BadLink { slot, link, least: MIN_LINK, most: 1.0 / MIN_LINK });
             }

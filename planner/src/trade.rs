@@ -1,12 +1,9 @@
 //! Balance for bytes: where links are slow, a step ends sooner when its busiest slot computes more and its busiest link
 //! carries less.
 
-use std::collections::BTreeMap;
+use outboard_attention::Direction;
 
-use outboard_attention::{Direction, PlannedTask, Span};
-
-use crate::judge::needs::needs;
-use crate::judge::pieces::{Piece, Shelf};
+use crate::memory::needs_away;
 use crate::plan::{Effort, Tick};
 use crate::profile::{flops, predicted};
 use crate::sheet::Strip;
@@ -135,40 +132,7 @@ fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
 /// Bytes that what slots hold moves, and how they reach the slots.
 fn traffic<'a>(tick: &Tick<'a>, held: &[Vec<Strip>]) -> (Ports<'a>, Traffic) {
     let ports = Ports::new(tick.problem);
-    let at_home = |slot: usize, strip: &Strip| {
-        let homes = tick.sheets[strip.sheet].document.homes();
-        homes.iter().all(|home| Some(home.rank) == tick.problem.slots[slot].rank)
-    };
-    // Documents that stay whole at home move nothing, and most do.
-    let mut moved: BTreeMap<usize, Vec<(usize, Strip)>> = BTreeMap::new();
-    let strips = || held.iter().enumerate().flat_map(|(n, strips)| strips.iter().map(move |s| (n, *s)));
-    for (slot, strip) in strips() {
-        if !at_home(slot, &strip) {
-            moved.entry(strip.sheet).or_default();
-        }
-    }
-    for (slot, strip) in strips() {
-        if let Some(all) = moved.get_mut(&strip.sheet) {
-            all.push((slot, strip));
-        }
-    }
     let mut traffic = ports.idle();
-    for (sheet, strips) in moved {
-        let sheet = &tick.sheets[sheet];
-        let shelf = Shelf::new(&sheet.document.mask(tick.problem.geometry.kv_heads()));
-        let piece = |(slot, strip): &(usize, Strip)| -> Piece {
-            shelf.piece(&PlannedTask {
-                document: sheet.document.id(),
-                q: strip.q,
-                kv: Span::to(sheet.document.tokens()),
-                kv_heads: strip.kv_heads,
-                slot: *slot as u32,
-                group: 0,
-                position: 0,
-            })
-        };
-        let pieces: Vec<Piece> = strips.iter().map(piece).collect();
-        traffic.add(&ports, sheet.document.homes(), &needs(&pieces));
-    }
+    needs_away(tick, held, |homes, needs| traffic.add(&ports, homes, needs));
     (ports, traffic)
 }

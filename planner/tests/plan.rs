@@ -322,6 +322,54 @@ fn one_document_spreads_over_very_many_slots() {
     }
 }
 
+proptest! {
+    /// What fits is planned, and what is planned fits.
+    #[test]
+    fn no_slot_holds_more_than_its_memory(
+        problem in any_problem(),
+        memories in prop::collection::vec(prop::option::of(prop_oneof![Just(0), 1u64..20_000_000]), 10),
+        rates in prop::option::of(any_rates()),
+    ) {
+        let mut problem = Problem { rates, ..problem };
+        for (slot, memory) in problem.slots.iter_mut().zip(memories) {
+            slot.memory = memory;
+        }
+        let elsewhere = |d: &Document| d.homes().iter().any(|home| {
+            home.rank != d.homes()[0].rank || problem.slots.iter().all(|slot| slot.rank != Some(home.rank))
+        });
+        match plan(&problem) {
+            Ok(plan) => {
+                check_tasks(&problem, &plan);
+                let verdict = judge(&plan, &problem).expect("a valid plan");
+                prop_assert!(verdict.memory <= 1.0, "{}", verdict.memory);
+            }
+            // Where every rank can compute its own rows, nothing need be held.
+            Err(error) => prop_assert!(
+                matches!(error, PlanError::NoMemory { .. }) && problem.documents.iter().any(elsewhere), "{error}"
+            ),
+        }
+    }
+}
+
+/// A slot with little memory takes less, and the others the more.
+#[test]
+fn little_memory_takes_little_work() {
+    let documents: Vec<Document> =
+        (0..4).map(|rank| document(rank, 0, if rank == 0 { 60_000 } else { 9_000 })).collect();
+    let taken = |memory| {
+        let slots =
+            (0..4).map(|rank| Slot { memory: if rank == 3 { memory } else { None }, ..Slot::in_place(rank) });
+        let problem = Problem::new(geometry(2), documents.clone(), slots.collect());
+        let plan = plan(&problem).expect("a sound problem");
+        let loads = Loads::planned(&plan, &problem.documents, &problem.geometry).totals();
+        (loads[3] as f64 / loads[1] as f64, judge(&plan, &problem).expect("a valid plan").memory)
+    };
+    let (free, none) = taken(None);
+    assert!((free - 1.0).abs() < 0.05 && none == 0.0, "{free} {none}");
+    let (tight, part) = taken(Some(20_000_000));
+    assert!(tight < 0.9 && (0.5..=1.0).contains(&part), "{tight} {part}");
+}
+
 /// Links are part of what is planned for: a slot with a slow one gives and takes less.
 #[test]
 fn slow_links_carry_less() {

@@ -177,12 +177,6 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     for (n, server) in file.servers.iter().enumerate() {
         positive(&format!("servers[{n}].bytes_per_second"), server.bytes_per_second)?;
     }
-    let memories = file.servers.iter().filter(|server| server.memory_bytes.is_some()).count();
-    if memories > 0 {
-        unused.push(format!(
-            "memory_bytes of {memories} servers is not used yet: the plan may need more memory"
-        ));
-    }
     Ok(unused)
 }
 
@@ -201,7 +195,7 @@ fn slot(n: usize, server: &ServerEntry, usual: f64) -> anyhow::Result<Slot> {
         server.id,
         1.0 / MIN_LINK
     );
-    Ok(Slot { rank: server.rank, weight, link })
+    Ok(Slot { rank: server.rank, weight, link, memory: server.memory_bytes })
 }
 
 fn check_home((n, document): (usize, &DocumentEntry)) -> anyhow::Result<()> {

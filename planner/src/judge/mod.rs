@@ -14,7 +14,7 @@ mod tiles;
 use outboard_attention::{Document, HeadGeometry, StepPlan};
 
 use crate::traffic::{Pass, Ports, Traffic};
-use crate::{Loads, Problem, Times};
+use crate::{Loads, Problem, Times, memory};
 
 pub use fault::Fault;
 pub use tiles::TILE;
@@ -36,6 +36,8 @@ pub struct Verdict {
     pub tiles_over_ideal: f64,
     /// The largest part of a slot's cells, of all ticks, that is one task: 0 to 1.
     pub largest_piece: f64,
+    /// The largest part of a slot's memory that it holds at once: more than 1 does not fit. 0 where none has a limit.
+    pub memory: f64,
     /// The forward pass of one layer.
     pub forward: PassVerdict,
     /// The backward pass of one layer, on servers that still hold Q, K and V.
@@ -128,6 +130,7 @@ pub fn judge(plan: &StepPlan, problem: &Problem) -> Result<Verdict, Fault> {
         traffic.append(&ports, &moved);
     }
     let mut verdict = count.verdict(problem, plan.tasks().count(), &traffic);
+    verdict.memory = memory::largest_part(problem, plan);
     if let Some(profile) = &problem.profile {
         let [forward, backward] = Times::planned(plan, problem, profile).busiest().map(Some);
         (verdict.forward.predicted, verdict.backward.predicted) = (forward, backward);
@@ -210,6 +213,7 @@ impl Count {
                 0 => 1.0,
                 uncut => worst(&self.tiles) * weights / uncut as f64,
             },
+            memory: 0.0,
             largest_piece: pieces.map(|(&piece, all)| piece as f64 / all.max(1) as f64).fold(0.0, f64::max),
             forward: pass(forward, problem.geometry.forward_flops(1)),
             backward: pass(backward, problem.geometry.backward_flops(1)),

@@ -104,6 +104,7 @@ pub fn any_problem() -> impl Strategy<Value = Problem> {
                 rank: (in_place && n < ranks).then_some(n),
                 weight,
                 link,
+                memory: None,
             };
             Problem::new(geometry(kv_heads), documents, (0..).zip(&slots).map(slot).collect())
         })

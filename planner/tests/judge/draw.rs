@@ -70,12 +70,16 @@ fn document(index: u32, longest: usize, kv_heads: usize) -> impl Strategy<Value 
 }
 
 pub fn problem(longest: usize) -> impl Strategy<Value = Problem> {
-    let slots = prop::collection::vec((0.25f64..4.0, any::<bool>(), 0.25f64..4.0), 1..5);
+    let slots = prop::collection::vec(
+        (0.25f64..4.0, any::<bool>(), 0.25f64..4.0, prop::option::of(1u64..100_000)),
+        1..5,
+    );
     (geometry(), slots).prop_flat_map(move |(geometry, slots)| {
-        let slot = |(rank, &(weight, in_place, link)): (u32, &(f64, bool, f64))| Slot {
+        let slot = |(rank, &(weight, in_place, link, memory)): (u32, &(f64, bool, f64, Option<u64>))| Slot {
             rank: in_place.then_some(rank),
             weight,
             link,
+            memory,
         };
         let slots: Vec<Slot> = (0..).zip(&slots).map(slot).collect();
         let documents: Vec<_> = (0..4).map(|n| document(n, longest, geometry.kv_heads())).collect();

@@ -115,12 +115,20 @@ pub fn figures(problem: &Problem, plan: &StepPlan, work: &[BTreeSet<Cell>]) -> V
             let over_link =
                 ports.iter().zip(slots).map(|(port, slot)| port[0].max(port[1]) as f64 / slot.link);
             longest += over_link.fold(0.0, f64::max);
-            most += ports.into_iter().flatten().max().unwrap_or(0);
+            most += ports.iter().flat_map(|port| &port[..2]).max().unwrap_or(&0);
         }
         let per_cell = if backward { geometry.backward_flops(1) } else { geometry.forward_flops(1) };
         PassVerdict { bytes: all, busiest: most, longest, flops: worst(&cells) * per_cell, predicted: None }
     });
+    let memory = ticks.iter().flat_map(|&tick| {
+        let (_, ports) = bytes(problem, plan, work, tick, false);
+        let parts = ports.into_iter().zip(slots);
+        parts
+            .map(|(port, slot)| slot.memory.map_or(0.0, |memory| port[2] as f64 / memory as f64))
+            .collect::<Vec<_>>()
+    });
     Verdict {
+        memory: memory.fold(0.0, f64::max),
         max_over_mean: ratio(worst(&cells), total),
         worst_tick: ticks
             .iter()
@@ -148,14 +156,14 @@ fn tiles_of(cells: &BTreeSet<Cell>) -> u64 {
     heads.into_iter().map(of_head).sum()
 }
 
-/// Bytes of a tick in one pass: all of them, and in and out of every slot.
+/// Bytes of a tick in one pass: all of them, and in and out of every slot, and those of its own tasks.
 fn bytes(
     problem: &Problem,
     plan: &StepPlan,
     work: &[BTreeSet<Cell>],
     tick: u32,
     backward: bool,
-) -> (u64, Vec<[u64; 2]>) {
+) -> (u64, Vec<[u64; 3]>) {
     let HeadShape { head_dim, v_head_dim, dtype, .. } = problem.geometry.shape();
     let (group, d, dv) = (problem.geometry.group() as u64, head_dim as u64, v_head_dim as u64);
     let element = dtype.bytes() as u64;
@@ -167,7 +175,7 @@ fn bytes(
             users.entry((task.document, h, true, j)).or_default().insert(task.slot as usize);
         }
     }
-    let (mut total, mut ports) = (0, vec![[0, 0]; problem.slots.len()]);
+    let (mut total, mut ports) = (0, vec![[0; 3]; problem.slots.len()]);
     for ((id, _, is_key, token), slots) in users {
         let document = problem.documents.iter().find(|d| d.id() == id).expect("checked");
         let home =
@@ -183,6 +191,7 @@ fn bytes(
             total += there + back;
             ports[slot][0] += there;
             ports[slot][1] += back;
+            ports[slot][2] += there + back;
             if let Some(home) = problem.slots.iter().position(|slot| slot.rank == Some(home)) {
                 ports[home][1] += there;
                 ports[home][0] += back;

@@ -1,0 +1,133 @@
+//! Memory: what slots hold of other homes' tokens, and less work for those that would hold too much.
+
+use outboard_attention::{HomeRange, PlannedTask, Span, StepPlan, TickPlan};
+
+use crate::judge::needs::{Need, needs};
+use crate::judge::pieces::{Piece, Shelf};
+use crate::plan::Tick;
+use crate::sheet::Strip;
+use crate::start::Share;
+use crate::traffic::{Ports, Shipment};
+use crate::{PlanError, Problem};
+
+/// A slot that holds too much is given so many times less work than would just fit, since what it holds does not shrink with
+/// its work alone.
+const LESS: f64 = 0.9;
+
+/// Bytes that each slot holds of tokens that are not its own: what comes to it and goes back in the forward pass.
+pub(crate) struct Held<'a> {
+    ports: Ports<'a>,
+    pub(crate) bytes: Vec<u64>,
+}
+
+impl<'a> Held<'a> {
+    pub(crate) fn new(problem: &'a Problem) -> Held<'a> {
+        Held { ports: Ports::new(problem), bytes: vec![0; problem.slots.len()] }
+    }
+
+    /// Adds what one document's tasks need.
+    pub(crate) fn add(&mut self, homes: &[HomeRange], needs: &[Need]) {
+        let Held { ports, bytes } = self;
+        ports.shipments(homes, needs, |Shipment { slot, fare, tokens, .. }| {
+            if let Some(bytes) = bytes.get_mut(slot) {
+                let each = fare.forward.there.saturating_add(fare.forward.back);
+                *bytes = bytes.saturating_add(tokens.saturating_mul(each));
+            }
+        });
+    }
+}
+
+/// Calls `each` with the homes and needs of every document that is not whole at its home.
+pub(crate) fn needs_away(tick: &Tick<'_>, held: &[Vec<Strip>], mut each: impl FnMut(&[HomeRange], &[Need])) {
+    // Documents that stay whole at home move nothing, and most do.
+    let mut of_sheet: Vec<Vec<(usize, Strip)>> = vec![Vec::new(); tick.sheets.len()];
+    let mut away = vec![false; tick.sheets.len()];
+    for (slot, strips) in held.iter().enumerate() {
+        for strip in strips {
+            of_sheet[strip.sheet].push((slot, *strip));
+            away[strip.sheet] |= !is_home(tick, slot, strip);
+        }
+    }
+    for ((sheet, strips), _) in tick.sheets.iter().zip(of_sheet).zip(away).filter(|(_, away)| *away) {
+        let shelf = Shelf::new(&sheet.document.mask(tick.problem.geometry.kv_heads()));
+        let piece = |(slot, strip): &(usize, Strip)| -> Piece {
+            shelf.piece(&PlannedTask {
+                document: sheet.document.id(),
+                q: strip.q,
+                kv: Span::to(sheet.document.tokens()),
+                kv_heads: strip.kv_heads,
+                slot: *slot as u32,
+                group: 0,
+                position: 0,
+            })
+        };
+        let pieces: Vec<Piece> = strips.iter().map(piece).collect();
+        each(sheet.document.homes(), &needs(&pieces));
+    }
+}
+
+fn is_home(tick: &Tick<'_>, slot: usize, strip: &Strip) -> bool {
+    let homes = tick.sheets[strip.sheet].document.homes();
+    homes.iter().all(|home| Some(home.rank) == tick.problem.slots[slot].rank)
+}
+
+/// Lowers the caps of slots that hold more than their memory. False when none does.
+pub(crate) fn shrink(tick: &Tick<'_>, shares: &mut [Share], held: &[Vec<Strip>]) -> bool {
+    let slots = &tick.problem.slots;
+    if !is_limited(tick.problem) {
+        return false;
+    }
+    let mut all = Held::new(tick.problem);
+    needs_away(tick, held, |homes, needs| all.add(homes, needs));
+    let mut shrunk = false;
+    for (n, (share, strips)) in shares.iter_mut().zip(held).enumerate() {
+        let (Some(memory), bytes) = (slots[n].memory, all.bytes[n]) else { continue };
+        if bytes <= memory {
+            continue;
+        }
+        let cells = |own: bool| -> u64 {
+            strips.iter().filter(|strip| is_home(tick, n, strip) == own).map(Strip::cells).sum()
+        };
+        let part = memory as f64 / bytes as f64 * LESS;
+        let cap = cells(true).saturating_add((cells(false) as f64 * part) as u64);
+        shrunk |= cap < share.cap;
+        share.cap = share.cap.min(cap);
+    }
+    shrunk
+}
+
+/// What each slot holds in a tick of a plan, beside what it may.
+fn held_in<'a>(problem: &'a Problem, tick: &TickPlan) -> impl Iterator<Item = (usize, u64, u64)> + 'a {
+    let mut held = Held::new(problem);
+    Ports::new(problem).of_tick(tick, problem, |homes, needs| held.add(homes, needs));
+    let slots = problem.slots.iter().enumerate();
+    slots.zip(held.bytes).filter_map(|((slot, of), bytes)| Some((slot, bytes, of.memory?)))
+}
+
+/// Whether any slot's memory is limited.
+fn is_limited(problem: &Problem) -> bool {
+    problem.slots.iter().any(|slot| slot.memory.is_some())
+}
+
+/// Checks that no slot holds more than its memory.
+pub(crate) fn check(problem: &Problem, tick: &TickPlan) -> Result<(), PlanError> {
+    if !is_limited(problem) {
+        return Ok(());
+    }
+    match held_in(problem, tick).find(|(_, bytes, memory)| bytes > memory) {
+        Some((slot, bytes, memory)) => Err(PlanError::NoMemory { slot, tick: tick.tick, bytes, memory }),
+        None => Ok(()),
+    }
+}
+
+/// The largest part of a slot's memory that a plan holds at once; more than 1 does not fit. Infinite where something is
+/// held and nothing may be.
+pub(crate) fn largest_part(problem: &Problem, plan: &StepPlan) -> f64 {
+    if !is_limited(problem) {
+        return 0.0;
+    }
+    let parts = plan.ticks.iter().flat_map(|tick| held_in(problem, tick));
+    let part =
+        |(_, bytes, memory): (usize, u64, u64)| if bytes == 0 { 0.0 } else { bytes as f64 / memory as f64 };
+    parts.map(part).fold(0.0, f64::max)
+}
