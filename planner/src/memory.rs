@@ -71,24 +71,38 @@ fn is_home(tick: &Tick<'_>, slot: usize, strip: &Strip) -> bool {
     homes.iter().all(|home| Some(home.rank) == tick.problem.slots[slot].rank)
 }
 
-/// Lowers the caps of slots that hold more than their memory. False when none does.
-pub(crate) fn shrink(tick: &Tick<'_>, shares: &mut [Share], held: &[Vec<Strip>]) -> bool {
+/// Who takes less when slots hold more than their memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Resort {
+    /// They do, by as much as should do.
+    Less,
+    /// They take nothing of others.
+    Nothing,
+    /// None with limited memory takes anything of others.
+    Nobody,
+}
+
+/// Lowers the caps of slots that hold more than their memory. False when none does, or no cap can be lowered.
+pub(crate) fn shrink(tick: &Tick<'_>, shares: &mut [Share], held: &[Vec<Strip>], resort: Resort) -> bool {
     let slots = &tick.problem.slots;
     if !is_limited(tick.problem) {
         return false;
     }
     let mut all = Held::new(tick.problem);
     needs_away(tick, held, |homes, needs| all.add(homes, needs));
+    if all.bytes.iter().zip(slots).all(|(bytes, slot)| slot.memory.is_none_or(|memory| *bytes <= memory)) {
+        return false;
+    }
     let mut shrunk = false;
     for (n, (share, strips)) in shares.iter_mut().zip(held).enumerate() {
         let (Some(memory), bytes) = (slots[n].memory, all.bytes[n]) else { continue };
-        if bytes <= memory {
+        if bytes <= memory && resort != Resort::Nobody {
             continue;
         }
         let cells = |own: bool| -> u64 {
             strips.iter().filter(|strip| is_home(tick, n, strip) == own).map(Strip::cells).sum()
         };
-        let part = memory as f64 / bytes as f64 * LESS;
+        let part = if resort == Resort::Less { memory as f64 / bytes as f64 * LESS } else { 0.0 };
         let cap = cells(true).saturating_add((cells(false) as f64 * part) as u64);
         shrunk |= cap < share.cap;
         share.cap = share.cap.min(cap);

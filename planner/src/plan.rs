@@ -6,6 +6,7 @@ use outboard_attention::{Document, PlannedTask, Span, StepPlan, TickPlan};
 
 use crate::balance::balance;
 use crate::cost::Cost;
+use crate::memory::Resort;
 use crate::sheet::{Sheet, Strip};
 use crate::split::split;
 use crate::start::{Share, shares, start};
@@ -80,11 +81,12 @@ impl<'a> Tick<'a> {
     pub(crate) fn hold(&self, tolerance: f64, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {
         let mut shares = shares(&self.problem.slots, tolerance, self.cells);
         let mut held = self.hold_within(shares.clone(), reach, effort);
-        for _ in 0..FITTINGS {
-            if !memory::shrink(self, &mut shares, &held) {
-                break;
+        let less = std::iter::repeat_n(Resort::Less, FITTINGS);
+        for resort in less.chain([Resort::Nothing, Resort::Nothing, Resort::Nobody]) {
+            // Where a milder resort lowers no cap, a harder one may.
+            if memory::shrink(self, &mut shares, &held, resort) {
+                held = self.hold_within(shares.clone(), reach, effort);
             }
-            held = self.hold_within(shares.clone(), reach, effort);
         }
         held
     }
