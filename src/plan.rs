@@ -128,13 +128,16 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         anyhow::Error::from(error).context(format!("cannot plan {}{of_server}", step.display()))
     })?;
     let plan_seconds = started.elapsed().as_secs_f64();
-    let cannot_judge = || format!("cannot judge the plan of {}", step.display());
     // Whoever gives a profile asks for what it predicts, wherever that goes.
-    if problem.profile.is_some() || std::io::stderr().is_terminal() {
-        let figures = Figures::of(&problem, &plan).with_context(cannot_judge)?;
-        eprintln!("{}", summary::table(&problem, &figures, &servers, known));
+    let table = problem.profile.is_some() || std::io::stderr().is_terminal();
+    let figures = (table || html.is_some())
+        .then(|| Figures::of(&problem, &plan))
+        .transpose()
+        .with_context(|| format!("cannot judge the plan of {}", step.display()))?;
+    if let (Some(figures), true) = (&figures, table) {
+        eprintln!("{}", summary::table(&problem, figures, &servers, known));
     }
-    if let Some(file) = html {
+    if let (Some(figures), Some(file)) = (&figures, html) {
         let default = Rates::default();
         let given = html::Given { compute: flops_per_second.is_some(), link: link.is_some() };
         let flops_per_second = flops_per_second.unwrap_or(default.flops_per_second);
@@ -150,8 +153,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             given,
             seconds: plan_seconds,
         };
-        let page = html::page(&planned).with_context(cannot_judge)?;
-        std::fs::write(&file, page).with_context(|| format!("cannot write {}", file.display()))?;
+        std::fs::write(&file, html::page(&planned, figures))
+            .with_context(|| format!("cannot write {}", file.display()))?;
     }
     let plan = PlanFile::new(&plan, &servers, &documents, plan_seconds);
     write_json(&plan, output)

@@ -276,6 +276,12 @@ mod tests {
         Terms { job: "job".into(), ranks, geometry, slots, min_servers }
     }
 
+    #[test]
+    fn links_are_planned_beside_the_fastest() {
+        let link = |bytes_per_second| SlotSpec { bytes_per_second, ..SlotSpec::of(None) }.planned(1e10).link;
+        assert_eq!([1e10, 2.5e9, 0.0, 1.0].map(link), [1.0, 0.25, 1.0, SLOWEST_LINK]);
+    }
+
     fn server(id: u64, rank: Option<u32>, numerics_id: &str) -> Candidate {
         let spec = ServerSpec {
             host: String::new(),

@@ -86,8 +86,7 @@ impl Forecast {
         if !(rest.is_finite() && rest >= 0.0) {
             return Err(PlanError::BadRest { seconds: rest }.into());
         }
-        // The judge checks the rates with the rest of the problem.
-        // All times are by these rates, whatever profile the problem was planned with.
+        // All times are by these rates, which the judge checks, whatever profile the problem was planned with.
         let verdict = judge(plan, &Problem { rates: Some(rates), profile: None, ..problem.clone() })?;
         let passes = [verdict.forward, verdict.backward];
         let planned: f64 = passes.iter().map(|pass| pass.seconds(rates)).sum();

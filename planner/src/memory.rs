@@ -14,41 +14,30 @@ use crate::{PlanError, Problem};
 /// its work alone.
 const LESS: f64 = 0.9;
 
-/// Bytes that each slot holds of tokens that are not its own: what comes to it and goes back in the forward pass.
-pub(crate) struct Held<'a> {
-    ports: Ports<'a>,
-    pub(crate) bytes: Vec<u64>,
-}
-
-impl<'a> Held<'a> {
-    pub(crate) fn new(problem: &'a Problem) -> Held<'a> {
-        Held { ports: Ports::new(problem), bytes: vec![0; problem.slots.len()] }
-    }
-
-    /// Adds what one document's tasks need.
-    pub(crate) fn add(&mut self, homes: &[HomeRange], needs: &[Need]) {
-        let Held { ports, bytes } = self;
-        ports.shipments(homes, needs, |Shipment { slot, fare, tokens, .. }| {
-            if let Some(bytes) = bytes.get_mut(slot) {
-                let each = fare.forward.there.saturating_add(fare.forward.back);
-                *bytes = bytes.saturating_add(tokens.saturating_mul(each));
-            }
-        });
-    }
+/// Adds the bytes that each slot holds for one document's tasks of tokens that are not its own: what comes to it and goes back
+/// in the forward pass.
+fn add(ports: &Ports<'_>, bytes: &mut [u64], homes: &[HomeRange], needs: &[Need]) {
+    ports.shipments(homes, needs, |Shipment { slot, fare, tokens, .. }| {
+        if let Some(bytes) = bytes.get_mut(slot) {
+            let each = fare.forward.there.saturating_add(fare.forward.back);
+            *bytes = bytes.saturating_add(tokens.saturating_mul(each));
+        }
+    });
 }
 
 /// Calls `each` with the homes and needs of every document that is not whole at its home.
 pub(crate) fn needs_away(tick: &Tick<'_>, held: &[Vec<Strip>], mut each: impl FnMut(&[HomeRange], &[Need])) {
     // Documents that stay whole at home move nothing, and most do.
-    let mut of_sheet: Vec<Vec<(usize, Strip)>> = vec![Vec::new(); tick.sheets.len()];
     let mut away = vec![false; tick.sheets.len()];
-    for (slot, strips) in held.iter().enumerate() {
-        for strip in strips {
-            of_sheet[strip.sheet].push((slot, *strip));
-            away[strip.sheet] |= !is_home(tick, slot, strip);
-        }
+    let strips = || held.iter().enumerate().flat_map(|(n, strips)| strips.iter().map(move |s| (n, *s)));
+    for (slot, strip) in strips() {
+        away[strip.sheet] |= !is_home(tick, slot, &strip);
     }
-    for ((sheet, strips), _) in tick.sheets.iter().zip(of_sheet).zip(away).filter(|(_, away)| *away) {
+    let mut of_sheet: Vec<Vec<(usize, Strip)>> = vec![Vec::new(); tick.sheets.len()];
+    for (slot, strip) in strips().filter(|(_, strip)| away[strip.sheet]) {
+        of_sheet[strip.sheet].push((slot, strip));
+    }
+    for (sheet, strips) in tick.sheets.iter().zip(of_sheet).filter(|(_, strips)| !strips.is_empty()) {
         let shelf = Shelf::new(&sheet.document.mask(tick.problem.geometry.kv_heads()));
         let piece = |(slot, strip): &(usize, Strip)| -> Piece {
             shelf.piece(&PlannedTask {
@@ -82,20 +71,29 @@ pub(crate) enum Resort {
     Nobody,
 }
 
-/// Lowers the caps of slots that hold more than their memory. False when none does, or no cap can be lowered.
-pub(crate) fn shrink(tick: &Tick<'_>, shares: &mut [Share], held: &[Vec<Strip>], resort: Resort) -> bool {
+/// What each slot holds, when one holds more than its memory.
+pub(crate) fn excess(tick: &Tick<'_>, held: &[Vec<Strip>]) -> Option<Vec<u64>> {
     let slots = &tick.problem.slots;
     if !is_limited(tick.problem) {
-        return false;
+        return None;
     }
-    let mut all = Held::new(tick.problem);
-    needs_away(tick, held, |homes, needs| all.add(homes, needs));
-    if all.bytes.iter().zip(slots).all(|(bytes, slot)| slot.memory.is_none_or(|memory| *bytes <= memory)) {
-        return false;
-    }
-    let mut shrunk = false;
-    for (n, (share, strips)) in shares.iter_mut().zip(held).enumerate() {
-        let (Some(memory), bytes) = (slots[n].memory, all.bytes[n]) else { continue };
+    let (ports, mut bytes) = (Ports::new(tick.problem), vec![0; slots.len()]);
+    needs_away(tick, held, |homes, needs| add(&ports, &mut bytes, homes, needs));
+    let fits = bytes.iter().zip(slots).all(|(bytes, slot)| slot.memory.is_none_or(|memory| *bytes <= memory));
+    (!fits).then_some(bytes)
+}
+
+/// Lowers caps for slots that hold so many bytes. False when none can be lowered.
+pub(crate) fn lower(
+    tick: &Tick<'_>,
+    shares: &mut [Share],
+    held: &[Vec<Strip>],
+    bytes: &[u64],
+    resort: Resort,
+) -> bool {
+    let mut lowered = false;
+    for (n, ((share, strips), &bytes)) in shares.iter_mut().zip(held).zip(bytes).enumerate() {
+        let Some(memory) = tick.problem.slots[n].memory else { continue };
         if bytes <= memory && resort != Resort::Nobody {
             continue;
         }
@@ -104,18 +102,18 @@ pub(crate) fn shrink(tick: &Tick<'_>, shares: &mut [Share], held: &[Vec<Strip>],
         };
         let part = if resort == Resort::Less { memory as f64 / bytes as f64 * LESS } else { 0.0 };
         let cap = cells(true).saturating_add((cells(false) as f64 * part) as u64);
-        shrunk |= cap < share.cap;
+        lowered |= cap < share.cap;
         share.cap = share.cap.min(cap);
     }
-    shrunk
+    lowered
 }
 
 /// What each slot holds in a tick of a plan, beside what it may.
 fn held_in<'a>(problem: &'a Problem, tick: &TickPlan) -> impl Iterator<Item = (usize, u64, u64)> + 'a {
-    let mut held = Held::new(problem);
-    Ports::new(problem).of_tick(tick, problem, |homes, needs| held.add(homes, needs));
+    let (ports, mut held) = (Ports::new(problem), vec![0; problem.slots.len()]);
+    ports.of_tick(tick, problem, |homes, needs| add(&ports, &mut held, homes, needs));
     let slots = problem.slots.iter().enumerate();
-    slots.zip(held.bytes).filter_map(|((slot, of), bytes)| Some((slot, bytes, of.memory?)))
+    slots.zip(held).filter_map(|((slot, of), bytes)| Some((slot, bytes, of.memory?)))
 }
 
 /// Whether any slot's memory is limited.

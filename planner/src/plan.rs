@@ -82,10 +82,13 @@ impl<'a> Tick<'a> {
         let mut shares = shares(&self.problem.slots, tolerance, self.cells);
         let mut held = self.hold_within(shares.clone(), reach, effort);
         let less = std::iter::repeat_n(Resort::Less, FITTINGS);
+        let mut excess = memory::excess(self, &held);
         for resort in less.chain([Resort::Nothing, Resort::Nothing, Resort::Nobody]) {
+            let Some(bytes) = &excess else { break };
             // Where a milder resort lowers no cap, a harder one may.
-            if memory::shrink(self, &mut shares, &held, resort) {
+            if memory::lower(self, &mut shares, &held, bytes, resort) {
                 held = self.hold_within(shares.clone(), reach, effort);
+                excess = memory::excess(self, &held);
             }
         }
         held

@@ -28,11 +28,12 @@ type Held = Vec<Vec<Strip>>;
 
 /// What slots hold where a tick's layer time is least, as far as was tried.
 pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Held {
+    let still = tick.hold(LEAST, f64::INFINITY, Effort::Nothing);
     let mut best = at_best_tolerance(tick, rates, f64::INFINITY);
     let slots = &tick.problem.slots;
     let differ = slots.iter().any(|slot| slot.link != slots[0].link);
     if differ && best.0 > computing(tick, rates, 1.0 + LEAST) {
-        let usual = reach(tick, rates, &best);
+        let usual = reach(tick, rates, &still, &best);
         for part in REACHES {
             let other = at_best_tolerance(tick, rates, part * usual);
             if other.0 < best.0 {
@@ -40,17 +41,15 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Held {
             }
         }
     }
-    let still = tick.hold(LEAST, f64::INFINITY, Effort::Nothing);
     if seconds(tick, rates, &still) < best.0 { still } else { best.1 }
 }
 
 /// Cells that a link of 1 carries in the time that `best` takes, if they cost it what cells cost there on average. Each pass
 /// has half of the time, and each way half of the bytes.
-fn reach(tick: &Tick<'_>, rates: Rates, (seconds, held): &(f64, Held)) -> f64 {
+fn reach(tick: &Tick<'_>, rates: Rates, still: &Held, (seconds, held): &(f64, Held)) -> f64 {
     let cells = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>();
-    let before = tick.hold(LEAST, f64::INFINITY, Effort::Nothing);
     let moved: u64 =
-        before.iter().zip(held).map(|(before, now)| cells(before).saturating_sub(cells(now))).sum();
+        still.iter().zip(held).map(|(before, now)| cells(before).saturating_sub(cells(now))).sum();
     let (_, traffic) = traffic(tick, held);
     let bytes = traffic.forward.total as f64 + traffic.backward.total as f64;
     seconds * rates.bytes_per_second * moved as f64 / bytes.max(1.0)

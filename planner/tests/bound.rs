@@ -6,17 +6,7 @@ use proptest::prelude::*;
 
 mod common;
 
-use common::steps::{any_problem, document, geometry, in_place, spanning};
-
-const POLICIES: [Policy; 7] = [
-    Policy::Outboard,
-    Policy::Fixed,
-    Policy::Wlb,
-    Policy::Cp,
-    Policy::Distca { tolerance: 0.0 },
-    Policy::Distca { tolerance: 0.1 },
-    Policy::Distca { tolerance: 1.0 },
-];
+use common::steps::{POLICIES, any_problem, document, geometry, in_place, spanning};
 
 fn judged(problem: &Problem, policy: Policy) -> Verdict {
     let plan = plan_by(problem, policy).expect("a sound problem");
@@ -87,6 +77,23 @@ fn a_plan_of_one_large_donor_is_near_the_bound() {
         let [forward, _] = least_bytes(&problem).expect("a sound problem");
         let over = verdict.forward.bytes as f64 / forward;
         assert!((1.0..1.15).contains(&over), "{kv_heads} kv heads: {over}");
+    }
+}
+
+/// Where links are slow, what must be carried bounds the time, and not what is computed alone.
+#[test]
+fn slow_links_are_part_of_the_bound() {
+    let mut documents = vec![document(0, 0, 200_000)];
+    documents.extend((1..8).map(|rank| document(rank, 0, 20_000)));
+    let problem = Problem::new(geometry(8), documents, in_place(8));
+    for bytes_per_second in [1e9, 3e9, 1e10] {
+        let rates = Rates { flops_per_second: 1e15, bytes_per_second };
+        let told = Problem { rates: Some(rates), ..problem.clone() };
+        let reached = judged(&told, Policy::Outboard).seconds(rates);
+        let least = least_seconds(&problem, rates).expect("a sound problem");
+        let alone =
+            least_seconds(&problem, Rates { bytes_per_second: 1e18, ..rates }).expect("a sound problem");
+        assert!(least > 1.2 * alone && (1.0..1.6).contains(&(reached / least)), "{reached} {least} {alone}");
     }
 }
 

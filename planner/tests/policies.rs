@@ -10,17 +10,7 @@ use proptest::prelude::*;
 mod common;
 
 use common::checks::check_tasks;
-use common::steps::{any_problem, document, geometry, in_place, spanning};
-
-const POLICIES: [Policy; 7] = [
-    Policy::Outboard,
-    Policy::Fixed,
-    Policy::Wlb,
-    Policy::Cp,
-    Policy::Distca { tolerance: 0.0 },
-    Policy::Distca { tolerance: 0.1 },
-    Policy::Distca { tolerance: 1.0 },
-];
+use common::steps::{POLICIES, any_problem, document, geometry, in_place, spanning};
 
 /// Plans the problem and checks everything that holds for all policies.
 fn check(problem: &Problem, policy: Policy) -> StepPlan {

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `cpu` | a shared two-core machine with AVX2 (AMD Zen 3), both cores in use by others at times |
 //! | `h200` | an NVIDIA H200 with cuDNN 9.19, head dim 128; its peak is what the fastest size reached |
-//! | `h100` | nothing: it is `h200`. NVIDIA's datasheets of the H100 and the H200 (SXM) name the same compute, 989 TFLOP/s of dense bf16; they differ in memory, which attention on tasks worth moving does not wait for |
+//! | `h100` | nothing: it is `h200`. public specifications of the SXM cards name the same chip, 132 processors and 989 TFLOP/s of dense bf16; they differ in memory, which attention on tasks worth moving does not wait for |
 
 use outboard_attention::{DType, Direction};
 

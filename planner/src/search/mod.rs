@@ -395,6 +395,17 @@ mod tests {
     }
 
     #[test]
+    fn the_same_bytes_cost_more_on_a_slow_link() {
+        let mut links = Links::new([1.0, 0.5, 0.25].into_iter());
+        (links.busiest, links.price) = (4e6, 1.0);
+        let [usual, slow, slowest] = [0, 1, 2].map(|slot| links.toll(slot, 1e6, 1e5));
+        assert!(usual < 1e-15 && slow > 1e-12 && slow < 1e-3, "{usual} {slow}");
+        assert_eq!(slowest, 1.0, "four times as long as a usual link: the busiest");
+        links.loads = vec![(0.0, 1e6); 3];
+        assert_eq!([0, 1, 2].map(|slot| links.out(slot)), [0.25, 0.5, 1.0]);
+    }
+
+    #[test]
     fn crossed_donors_are_sorted_out() {
         let (donors, room) = crossed(&terms(1e4));
         let slots = |n: usize| donors[n].edges.iter().map(|edge| edge.slot).collect::<Vec<_>>();

@@ -1,9 +1,20 @@
 //! Steps to plan, by hand and at random.
 
 use outboard_attention::{BandSlice, Document, DocumentId, HeadGeometry, HomeRange, Mask, MaskPart, Span};
-use outboard_planner::{Problem, Slot};
+use outboard_planner::{Policy, Problem, Slot};
 use proptest::prelude::*;
 use proptest::sample::Index;
+
+/// Every policy, and how far DistCA's may stay from balance.
+pub const POLICIES: [Policy; 7] = [
+    Policy::Outboard,
+    Policy::Fixed,
+    Policy::Wlb,
+    Policy::Cp,
+    Policy::Distca { tolerance: 0.0 },
+    Policy::Distca { tolerance: 0.1 },
+    Policy::Distca { tolerance: 1.0 },
+];
 
 pub fn geometry(kv_heads: usize) -> HeadGeometry {
     HeadGeometry::standard(4 * kv_heads, kv_heads, 64).expect("sound heads")

@@ -1,6 +1,6 @@
 //! How planning time grows with the number of servers.
 
-use outboard_planner::Rates;
+use outboard_planner::{Problem, Rates};
 use serde::Serialize;
 
 use super::mixes::Draw;
@@ -34,19 +34,7 @@ pub(super) fn run(repeats: u32, output: &mut Output) -> anyhow::Result<()> {
     let progress = Progress::new(SERVERS.len())?;
     for servers in SERVERS {
         progress.at(format!("{servers} servers"));
-        let whole = Draw::of_growth(servers).problem()?;
-        let lane = lane(&whole)?;
-        let milliseconds = |problem, repeats| anyhow::Ok(1e3 * measure(problem, repeats)?.1);
-        let mut linked = whole.clone();
-        linked.rates = Some(linked_rates(Rates::default(), LINKS[0]));
-        let line = Line {
-            kind: "growth",
-            servers,
-            documents: whole.documents.len(),
-            whole_ms: milliseconds(&whole, repeats)?,
-            lane_ms: milliseconds(&lane, repeats)?,
-            with_rates_ms: (servers <= MOST_WITH_RATES).then(|| milliseconds(&linked, 1)).transpose()?,
-        };
+        let line = Line::measured(servers, repeats)?;
         output.write(&line)?;
         table.add_row([
             line.servers.to_string(),
@@ -60,4 +48,36 @@ pub(super) fn run(repeats: u32, output: &mut Output) -> anyhow::Result<()> {
     }
     drop(progress);
     output.say(&table.to_string())
+}
+
+impl Line {
+    fn measured(servers: u32, repeats: u32) -> anyhow::Result<Line> {
+        let whole = Draw::of_growth(servers).problem()?;
+        let lane = lane(&whole)?;
+        let milliseconds = |problem: &Problem, repeats: u32| anyhow::Ok(1e3 * measure(problem, repeats)?.1);
+        let with_rates = || {
+            let rates = Some(linked_rates(Rates::default(), LINKS[0]));
+            milliseconds(&Problem { rates, ..whole.clone() }, 1)
+        };
+        Ok(Line {
+            kind: "growth",
+            servers,
+            documents: whole.documents.len(),
+            whole_ms: milliseconds(&whole, repeats)?,
+            lane_ms: milliseconds(&lane, repeats)?,
+            with_rates_ms: (servers <= MOST_WITH_RATES).then(with_rates).transpose()?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_grow_and_large_ones_are_not_timed_with_rates() {
+        let [small, large] = [8, 2 * MOST_WITH_RATES].map(|servers| Line::measured(servers, 1).unwrap());
+        assert!(large.documents > 50 * small.documents, "{small:?} {large:?}");
+        assert!(small.with_rates_ms.is_some() && large.with_rates_ms.is_none());
+    }
 }

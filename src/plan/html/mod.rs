@@ -11,7 +11,7 @@ mod shape;
 mod svg;
 
 use outboard_attention::StepPlan;
-use outboard_planner::{Fault, Policy, Problem, Rates};
+use outboard_planner::{Policy, Problem, Rates};
 
 use super::figures::Figures;
 use super::numbers::{count, percent, things};
@@ -57,29 +57,25 @@ impl Planned<'_> {
 }
 
 /// The whole page.
-///
-/// # Errors
-/// A [`Fault`] when the plan does not compute its step.
-pub(super) fn page(planned: &Planned<'_>) -> Result<String, Fault> {
-    let figures = Figures::of(planned.problem, planned.plan)?;
+pub(super) fn page(planned: &Planned<'_>, figures: &Figures) -> String {
     let name = escape(planned.step);
     let sections = [
-        headline::section(planned, &figures),
-        bars::section(planned, &figures),
+        headline::section(planned, figures),
+        bars::section(planned, figures),
         flows::section(planned),
         documents::section(planned),
-        servers::section(planned, &figures),
+        servers::section(planned, figures),
     ];
     let sections = sections.concat();
     let (textures, about) = (svg::textures(), about(planned));
-    Ok(format!(
+    format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
          <meta name=\"color-scheme\" content=\"light dark\"/>\n\
          <title>Plan of {name}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{textures}<main>\n\
          <header><h1>Who computes what: {name}</h1>\n{about}</header>\n{sections}</main>\n\
          <script>\n{SCRIPT}</script>\n</body>\n</html>\n"
-    ))
+    )
 }
 
 /// What was planned, and how.
