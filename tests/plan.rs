@@ -68,6 +68,21 @@ fn what_servers_say_of_memory_and_links_is_planned_for() {
         write(second.clone());
         assert_eq!(tasks_of(1), 0, "{second}");
     }
+    // What is held once fits; what is kept for many layers does not.
+    let room = json!({ "id": 1, "rank": null, "memory_bytes": 1_000_000 });
+    write(room.clone());
+    let once = tasks_of(1);
+    let content: Value = serde_json::from_str(&std::fs::read_to_string(step).unwrap()).unwrap();
+    let kept = |layers: Value| {
+        let mut content = content.clone();
+        content["kept"] = layers;
+        std::fs::write(step, content.to_string()).unwrap();
+    };
+    kept(json!(1_000_000));
+    assert!(once > 0 && tasks_of(1) == 0, "{once}");
+    kept(json!(0));
+    let message = outboard_fails(&["plan", step]);
+    assert!(message.contains("kept is 0"), "{message}");
     write(json!({ "id": 1, "rank": null, "bytes_per_second": 1e-9 }));
     let message = outboard_fails(&["plan", step]);
     assert!(message.contains("servers[1].bytes_per_second"), "{message}");

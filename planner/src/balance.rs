@@ -60,11 +60,11 @@ pub(crate) fn balance(
         }
         let mut moved = false;
         for donor in donors {
-            let cut = relieve(sheets, cost, donor.strips, &donor.edges, donor.scarce);
+            let cut = relieve(sheets, cost, shares[donor.slot].rank, &donor);
             moved |= !cut.given.is_empty();
             held[donor.slot].extend(cut.kept);
-            for (slot, strip) in cut.given {
-                held[slot].push(strip);
+            for taken in cut.given {
+                held[taken.slot].push(taken.strip);
             }
         }
         if !moved {
@@ -146,14 +146,23 @@ fn longest(held: &mut Vec<Strip>, surplus: u64) -> Vec<Strip> {
     std::mem::replace(held, rest)
 }
 
-/// Cuts strips to serve the edges, in the best of several ways.
-fn relieve(sheets: &[Sheet<'_>], cost: &Cost, strips: Vec<Strip>, edges: &[Edge], scarce: f64) -> Cut {
+/// Cuts a donor's strips to serve its edges, in the best of several ways. It is on the device of `rank`.
+fn relieve(sheets: &[Sheet<'_>], cost: &Cost, rank: Option<u32>, donor: &Donor) -> Cut {
+    let Donor { strips, edges, scarce, .. } = donor;
     // What a key costs depends on who else sees it, and where heads run out, later slices pay for what the first ones
     // left.
     let many_heads = strips.iter().any(|strip| strip.kv_heads.len() > 1);
     let scarcities = if many_heads { &SCARCITIES[..] } else { &SCARCITIES[..1] };
-    let ways = SHAPES.iter().flat_map(|&keys| scarcities.iter().map(move |&scarcity| (keys, scarcity)));
-    let cuts = ways.map(|(keys, scarcity)| carve(sheets, &cost.shaped(keys), &strips, edges, scarcity));
+    let spans = |strip: &Strip| sheets[strip.sheet].document.homes().len() > 1;
+    let some_keys = cost.favours_some_keys() || strips.iter().any(spans);
+    let ways = SHAPES.iter().flat_map(|&keys| {
+        let costs = [Some(*cost), some_keys.then(|| cost.with_some_keys())];
+        let costs = costs.into_iter().flatten();
+        costs.flat_map(move |cost| {
+            scarcities.iter().map(move |&scarcity| cost.shaped(keys).with_scarce_keys(scarcity))
+        })
+    });
+    let cuts = ways.map(|cost| carve(sheets, &cost, rank, strips, edges));
     let grain = edges.iter().map(|edge| edge.slack).min().unwrap_or(0).saturating_mul(4).max(1);
     cuts.min_by_key(|cut| {
         (cut.missing / grain, cut.moved.bytes.saturating_add((cut.moved.sent as f64 * scarce) as u64))

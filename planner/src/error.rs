@@ -100,6 +100,9 @@ pub enum PlanError {
         /// What it takes.
         seconds: f64,
     },
+    /// Slots that keep nothing could compute nothing.
+    #[error("kept is 0; slots hold the tensors of one layer at least")]
+    NothingKept,
     /// A tolerance that is negative or not a number, or above one.
     #[error("tolerance is {tolerance}; it must be between 0 and 1")]
     BadTolerance {

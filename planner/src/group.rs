@@ -5,7 +5,7 @@ use outboard_attention::{PlannedTask, Span};
 use crate::PlanError;
 use crate::sheet::{Sheet, Strip};
 
-/// Turns the pieces of all slots into a tick's tasks, ordered by document, kv heads, slot and rows. Tasks of one
+/// Turns the pieces of all slots into a tick's tasks, ordered by document, kv heads, slot, rows and keys. Tasks of one
 /// document, kv-head range and slot form a group; group numbers go on from `next_group`.
 ///
 /// # Errors
@@ -21,7 +21,7 @@ pub(crate) fn tasks(
     }
     // Sheets lie in order of documents and heads.
     let group_key = |slot: u32, strip: &Strip| (strip.sheet, strip.kv_heads, slot);
-    placed.sort_unstable_by_key(|(slot, strip)| (group_key(*slot, strip), strip.q));
+    placed.sort_unstable_by_key(|(slot, strip)| (group_key(*slot, strip), strip.q, strip.kv));
     let mut tasks = Vec::with_capacity(placed.len());
     let mut current: Option<((usize, Span, u32), u32, u32)> = None;
     for (slot, strip) in &placed {
@@ -39,7 +39,7 @@ pub(crate) fn tasks(
         tasks.push(PlannedTask {
             document: sheet.document.id(),
             q: strip.q,
-            kv: sheet.keys(strip.q),
+            kv: strip.keys(sheets),
             kv_heads: strip.kv_heads,
             slot: *slot,
             group,

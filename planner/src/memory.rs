@@ -1,6 +1,6 @@
 //! Memory: what slots hold of other homes' tokens, and less work for those that would hold too much.
 
-use outboard_attention::{HomeRange, PlannedTask, Span, StepPlan, TickPlan};
+use outboard_attention::{HomeRange, PlannedTask, StepPlan, TickPlan};
 
 use crate::judge::needs::{Need, needs};
 use crate::judge::pieces::{Piece, Shelf};
@@ -14,12 +14,12 @@ use crate::{PlanError, Problem};
 /// its work alone.
 const LESS: f64 = 0.9;
 
-/// Adds the bytes that each slot holds for one document's tasks of tokens that are not its own: what comes to it and goes back
-/// in the forward pass.
-fn add(ports: &Ports<'_>, bytes: &mut [u64], homes: &[HomeRange], needs: &[Need]) {
+/// Adds the bytes that each slot holds for one document's tasks of tokens that are not its own: what comes to it in the
+/// forward pass of as many layers as are `kept`, and goes back in one.
+fn add(ports: &Ports<'_>, kept: u64, bytes: &mut [u64], homes: &[HomeRange], needs: &[Need]) {
     ports.shipments(homes, needs, |Shipment { slot, fare, tokens, .. }| {
         if let Some(bytes) = bytes.get_mut(slot) {
-            let each = fare.forward.there.saturating_add(fare.forward.back);
+            let each = fare.forward.there.saturating_mul(kept).saturating_add(fare.forward.back);
             *bytes = bytes.saturating_add(tokens.saturating_mul(each));
         }
     });
@@ -43,7 +43,7 @@ pub(crate) fn needs_away(tick: &Tick<'_>, held: &[Vec<Strip>], mut each: impl Fn
             shelf.piece(&PlannedTask {
                 document: sheet.document.id(),
                 q: strip.q,
-                kv: Span::to(sheet.document.tokens()),
+                kv: strip.kv,
                 kv_heads: strip.kv_heads,
                 slot: *slot as u32,
                 group: 0,
@@ -78,7 +78,7 @@ pub(crate) fn excess(tick: &Tick<'_>, held: &[Vec<Strip>]) -> Option<Vec<u64>> {
         return None;
     }
     let (ports, mut bytes) = (Ports::new(tick.problem), vec![0; slots.len()]);
-    needs_away(tick, held, |homes, needs| add(&ports, &mut bytes, homes, needs));
+    needs_away(tick, held, |homes, needs| add(&ports, tick.problem.kept, &mut bytes, homes, needs));
     let fits = bytes.iter().zip(slots).all(|(bytes, slot)| slot.memory.is_none_or(|memory| *bytes <= memory));
     (!fits).then_some(bytes)
 }
@@ -111,7 +111,7 @@ pub(crate) fn lower(
 /// What each slot holds in a tick of a plan, beside what it may.
 fn held_in<'a>(problem: &'a Problem, tick: &TickPlan) -> impl Iterator<Item = (usize, u64, u64)> + 'a {
     let (ports, mut held) = (Ports::new(problem), vec![0; problem.slots.len()]);
-    ports.of_tick(tick, problem, |homes, needs| add(&ports, &mut held, homes, needs));
+    ports.of_tick(tick, problem, |homes, needs| add(&ports, problem.kept, &mut held, homes, needs));
     let slots = problem.slots.iter().enumerate();
     slots.zip(held).filter_map(|((slot, of), bytes)| Some((slot, bytes, of.memory?)))
 }

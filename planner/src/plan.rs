@@ -7,6 +7,7 @@ use outboard_attention::{Document, PlannedTask, Span, StepPlan, TickPlan};
 use crate::balance::balance;
 use crate::cost::Cost;
 use crate::memory::Resort;
+use crate::profile::{cells_a_second, predicted};
 use crate::sheet::{Sheet, Strip};
 use crate::split::split;
 use crate::start::{Share, shares, start};
@@ -48,6 +49,9 @@ pub(crate) fn by_tick<'a>(
 /// Work is dealt again at most so often for slots that hold too much.
 const FITTINGS: usize = 12;
 
+/// With a profile, slots are weighed anew so many times at most, by what they make of the work that they are given.
+const WEIGHINGS: usize = 2;
+
 /// How hard to look for who relieves whom.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effort {
@@ -65,6 +69,8 @@ pub(crate) struct Tick<'a> {
     pub(crate) sheets: Vec<Sheet<'a>>,
     /// Summed over kv heads.
     pub(crate) cells: u64,
+    /// What each slot takes, relative to the others.
+    weights: Vec<f64>,
 }
 
 impl<'a> Tick<'a> {
@@ -73,13 +79,14 @@ impl<'a> Tick<'a> {
         let work =
             |sheet: &Sheet<'_>| sheet.cells(Span::to(sheet.document.tokens())) * sheet.kv_heads.len() as u64;
         let cells = sheets.iter().map(work).sum();
-        Tick { problem, sheets, cells }
+        let weights = problem.slots.iter().map(|slot| slot.weight).collect();
+        Tick { problem, sheets, cells, weights }
     }
 
     /// What slots hold when none may have more than `1 + tolerance` times its share, and the link of each is to carry no more
     /// than its part of `reach`: cells of a link of 1. Slots that would hold more than their memory are given less.
     pub(crate) fn hold(&self, tolerance: f64, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {
-        let mut shares = shares(&self.problem.slots, tolerance, self.cells);
+        let mut shares = shares(&self.problem.slots, &self.weights, tolerance, self.cells);
         let mut held = self.hold_within(shares.clone(), reach, effort);
         let less = std::iter::repeat_n(Resort::Less, FITTINGS);
         let mut excess = memory::excess(self, &held);
@@ -109,11 +116,31 @@ impl<'a> Tick<'a> {
         held
     }
 
-    fn plan(&self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
-        let mut held = match self.problem.rates {
+    /// What slots hold in the best plan for the tick's weights.
+    fn best(&self) -> Vec<Vec<Strip>> {
+        match self.problem.rates {
             Some(rates) => trade::hold(self, rates),
             None => self.hold(self.problem.tolerance, f64::INFINITY, Effort::Search),
-        };
+        }
+    }
+
+    fn plan(&mut self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
+        let mut held = self.best();
+        if let Some(profile) = &self.problem.profile {
+            let seconds = |tick: &Tick<'_>, held: &[Vec<Strip>]| match tick.problem.rates {
+                Some(rates) => trade::seconds(tick, rates, held),
+                None => predicted(tick, profile, held).iter().sum(),
+            };
+            for _ in 0..WEIGHINGS {
+                // Work of shapes that are computed slowly counts more: slots are given cells by what they make of them.
+                self.weights = cells_a_second(self, profile, &held);
+                let other = self.best();
+                if seconds(self, &other) >= seconds(self, &held) {
+                    break;
+                }
+                held = other;
+            }
+        }
         let pieces: Vec<_> = held.iter_mut().map(|strips| split(&self.sheets, strips)).collect();
         group::tasks(&self.sheets, &pieces, next_group)
     }

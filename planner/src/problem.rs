@@ -27,8 +27,8 @@ pub struct Slot {
     pub weight: f64,
     /// How much its link carries, each way, relative to [`Rates::bytes_per_second`]: finite and above zero.
     pub link: f64,
-    /// Bytes of tokens from other ranks that it may hold at once, in one layer: Q, K, V, O and LSE. Whoever keeps them for
-    /// the backward pass divides its memory by the layers and micro-batches in flight.
+    /// Bytes of tokens from other ranks that it may hold at once: O and LSE of one layer, and Q, K and V of as many as
+    /// [`Problem::kept`] says.
     pub memory: Option<u64>,
 }
 
@@ -59,15 +59,19 @@ pub struct Problem {
     /// links leave work at home, fast ones spread it evenly. Without, the plan balances within the tolerance, and moves
     /// the fewest bytes that allow it.
     pub rates: Option<Rates>,
-    /// How long a device of speed 1 takes for tasks of each shape. Where given, layer time is counted by it, and not by
-    /// the rates' FLOPs a second. It changes nothing else: without rates the plan is the same.
+    /// How long a device of speed 1 takes for tasks of each shape. Where given, what it predicts is balanced, and not
+    /// cells, and layer time is counted by it, and not by the rates' FLOPs a second.
     pub profile: Option<Profile>,
+    /// In how many layers at once slots keep the Q, K and V of a tick, at least 1: the layers times the micro-batches in
+    /// flight, where they are kept from the forward to the backward pass. Counts where memory is limited.
+    pub kept: u64,
 }
 
 impl Problem {
     /// A problem with the [`DEFAULT_TOLERANCE`].
     pub fn new(geometry: HeadGeometry, documents: Vec<Document>, slots: Vec<Slot>) -> Problem {
-        Problem { geometry, documents, slots, tolerance: DEFAULT_TOLERANCE, rates: None, profile: None }
+        let tolerance = DEFAULT_TOLERANCE;
+        Problem { geometry, documents, slots, tolerance, rates: None, profile: None, kept: 1 }
     }
 
     /// Checks that the problem can be planned.
@@ -78,6 +82,9 @@ impl Problem {
         self.check_slots()?;
         if !(0.0..=1.0).contains(&self.tolerance) {
             return Err(PlanError::BadTolerance { tolerance: self.tolerance });
+        }
+        if self.kept == 0 {
+            return Err(PlanError::NothingKept);
         }
         if let Some(Rates { flops_per_second, bytes_per_second }) = self.rates {
             let rates = [("flops_per_second", flops_per_second), ("bytes_per_second", bytes_per_second)];

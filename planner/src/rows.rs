@@ -1,19 +1,28 @@
 //! Cells of a kv head's query rows, summed up: how many lie above a row, and at which row a sum is reached.
 
-use outboard_attention::{BandSlice, MAX_TOKENS};
+use outboard_attention::{BandSlice, MAX_TOKENS, Span};
 
-/// The cells of `len` query rows as a function of the row: arithmetic ramps, one after the other.
-#[derive(Clone, Debug)]
-pub(crate) struct Rows {
-    ramps: Ramps,
+/// The cells of query rows as a function of the row.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Rows<'a> {
+    /// Of a causal document. Most are, and there may be many.
+    Causal(Causal),
+    /// Of any other mask.
+    Ramps(&'a Ramps),
+}
+
+/// `len` rows of a causal document that see keys of a range: row `n` those up to its own position.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Causal {
+    keys: Span,
     len: usize,
 }
 
+/// `len` rows as arithmetic ramps, one after the other.
 #[derive(Clone, Debug)]
-enum Ramps {
-    /// Row `n` holds `n + 1` cells. Most documents are causal, and there may be many.
-    Causal,
-    Some(Vec<Ramp>),
+pub(crate) struct Ramps {
+    ramps: Vec<Ramp>,
+    len: usize,
 }
 
 /// Row `start + n` holds `first + n * slope` cells, until the next ramp starts.
@@ -34,9 +43,9 @@ impl Ramp {
     }
 }
 
-impl Rows {
+impl Ramps {
     /// The rows `[0, len)` of disjoint `slices`, which lie within them.
-    pub(crate) fn new(slices: &[BandSlice], len: usize) -> Rows {
+    pub(crate) fn new(slices: &[BandSlice], len: usize) -> Ramps {
         // Changes of the level and of the slope, at the row from which they hold. A level is taken at row 0.
         let mut changes = vec![(0, 0, 0)];
         for slice in slices {
@@ -58,38 +67,20 @@ impl Rows {
             }
             ramps.push(Ramp { start, before, first: level + slope * start as i64, slope });
         }
-        Rows { ramps: Ramps::Some(ramps), len }
+        Ramps { ramps, len }
     }
 
-    /// The rows of a causal document.
-    pub(crate) fn causal(len: usize) -> Rows {
-        Rows { ramps: Ramps::Causal, len }
-    }
-
-    fn ramps(&self) -> &[Ramp] {
-        const CAUSAL: [Ramp; 1] = [Ramp { start: 0, before: 0, first: 1, slope: 1 }];
-        match &self.ramps {
-            Ramps::Causal => &CAUSAL,
-            Ramps::Some(ramps) => ramps,
-        }
-    }
-
-    /// Cells of the rows `[0, row)`.
-    pub(crate) fn upto(&self, row: usize) -> u64 {
+    fn upto(&self, row: usize) -> u64 {
         let row = row.min(self.len);
-        if let Ramps::Causal = self.ramps {
-            return causal_cells(row);
-        }
-        let after = self.ramps().partition_point(|ramp| ramp.start <= row);
-        after.checked_sub(1).and_then(|n| self.ramps().get(n)).map_or(0, |ramp| ramp.upto(row))
+        let after = self.ramps.partition_point(|ramp| ramp.start <= row);
+        after.checked_sub(1).and_then(|n| self.ramps.get(n)).map_or(0, |ramp| ramp.upto(row))
     }
 
-    /// The most cells that a row of `[from, to)` holds.
-    pub(crate) fn heaviest(&self, from: usize, to: usize) -> u64 {
-        let first = self.ramps().partition_point(|ramp| ramp.start <= from).saturating_sub(1);
-        let after = self.ramps().partition_point(|ramp| ramp.start < to);
-        let ends = self.ramps().iter().skip(1 + first).map(|ramp| ramp.start).chain([self.len]);
-        let ramps = self.ramps().iter().take(after).skip(first).zip(ends);
+    fn heaviest(&self, from: usize, to: usize) -> u64 {
+        let first = self.ramps.partition_point(|ramp| ramp.start <= from).saturating_sub(1);
+        let after = self.ramps.partition_point(|ramp| ramp.start < to);
+        let ends = self.ramps.iter().skip(1 + first).map(|ramp| ramp.start).chain([self.len]);
+        let ramps = self.ramps.iter().take(after).skip(first).zip(ends);
         let heaviest = |(ramp, end): (&Ramp, usize)| {
             let row = |row: usize| ramp.first + (row - ramp.start) as i64 * ramp.slope;
             let (from, to) = (from.max(ramp.start), to.min(end));
@@ -98,20 +89,74 @@ impl Rows {
         ramps.map(heaviest).max().map_or(0, |cells| cells as u64)
     }
 
-    /// The first row at which [`Rows::upto`] has reached `cells`; the number of rows when it never does.
-    pub(crate) fn reach(&self, cells: u64) -> usize {
-        if let Ramps::Causal = self.ramps {
-            return if cells > causal_cells(self.len) { self.len } else { causal_rows(cells) };
-        }
-        let after = self.ramps().partition_point(|ramp| ramp.before < cells);
-        let Some(ramp) = after.checked_sub(1).and_then(|n| self.ramps().get(n)) else { return 0 };
-        let (mut short, mut enough) =
-            (ramp.start, self.ramps().get(after).map_or(self.len, |next| next.start));
+    fn reach(&self, cells: u64) -> usize {
+        let after = self.ramps.partition_point(|ramp| ramp.before < cells);
+        let Some(ramp) = after.checked_sub(1).and_then(|n| self.ramps.get(n)) else { return 0 };
+        let (mut short, mut enough) = (ramp.start, self.ramps.get(after).map_or(self.len, |next| next.start));
         while short + 1 < enough {
             let middle = short + (enough - short) / 2;
             if ramp.upto(middle) < cells { short = middle } else { enough = middle }
         }
         enough
+    }
+}
+
+impl Causal {
+    fn upto(self, row: usize) -> u64 {
+        let row = row.min(self.len);
+        let rising = row.min(self.keys.end()).saturating_sub(self.keys.start());
+        let level = row.saturating_sub(self.keys.end());
+        causal_cells(rising) + level as u64 * self.keys.len() as u64
+    }
+
+    fn heaviest(self, from: usize, to: usize) -> u64 {
+        let last = if from < to { to.min(self.len) } else { 0 };
+        last.saturating_sub(self.keys.start()).min(self.keys.len()) as u64
+    }
+
+    fn reach(self, cells: u64) -> usize {
+        if cells == 0 {
+            return 0;
+        }
+        if cells > self.upto(self.len) {
+            return self.len;
+        }
+        let rising = causal_cells(self.keys.len());
+        match cells.checked_sub(rising) {
+            Some(level) if level > 0 => self.keys.end() + level.div_ceil(self.keys.len() as u64) as usize,
+            _ => self.keys.start() + causal_rows(cells),
+        }
+    }
+}
+
+impl<'a> Rows<'a> {
+    /// The `len` rows of a causal document, with those of the `keys` that they see.
+    pub(crate) fn causal(len: usize, keys: Span) -> Rows<'a> {
+        Rows::Causal(Causal { keys, len })
+    }
+
+    /// Cells of the rows `[0, row)`.
+    pub(crate) fn upto(self, row: usize) -> u64 {
+        match self {
+            Rows::Causal(rows) => rows.upto(row),
+            Rows::Ramps(rows) => rows.upto(row),
+        }
+    }
+
+    /// The most cells that a row of `[from, to)` holds.
+    pub(crate) fn heaviest(self, from: usize, to: usize) -> u64 {
+        match self {
+            Rows::Causal(rows) => rows.heaviest(from, to),
+            Rows::Ramps(rows) => rows.heaviest(from, to),
+        }
+    }
+
+    /// The first row at which [`Rows::upto`] has reached `cells`; the number of rows when it never does.
+    pub(crate) fn reach(self, cells: u64) -> usize {
+        match self {
+            Rows::Causal(rows) => rows.reach(cells),
+            Rows::Ramps(rows) => rows.reach(cells),
+        }
     }
 }
 
@@ -159,7 +204,6 @@ fn ramps_of(slice: &BandSlice) -> Vec<(usize, usize, i64, i64)> {
 
 #[cfg(test)]
 mod tests {
-    use outboard_attention::Span;
     use proptest::prelude::*;
 
     use super::*;
@@ -177,7 +221,8 @@ mod tests {
     proptest! {
         #[test]
         fn sums_agree_with_counting(slices in slices()) {
-            let rows = Rows::new(&slices, 70);
+            let ramps = Ramps::new(&slices, 70);
+            let rows = Rows::Ramps(&ramps);
             let row = |i: usize| slices.iter().map(|s| s.keys_of(i).len() as u64).sum::<u64>();
             let mut sum = 0;
             for i in 0..=70 {
@@ -192,9 +237,14 @@ mod tests {
         }
 
         #[test]
-        fn causal_rows_are_what_their_slice_says(len in 1usize..1 << 31, a in any::<u32>(), b in any::<u32>()) {
-            let causal = BandSlice::new(Span::to(len), Span::to(len), None, Some(0)).expect("a causal slice");
-            let (fast, slow) = (Rows::causal(len), Rows::new(&[causal], len));
+        fn causal_rows_are_what_their_slice_says(
+            len in prop_oneof![1usize..50, 1usize..1 << 31], a in any::<u32>(), b in any::<u32>(), keys in any::<(u32, u32)>(),
+        ) {
+            let (from, to) = (keys.0 as usize % len, 1 + keys.1 as usize % len);
+            let keys = if from < to { Span::at(from, to - from) } else { Span::to(len) };
+            let causal = BandSlice::new(Span::to(len), keys, None, Some(0)).expect("a causal slice");
+            let ramps = Ramps::new(&[causal], len);
+            let (fast, slow) = (Rows::causal(len, keys), Rows::Ramps(&ramps));
             let (a, b) = (a as usize % (len + 1), b as usize % (len + 1));
             let (a, b) = (a.min(b), a.max(b));
             prop_assert_eq!(fast.upto(a), slow.upto(a));

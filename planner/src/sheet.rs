@@ -2,16 +2,30 @@
 
 use outboard_attention::{BandSlice, Document, Span};
 
-use crate::rows::Rows;
+use crate::rows::{Ramps, Rows};
 
 /// A document and those of its kv heads that share one mask.
 #[derive(Clone, Debug)]
 pub(crate) struct Sheet<'a> {
     pub(crate) document: &'a Document,
     pub(crate) kv_heads: Span,
-    /// Empty where the document is causal.
+    /// `None` where the document is causal.
+    masked: Option<Masked>,
+}
+
+#[derive(Clone, Debug)]
+struct Masked {
     slices: Vec<BandSlice>,
-    rows: Rows,
+    ramps: Ramps,
+}
+
+/// A sheet's rows with those of their keys that lie in a range. Only causal documents are cut by keys: of any other
+/// the range has all of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Seen<'a> {
+    sheet: &'a Sheet<'a>,
+    kv: Span,
+    rows: Rows<'a>,
 }
 
 impl Sheet<'_> {
@@ -20,8 +34,7 @@ impl Sheet<'_> {
         let mut sheets = Vec::with_capacity(documents.len());
         for document in documents {
             if document.is_causal() {
-                let rows = Rows::causal(document.tokens());
-                sheets.push(Sheet { document, kv_heads: Span::to(kv_heads), slices: Vec::new(), rows });
+                sheets.push(Sheet { document, kv_heads: Span::to(kv_heads), masked: None });
             } else {
                 sheets.extend(Sheet::masked(document, kv_heads));
             }
@@ -47,12 +60,38 @@ impl Sheet<'_> {
             }
         }
         let sheet = |(kv_heads, slices): (Span, Vec<BandSlice>)| {
-            let rows = Rows::new(&slices, document.tokens());
-            Sheet { document, kv_heads, slices, rows }
+            let ramps = Ramps::new(&slices, document.tokens());
+            Sheet { document, kv_heads, masked: Some(Masked { slices, ramps }) }
         };
         classes.into_iter().filter(|(_, slices)| !slices.is_empty()).map(sheet)
     }
 
+    /// All of the document's keys.
+    pub(crate) fn all_keys(&self) -> Span {
+        Span::to(self.document.tokens())
+    }
+
+    /// Cells of the rows `q`, for one kv head.
+    pub(crate) fn cells(&self, q: Span) -> u64 {
+        self.seen(self.all_keys()).cells(q)
+    }
+
+    /// The rows with those of their keys that lie in `kv`.
+    pub(crate) fn seen(&self, kv: Span) -> Seen<'_> {
+        let rows = match &self.masked {
+            None => Rows::causal(self.document.tokens(), kv),
+            Some(masked) => Rows::Ramps(&masked.ramps),
+        };
+        Seen { sheet: self, kv, rows }
+    }
+
+    /// True when every row sees all keys up to its own position and no other.
+    pub(crate) fn is_causal(&self) -> bool {
+        self.masked.is_none()
+    }
+}
+
+impl Seen<'_> {
     /// Cells of the rows `q`, for one kv head.
     pub(crate) fn cells(&self, q: Span) -> u64 {
         self.rows.upto(q.end()) - self.rows.upto(q.start())
@@ -65,8 +104,8 @@ impl Sheet<'_> {
 
     /// The smallest range of rows that holds all cells of the rows `q`.
     pub(crate) fn trim(&self, q: Span) -> Span {
-        if self.is_causal() {
-            return q.intersect(Span::to(self.document.tokens()));
+        if self.sheet.is_causal() {
+            return q.intersect(Span::new(self.kv.start(), self.sheet.document.tokens()).unwrap_or_default());
         }
         let (before, upto) = (self.rows.upto(q.start()), self.rows.upto(q.end()));
         if before == upto {
@@ -90,38 +129,57 @@ impl Sheet<'_> {
 
     /// From the first to the last key that the rows `q` see.
     pub(crate) fn keys(&self, q: Span) -> Span {
-        if self.is_causal() {
-            return if q.is_empty() { Span::default() } else { Span::to(q.end()) };
-        }
+        let Some(masked) = &self.sheet.masked else {
+            return if q.is_empty() { Span::default() } else { self.kv.intersect(Span::to(q.end())) };
+        };
         let seen = |slice: &BandSlice| extent(slice, q).map(|(_, keys)| keys);
-        self.slices.iter().filter_map(seen).reduce(Span::hull).unwrap_or_default()
-    }
-
-    /// True when every row sees all keys up to its own position and no other.
-    pub(crate) fn is_causal(&self) -> bool {
-        self.document.is_causal()
+        masked.slices.iter().filter_map(seen).reduce(Span::hull).unwrap_or_default()
     }
 }
 
-/// Rows of some kv heads of a sheet with all the keys they see: what a slot holds, and what moves. Holds at least one
-/// cell, and its first and last row do.
+/// Rows of some kv heads of a sheet with the keys they see, all or those of a range: what a slot holds, and what moves.
+/// Holds at least one cell, and its first and last row do.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Strip {
     /// Index of the sheet.
     pub(crate) sheet: usize,
     pub(crate) kv_heads: Span,
     pub(crate) q: Span,
+    /// Keys outside are another strip's.
+    pub(crate) kv: Span,
     /// Cells of one kv head.
     pub(crate) unit: u64,
 }
 
 impl Strip {
-    /// The strip without rows that see nothing, `None` when that leaves no cell.
+    /// Rows with all the keys they see, without rows that see nothing; `None` when that leaves no cell.
     pub(crate) fn new(sheets: &[Sheet<'_>], sheet: usize, kv_heads: Span, q: Span) -> Option<Strip> {
-        let rows = sheets.get(sheet)?;
-        let q = rows.trim(q);
-        let unit = rows.cells(q);
-        (unit > 0 && !kv_heads.is_empty()).then_some(Strip { sheet, kv_heads, q, unit })
+        Strip::with_keys(sheets, sheet, kv_heads, q, sheets.get(sheet)?.all_keys())
+    }
+
+    /// The same with the keys of a range only.
+    pub(crate) fn with_keys(
+        sheets: &[Sheet<'_>],
+        sheet: usize,
+        kv_heads: Span,
+        q: Span,
+        kv: Span,
+    ) -> Option<Strip> {
+        let seen = sheets.get(sheet)?.seen(kv);
+        let q = seen.trim(q);
+        let unit = seen.cells(q);
+        let some = unit > 0 && !kv_heads.is_empty() && !kv.is_empty();
+        some.then_some(Strip { sheet, kv_heads, q, kv, unit })
+    }
+
+    /// Some rows and kv heads of it, with its keys.
+    pub(crate) fn part(&self, sheets: &[Sheet<'_>], kv_heads: Span, q: Span) -> Option<Strip> {
+        Strip::with_keys(sheets, self.sheet, kv_heads, q, self.kv)
+    }
+
+    /// From the first to the last key that it sees.
+    pub(crate) fn keys(&self, sheets: &[Sheet<'_>]) -> Span {
+        sheets[self.sheet].seen(self.kv).keys(self.q)
     }
 
     /// Cells of all its kv heads.
@@ -130,8 +188,8 @@ impl Strip {
     }
 
     /// Order in which equal strips are told apart.
-    pub(crate) fn place(&self) -> (usize, Span, Span) {
-        (self.sheet, self.kv_heads, self.q)
+    pub(crate) fn place(&self) -> (usize, Span, Span, Span) {
+        (self.sheet, self.kv_heads, self.q, self.kv)
     }
 }
 

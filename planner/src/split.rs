@@ -38,7 +38,7 @@ pub(crate) fn split(sheets: &[Sheet<'_>], strips: &mut [Strip]) -> Vec<Strip> {
 }
 
 /// What a slot holds of one sheet, parted where any strip's kv heads begin or end: strips of the same kv heads, rows
-/// ascending, neighbours joined.
+/// ascending, neighbours of the same keys joined.
 fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
     let mut borders: Vec<usize> =
         strips.iter().flat_map(|s| [s.kv_heads.start(), s.kv_heads.end()]).collect();
@@ -49,16 +49,19 @@ fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
         let heads = Span::at(pair[0], pair[1] - pair[0]);
         let here = strips.iter().filter(|s| s.kv_heads.covers(heads));
         let Some(sheet) = here.clone().next().map(|strip| strip.sheet) else { continue };
-        let mut rows: Vec<Span> = here.map(|s| s.q).collect();
+        let mut rows: Vec<(Span, Span)> = here.map(|s| (s.kv, s.q)).collect();
         rows.sort_unstable();
-        let joined = rows.into_iter().fold(Vec::new(), |mut joined: Vec<Span>, q| {
+        let joined = rows.into_iter().fold(Vec::new(), |mut joined: Vec<(Span, Span)>, (kv, q)| {
             match joined.last_mut() {
-                Some(last) if last.end() >= q.start() => *last = last.hull(q),
-                _ => joined.push(q),
+                Some((same, last)) if *same == kv && last.end() >= q.start() => *last = last.hull(q),
+                _ => joined.push((kv, q)),
             }
             joined
         });
-        bundles.push(joined.into_iter().filter_map(|q| Strip::new(sheets, sheet, heads, q)).collect());
+        let strip = |(kv, q)| Strip::with_keys(sheets, sheet, heads, q, kv);
+        let mut bundle: Vec<Strip> = joined.into_iter().filter_map(strip).collect();
+        bundle.sort_unstable_by_key(Strip::place);
+        bundles.push(bundle);
     }
     bundles
 }
@@ -72,19 +75,19 @@ fn even(span: Span, parts: usize) -> impl Iterator<Item = Span> {
 
 /// A strip in up to `parts` pieces of about equal work, cut between rows.
 fn by_rows(sheets: &[Sheet<'_>], strip: &Strip, parts: usize) -> Vec<Strip> {
-    let sheet = &sheets[strip.sheet];
+    let seen = sheets[strip.sheet].seen(strip.kv);
     let share = strip.unit / parts.max(1) as u64;
-    let step = step(sheet, strip.q, share / 2);
+    let step = step(&seen, strip.q, share / 2);
     let mut pieces = Vec::new();
     let mut at = strip.q.start();
     for n in 1..=parts {
         let target = u128::from(strip.unit) * n as u128 / parts.max(1) as u128;
         let end = match n == parts {
             true => strip.q.end(),
-            false => round(sheet.end_of(strip.q.start(), target as u64), step).min(strip.q.end()),
+            false => round(seen.end_of(strip.q.start(), target as u64), step).min(strip.q.end()),
         };
         if let Some(q) = Span::new(at, end)
-            && let Some(piece) = Strip::new(sheets, strip.sheet, strip.kv_heads, q)
+            && let Some(piece) = strip.part(sheets, strip.kv_heads, q)
         {
             pieces.push(piece);
             at = end;

@@ -30,17 +30,17 @@ const LEAST_SLACK: f64 = 1e-4;
 /// Documents below this part of a mean share are spread by their tokens rather than their work.
 const SMALL: f64 = 0.02;
 
-/// Every slot's share of `cells` cells.
-pub(crate) fn shares(slots: &[Slot], tolerance: f64, cells: u64) -> Vec<Share> {
-    let total: f64 = slots.iter().map(|slot| slot.weight).sum();
-    let share = |slot: &Slot| {
-        let fair = cells as f64 * (slot.weight / total);
+/// Every slot's share of `cells` cells, by its part of the `weights`.
+pub(crate) fn shares(slots: &[Slot], weights: &[f64], tolerance: f64, cells: u64) -> Vec<Share> {
+    let total: f64 = weights.iter().sum();
+    let share = |(slot, weight): (&Slot, &f64)| {
+        let fair = cells as f64 * (weight / total);
         let slack = fair * (SLACK * tolerance).max(LEAST_SLACK);
         // A step of fewer cells than slots must have room for them.
         let cap = (fair * (1.0 + USED_TOLERANCE * tolerance)).floor().max(fair.ceil());
         Share { rank: slot.rank, cap: cap as u64, slack: slack as u64, link: slot.link }
     };
-    slots.iter().map(share).collect()
+    slots.iter().zip(weights).map(share).collect()
 }
 
 /// What every slot holds at first: the rows its rank is home of, and documents of ranks without a slot where there is

@@ -3,12 +3,13 @@
 
 use outboard_attention::Direction;
 
-use crate::memory::needs_away;
+use crate::memory::{self, needs_away};
 use crate::plan::{Effort, Tick};
+use crate::policy::distca;
 use crate::profile::{flops, predicted};
 use crate::sheet::Strip;
 use crate::traffic::{Ports, Traffic};
-use crate::{PassVerdict, Rates};
+use crate::{DISTCA_TOLERANCE, PassVerdict, Rates};
 
 /// The least tolerance tried: where links are fast, balance is all that counts.
 const LEAST: f64 = 1e-3;
@@ -23,6 +24,9 @@ const REFINEMENTS: u32 = 3;
 /// links then, and not by their weights alone.
 const REACHES: [f64; 6] = [2.0, 1.0, 0.5, 0.25, 0.125, 0.0625];
 
+/// Tolerances at which DistCA's planner is tried: its own default, half of that, and none.
+const DISTCA_TOLERANCES: [f64; 3] = [0.0, 0.05, DISTCA_TOLERANCE];
+
 /// What slots hold.
 type Held = Vec<Vec<Strip>>;
 
@@ -32,7 +36,8 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Held {
     let mut best = at_best_tolerance(tick, rates, f64::INFINITY);
     let slots = &tick.problem.slots;
     let differ = slots.iter().any(|slot| slot.link != slots[0].link);
-    if differ && best.0 > computing(tick, rates, 1.0 + LEAST) {
+    let least = computing(tick, rates, 1.0);
+    if differ && best.0 > least * (1.0 + LEAST) {
         let usual = reach(tick, rates, &still, &best);
         for part in REACHES {
             let other = at_best_tolerance(tick, rates, part * usual);
@@ -41,7 +46,17 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Held {
             }
         }
     }
-    if seconds(tick, rates, &still) < best.0 { still } else { best.1 }
+    let others = || DISTCA_TOLERANCES.map(|tolerance| distca(tick, tolerance)).into_iter().flatten();
+    let others = std::iter::once(still).chain(if best.0 > least { others().collect() } else { Vec::new() });
+    let others = others.map(|held| (seconds(tick, rates, &held), held));
+    others.fold(best, |best, other| if other.0 < best.0 { other } else { best }).1
+}
+
+/// What slots hold by DistCA's greedy, so that nothing takes longer than it would there; `None` where it does not fit their
+/// memory.
+fn distca(tick: &Tick<'_>, tolerance: f64) -> Option<Held> {
+    let held = distca::place(&tick.sheets, &tick.problem.slots, &tick.problem.geometry, tolerance);
+    memory::excess(tick, &held).is_none().then_some(held)
 }
 
 /// Cells that a link of 1 carries in the time that `best` takes, if they cost it what cells cost there on average. Each pass
@@ -112,7 +127,7 @@ fn computing(tick: &Tick<'_>, rates: Rates, over_mean: f64) -> f64 {
 }
 
 /// Layer time of what slots hold, forward and backward, in seconds.
-fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
+pub(crate) fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
     let work = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>() as f64;
     let slots = held.iter().zip(&tick.problem.slots);
     let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);

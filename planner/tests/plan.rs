@@ -247,7 +247,7 @@ fn any_rates() -> impl Strategy<Value = Rates> {
 
 proptest! {
     #[test]
-    fn no_layer_takes_longer_than_without_a_pool(problem in any_problem(), rates in any_rates()) {
+    fn no_layer_takes_longer_than_without_a_pool_or_by_distca(problem in any_problem(), rates in any_rates()) {
         // The judge adds ticks up before it compares computing with links.
         let documents = problem.documents.iter().map(|d| d.clone().with_tick(0)).collect();
         let problem = Problem { documents, ..problem };
@@ -256,6 +256,11 @@ proptest! {
         let ours = plan(&told).expect("a plan");
         check_tasks(&told, &ours);
         let (ours, fixed) = (layer_time(&told, &ours, rates), layer_time(&problem, &fixed, rates));
+        for tolerance in [0.0, 0.05, 0.1] {
+            let theirs = plan_by(&problem, Policy::Distca { tolerance }).expect("a plan");
+            let theirs = layer_time(&problem, &theirs, rates);
+            prop_assert!(ours <= theirs * (1.0 + 1e-9), "{ours} against {theirs} of DistCA at {tolerance}");
+        }
         let homeless = problem.documents.iter().flat_map(|d| d.homes())
             .any(|home| problem.slots.iter().all(|slot| slot.rank != Some(home.rank)));
         // Rows of ranks without a slot have no place where they would stay.
@@ -329,8 +334,9 @@ proptest! {
         problem in any_problem(),
         memories in prop::collection::vec(prop::option::of(prop_oneof![Just(0), 1u64..20_000_000]), 10),
         rates in prop::option::of(any_rates()),
+        kept in 1u64..5,
     ) {
-        let mut problem = Problem { rates, ..problem };
+        let mut problem = Problem { rates, kept, ..problem };
         for (slot, memory) in problem.slots.iter_mut().zip(memories) {
             slot.memory = memory;
         }
@@ -356,18 +362,28 @@ proptest! {
 fn little_memory_takes_little_work() {
     let documents: Vec<Document> =
         (0..4).map(|rank| document(rank, 0, if rank == 0 { 60_000 } else { 9_000 })).collect();
-    let taken = |memory| {
+    let taken = |memory, kept| {
         let slots =
             (0..4).map(|rank| Slot { memory: if rank == 3 { memory } else { None }, ..Slot::in_place(rank) });
-        let problem = Problem::new(geometry(2), documents.clone(), slots.collect());
+        let problem = Problem { kept, ..Problem::new(geometry(2), documents.clone(), slots.collect()) };
         let plan = plan(&problem).expect("a sound problem");
         let loads = Loads::planned(&plan, &problem.documents, &problem.geometry).totals();
         (loads[3] as f64 / loads[1] as f64, judge(&plan, &problem).expect("a valid plan").memory)
     };
-    let (free, none) = taken(None);
+    let (free, none) = taken(None, 1);
     assert!((free - 1.0).abs() < 0.05 && none == 0.0, "{free} {none}");
-    let (tight, part) = taken(Some(20_000_000));
+    let (tight, part) = taken(Some(20_000_000), 1);
     assert!(tight < 0.9 && (0.5..=1.0).contains(&part), "{tight} {part}");
+    // Q, K and V of 8 layers take more of it.
+    let (tighter, part) = taken(Some(20_000_000), 8);
+    assert!(tighter < 0.7 * tight && (0.5..=1.0).contains(&part), "{tighter} {part}");
+}
+
+#[test]
+fn slots_keep_one_layer_at_least() {
+    let problem = Problem { kept: 0, ..Problem::new(geometry(1), vec![document(0, 0, 100)], in_place(2)) };
+    let says = plan(&problem).expect_err("nothing kept").to_string();
+    assert_eq!(says, "kept is 0; slots hold the tensors of one layer at least");
 }
 
 /// Links are part of what is planned for: a slot with a slow one gives and takes less.

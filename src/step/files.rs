@@ -20,6 +20,7 @@ pub(crate) struct StepFile {
     documents: Vec<DocumentEntry>,
     flops_per_second: Option<f64>,
     bytes_per_second: Option<f64>,
+    kept: Option<u64>,
     token_slack: Option<f64>,
     slots: Option<u64>,
 }
@@ -131,7 +132,11 @@ impl TryFrom<StepFile> for Step {
             Rates { flops_per_second, bytes_per_second }
         });
         Ok(Step {
-            problem: Problem { rates, ..Problem::new(geometry, documents, slots) },
+            problem: Problem {
+                rates,
+                kept: file.kept.unwrap_or(1),
+                ..Problem::new(geometry, documents, slots)
+            },
             servers,
             documents: ids,
             flops_per_second: file.flops_per_second,

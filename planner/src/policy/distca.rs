@@ -38,7 +38,7 @@ struct Price {
 }
 
 /// Every slot's strips after the greedy has run.
-pub(super) fn place(
+pub(crate) fn place(
     sheets: &[Sheet<'_>],
     slots: &[Slot],
     geometry: &HeadGeometry,

@@ -14,7 +14,7 @@ use crate::sheet::{Sheet, Strip};
 use crate::{PlanError, Problem, group, plan};
 
 mod context_parallel;
-mod distca;
+pub(crate) mod distca;
 mod fixed;
 mod packing;
 mod wlb;

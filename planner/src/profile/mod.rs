@@ -15,7 +15,7 @@ use crate::PlanError;
 
 pub use grid::Grid;
 pub use times::Times;
-pub(crate) use times::predicted;
+pub(crate) use times::{cells_a_second, predicted};
 
 /// How fast a device of speed 1 computes tasks. Always sound: see [`Profile::new`].
 #[derive(Clone, Debug, PartialEq)]

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use outboard_attention::{Direction, DocumentId, PlannedTask, StepPlan};
 
 use super::{Profile, TaskShape, flops};
-use crate::Problem;
 use crate::judge::pieces::Shelf;
 use crate::plan::Tick;
 use crate::sheet::Strip;
 use crate::split::split;
+use crate::{Problem, Slot};
 
 /// Predicted seconds that slots compute in one layer.
 #[derive(Clone, Debug, PartialEq)]
@@ -91,21 +91,36 @@ fn shape(task: &PlannedTask, shelf: &Shelf, group: usize) -> TaskShape {
 
 /// Seconds of the busiest slot, forward and backward, if slots held these strips and computed them in pieces.
 pub(crate) fn predicted(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Strip>]) -> [f64; 2] {
+    let slots = held.iter().zip(&tick.problem.slots);
+    slots.fold([0.0; 2], |longest: [f64; 2], (strips, slot)| {
+        let seconds = device_seconds(tick, profile, strips);
+        std::array::from_fn(|n| longest[n].max(seconds[n] / slot.weight))
+    })
+}
+
+/// Cells that each slot computes in a second of both passes, if it held these strips; one without any as many as all slots
+/// on average, by its weight.
+pub(crate) fn cells_a_second(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Strip>]) -> Vec<f64> {
+    let of = |strips: &Vec<Strip>| {
+        let cells: u64 = strips.iter().map(Strip::cells).sum();
+        let [forward, backward] = device_seconds(tick, profile, strips);
+        (cells as f64, forward + backward)
+    };
+    let slots: Vec<(f64, f64)> = held.iter().map(of).collect();
+    let all = slots.iter().fold((0.0, 0.0), |all, slot| (all.0 + slot.0, all.1 + slot.1));
+    let rate = |(cells, seconds): (f64, f64)| if seconds > 0.0 { cells / seconds } else { 1.0 };
+    let of_slot =
+        |(slot, &done): (&Slot, &(f64, f64))| slot.weight * rate(if done.1 > 0.0 { done } else { all });
+    tick.problem.slots.iter().zip(&slots).map(of_slot).collect()
+}
+
+/// Seconds of both passes that a device of speed 1 takes for the pieces of these strips.
+fn device_seconds(tick: &Tick<'_>, profile: &Profile, strips: &[Strip]) -> [f64; 2] {
     let geometry = &tick.problem.geometry;
-    let mut longest = [0.0f64; 2];
-    for (strips, slot) in held.iter().zip(&tick.problem.slots) {
-        let shapes: Vec<TaskShape> = split(&tick.sheets, &mut strips.clone())
-            .iter()
-            .filter_map(|piece| {
-                let keys = tick.sheets.get(piece.sheet)?.keys(piece.q).len();
-                let rows = piece.q.len().saturating_mul(geometry.group());
-                Some(TaskShape { rows, keys, cells: piece.cells() })
-            })
-            .collect();
-        for (direction, longest) in DIRECTIONS.into_iter().zip(&mut longest) {
-            let seconds: f64 = shapes.iter().map(|shape| profile.seconds(geometry, direction, *shape)).sum();
-            *longest = longest.max(seconds / slot.weight);
-        }
-    }
-    longest
+    let shape = |piece: &Strip| {
+        let rows = piece.q.len().saturating_mul(geometry.group());
+        TaskShape { rows, keys: piece.keys(&tick.sheets).len(), cells: piece.cells() }
+    };
+    let shapes: Vec<TaskShape> = split(&tick.sheets, &mut strips.to_vec()).iter().map(shape).collect();
+    DIRECTIONS.map(|direction| shapes.iter().map(|shape| profile.seconds(geometry, direction, *shape)).sum())
 }
