@@ -22,6 +22,8 @@ mod report;
 mod server;
 mod service;
 mod slots;
+#[cfg(test)]
+mod stability;
 mod steps;
 mod text;
 mod verdict;
