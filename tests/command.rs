@@ -128,6 +128,32 @@ fn a_job_that_gains_nothing_is_warned_and_trained() {
 }
 
 #[test]
+fn links_that_are_declared_slow_carry_nothing_and_losses_stay() {
+    let run = |more: &[&str]| {
+        let folder = temporary_folder();
+        let args = train(folder.path(), &[&["--steps", "2"], more].concat());
+        let (_, errors) = outboard_says(&args.iter().map(String::as_str).collect::<Vec<_>>());
+        let lines = read_json(&folder.path().join("figures.jsonl"));
+        let summary = summary(&lines);
+        assert!(summary["max_relative_loss_difference"].as_f64().unwrap() < 1e-5, "{summary}");
+        assert_eq!(summary["tasks_planned"], summary["tasks_computed"]);
+        (summary["bytes_moved"].as_u64().unwrap(), lines[0].clone(), errors)
+    };
+    let declared = |bytes| ["--flops-per-second", "1e9", "--bytes-per-second", bytes];
+    let (usual, fast) = (run(&[]).0, run(&declared("1e12")).0);
+    assert!(usual > 0 && fast > 0, "{usual} {fast}");
+    let (moved, forecast, errors) = run(&declared("1"));
+    assert_eq!(moved, 0);
+    if cores_of_their_own(2) {
+        // The prediction is of the plans that were made, which leave everything at home.
+        assert_eq!((&forecast["kind"], &forecast["bytes_per_second"]), (&json!("forecast"), &json!(1.0)));
+        assert!(forecast["gain"].as_f64().unwrap().abs() < 1e-9, "{forecast}");
+        assert_eq!(forecast["reason"], "links are too slow for what the plans move");
+        assert!(errors.contains("a larger --bytes-per-second"), "{errors}");
+    }
+}
+
+#[test]
 fn attention_is_served_in_half_the_bits() {
     let run = |dtype: &str| {
         let folder = temporary_folder();
@@ -294,7 +320,7 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
     });
     std::fs::write(&step, content.to_string()).unwrap();
     let step = step.to_str().unwrap();
-    let cases: [(&[&str], &[&str]); 36] = [
+    let cases: [(&[&str], &[&str]); 40] = [
         (&["train", "--data", empty], &[empty, "file"]),
         (&["train", "--data", "/nowhere/at/all"], &["/nowhere/at/all"]),
         (&["train", "--data", data, "--heads", "8", "--kv-heads", "3"], &["8", "3", "kv_heads"]),
@@ -303,6 +329,32 @@ fn nonsense_is_refused_by_name_with_exit_code_2() {
         (&["train", "--data", data, "--dtype", "f64"], &["--dtype", "f64", "f32, bf16 or f16"]),
         (&["train", "--data", data, "--learning-rate", "NaN"], &["learning_rate", "NaN"]),
         (&["train", "--data", data, "--link-bytes-per-second", "0"], &["--link-bytes-per-second is 0"]),
+        (
+            &["train", "--data", data, "--flops-per-second", "1e9"],
+            &["--flops-per-second is 1000000000", "--bytes-per-second is not given", "both"],
+        ),
+        (
+            &["train", "--data", data, "--bytes-per-second", "5"],
+            &["--bytes-per-second is 5", "--flops-per-second is not given", "both"],
+        ),
+        (
+            &["train", "--data", data, "--flops-per-second", "inf", "--bytes-per-second", "5"],
+            &["--flops-per-second is inf"],
+        ),
+        (
+            &[
+                "train",
+                "--data",
+                data,
+                "--flops-per-second",
+                "1",
+                "--bytes-per-second",
+                "5",
+                "--attention",
+                "local",
+            ],
+            &["--attention local", "leave out --flops-per-second"],
+        ),
         (&["train", "--data", data, "--attention", "local", "--pool", "2"], &["--pool", "local"]),
         (&["train", "--data", data, "--coordinator", "http://127.0.0.1:1"], &["127.0.0.1:1", "coordinator"]),
         (&["train", "--data", data, "--device", "cuda:all"], &["--device", "cuda:all", "cuda:N"]),

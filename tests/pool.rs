@@ -11,7 +11,7 @@ use outboard_attention_server::{EngineOptions, Service};
 use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use outboard_proto::v1::{DrainServerRequest, ListPoolRequest};
 use outboard_transport::TaskHandler;
-use outboard_worker::{PoolAttention, StepStats};
+use outboard_worker::{JobOptions, PoolAttention, Rates, StepStats};
 
 const JOB: &str = "test";
 
@@ -98,6 +98,30 @@ fn in_place_servers_balance_two_ranks() {
         assert_eq!(own, 2 * stats.summary.tasks, "each task is computed forward and backward");
         assert_eq!(tasks_computed(&services), 2 * stats.summary.tasks * (n + 1));
     }
+}
+
+#[test]
+fn links_that_are_declared_slow_carry_fewer_bytes_down_to_none() {
+    let cluster = Cluster::start();
+    let with_rates = |job: &str, rates: Option<Rates>| {
+        let services = [cluster.server(Some((job, 0))), cluster.server(Some((job, 1)))];
+        let options = JobOptions::new(cluster.url.clone(), job.to_owned(), 0, 2, geometry());
+        let pools =
+            cluster.join_with(&JobOptions { rates, ..options }, &[Some(&services[0]), Some(&services[1])]);
+        let outputs = step(&pools, &LENGTHS, 0);
+        check(&outputs, &LENGTHS, 0);
+        let summary = &outputs[0].1.summary;
+        let moved: u64 = outputs.iter().map(|(_, stats)| stats.bytes_moved).sum();
+        (moved, summary.forward_bytes + summary.backward_bytes, summary.imbalance_after)
+    };
+    let rates = |bytes_per_second| Some(Rates { flops_per_second: 1e9, bytes_per_second });
+    let balanced = with_rates("balanced", None);
+    let slow = with_rates("slow", rates(3e5));
+    let slowest = with_rates("slowest", rates(1.0));
+    assert!(balanced.0 > slow.0 && slow.0 > 0, "{balanced:?} {slow:?}");
+    assert!(balanced.1 > slow.1 && slow.1 > 0, "{balanced:?} {slow:?}");
+    assert_eq!((slowest.0, slowest.1), (0, 0));
+    assert!(balanced.2 < slow.2 && slow.2 < slowest.2, "{balanced:?} {slow:?} {slowest:?}");
 }
 
 #[test]

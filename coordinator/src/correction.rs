@@ -7,7 +7,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::placement::{Assignment, Load};
+use crate::placement::{Assignment, Load, weights};
 use crate::server::ServerId;
 use crate::slots::SlotSpec;
 
@@ -17,7 +17,7 @@ const SLACK: f64 = 0.05;
 /// What a server does in a second, relative to others.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Power {
-    /// As declared: the weight of its slots, or 1 for a server without one.
+    /// As declared: the weight of its slots, or the mean of all slots for a server without one.
     pub(crate) weight: f64,
     /// Of that, how much it is seen to do; below 1 for a slow server, and 1 for all others.
     pub(crate) speed: f64,
@@ -31,19 +31,8 @@ impl Power {
         assignment: &Assignment,
         slow: &BTreeMap<ServerId, f64>,
     ) -> BTreeMap<ServerId, Power> {
-        let mut weights: BTreeMap<ServerId, f64> = BTreeMap::new();
-        for (slot, server) in slots.iter().zip(&assignment.slots) {
-            if let Some(id) = server {
-                *weights.entry(*id).or_default() += slot.weight;
-            }
-        }
-        // A server without a slot is taken to be like the others.
-        let mean = slots.iter().map(|slot| slot.weight).sum::<f64>() / slots.len().max(1) as f64;
-        let power = |id: ServerId| Power {
-            weight: weights.get(&id).copied().unwrap_or(if mean > 0.0 { mean } else { 1.0 }),
-            speed: slow.get(&id).copied().unwrap_or(1.0),
-        };
-        takers.map(|id| (id, power(id))).collect()
+        let power = |(id, weight)| (id, Power { weight, speed: slow.get(&id).copied().unwrap_or(1.0) });
+        weights(takers, slots, assignment).into_iter().map(power).collect()
     }
 
     fn seconds(self, work: f64) -> f64 {

@@ -22,6 +22,8 @@ mod report;
 mod server;
 mod service;
 mod slots;
+#[cfg(test)]
+mod stability;
 mod steps;
 mod text;
 mod verdict;
@@ -30,6 +32,7 @@ mod wire;
 pub use handle::{Handle, RankPlan, Submission};
 pub use job::{JobId, Joined};
 pub use options::{MAX_RANKS, Options};
+pub use outboard_planner::Rates;
 pub use planning::{PlacedTask, PlannedStep, Summary};
 pub use pool::{Candidate, PoolEntry};
 pub use report::{RankTimes, RunTimes, ServerReport, ServerTimes, StepReport};

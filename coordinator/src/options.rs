@@ -30,7 +30,7 @@ pub struct Options {
     pub max_jobs: usize,
     /// Most documents a rank submits for one step.
     pub max_documents: usize,
-    /// How far the busiest slot may lie above the mean, as a fraction of it.
+    /// How far the busiest slot may lie above the mean, as a fraction of it, in jobs that declare no rates.
     pub tolerance: f64,
 }
 

@@ -1,9 +1,18 @@
 //! Placement: which server computes which task. Pure.
 //!
-//! Cuts belong to the job, placement to the pool: tasks and their slots come from the plan and never change here. An
-//! in-place slot belongs to its rank's server. A dedicated slot keeps its server while that takes tasks; else a
-//! dedicated server without a slot takes over. A slot without a server is spread, task by task, largest first, each to
-//! the server with the least work over weight in that tick. `correction` then takes tasks from servers that are slow.
+//! Cuts belong to the job, placement to the pool: tasks and their slots come from the plan and never change here. A slot
+//! changes servers only when it must:
+//!
+//! - An in-place slot belongs to its rank's server. While that takes no tasks (it drains, or a rank gave it up), the slot
+//!   has no server; it never gets another.
+//! - A dedicated slot keeps its server while that takes tasks, whoever joins. When it has none, it gets a dedicated
+//!   server without a slot, if there is one: the first such slot the server that has been in the pool longest. So as many
+//!   slots change servers as servers with a slot are gone and servers without one fill gaps.
+//! - A server that finds no gap has no slot, and is given tasks only of slots without a server and by `correction`.
+//!
+//! A slot without a server is spread, task by task, largest first, each to the server with the least work over weight in
+//! that tick. Those that have a slot keep its tasks besides, so a server gets of it what evens the loads out, to within
+//! a task. `correction` then takes tasks from servers that are slow.
 
 use std::cmp::{Ordering, Reverse};
 use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
@@ -68,6 +77,23 @@ pub(crate) fn assign(slots: &[SlotSpec], before: &Assignment, takers: &Takers) -
     Some(Assignment { slots: filled, spread })
 }
 
+/// The declared weight of each server: of its slots. A server without one is taken to be like a slot on average.
+pub(crate) fn weights(
+    servers: impl Iterator<Item = ServerId>,
+    slots: &[SlotSpec],
+    assignment: &Assignment,
+) -> BTreeMap<ServerId, f64> {
+    let mut held: BTreeMap<ServerId, f64> = BTreeMap::new();
+    for (slot, server) in slots.iter().zip(&assignment.slots) {
+        if let Some(id) = server {
+            *held.entry(*id).or_default() += slot.weight;
+        }
+    }
+    let mean = slots.iter().map(|slot| slot.weight).sum::<f64>() / slots.len().max(1) as f64;
+    let usual = if mean > 0.0 { mean } else { 1.0 };
+    servers.map(|id| (id, held.get(&id).copied().unwrap_or(usual))).collect()
+}
+
 /// The server of each task, in the order of `loads`.
 pub(crate) fn place(loads: &[Load], slots: &[SlotSpec], assignment: &Assignment) -> Vec<Option<ServerId>> {
     let owner = |load: &Load| assignment.slots.get(load.slot as usize).copied().flatten();
@@ -76,12 +102,7 @@ pub(crate) fn place(loads: &[Load], slots: &[SlotSpec], assignment: &Assignment)
     for (n, load) in loads.iter().enumerate() {
         ticks.entry(load.tick).or_default().push(n);
     }
-    let mut weights: BTreeMap<ServerId, f64> = assignment.spread.iter().map(|&id| (id, 0.0)).collect();
-    for (slot, server) in slots.iter().zip(&assignment.slots) {
-        if let Some(weight) = server.and_then(|id| weights.get_mut(&id)) {
-            *weight += slot.weight;
-        }
-    }
+    let weights = weights(assignment.spread.iter().copied(), slots, assignment);
     for tasks in ticks.values() {
         spread_tick(tasks, loads, &weights, &mut placed);
     }
@@ -107,8 +128,6 @@ fn spread_tick(
         }
     }
     let busy = |(&id, &weight): (&ServerId, &f64)| {
-        // A server without a slot of its own counts as one of weight 1.
-        let weight = if weight > 0.0 { weight } else { 1.0 };
         Reverse(Busy { id, weight, cells: work.get(&id).copied().unwrap_or(0) })
     };
     let mut heap: BinaryHeap<_> = weights.iter().map(busy).collect();
@@ -238,6 +257,19 @@ mod tests {
                 prop_assert!(most - least <= largest, "{work:?}, largest piece {largest}");
             }
         }
+    }
+
+    #[test]
+    fn a_server_without_a_slot_takes_as_much_as_one_with() {
+        let heavy = SlotSpec { weight: 10.0, ..SlotSpec::of(None) };
+        let slots = [SlotSpec { rank: Some(0), ..heavy }, heavy];
+        // The server of rank 0 drains; 2 has the dedicated slot, and 3 none.
+        let before = assign(&slots, &Assignment::default(), &takers(&[(0, 1)], &[2])).unwrap();
+        let after = assign(&slots, &before, &takers(&[], &[2, 3])).unwrap();
+        assert_eq!(after.slots, [None, Some(server(2))]);
+        let load = |n: u32| Load { tick: 0, slot: n / 10, cells: 10, work: 10.0 };
+        let placed = place(&(0..20).map(load).collect::<Vec<_>>(), &slots, &after);
+        assert_eq!(placed.iter().filter(|at| **at == Some(server(3))).count(), 10);
     }
 
     #[test]

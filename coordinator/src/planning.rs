@@ -43,7 +43,7 @@ pub(crate) struct PlanInput {
     pub(crate) servers: Vec<Candidate>,
     /// Of these the ones that are clearly slower than the others, each with its speed relative to them.
     pub(crate) slow: BTreeMap<ServerId, f64>,
-    /// How far the busiest slot may lie above the mean, as a fraction of it.
+    /// How far the busiest slot may lie above the mean, as a fraction of it, in a job that declares no rates.
     pub(crate) tolerance: f64,
 }
 
@@ -108,10 +108,12 @@ pub(crate) fn plan_step(input: &PlanInput) -> Result<PlannedStep, Error> {
     let place_name = || format!("job {}, step {}", input.name, input.step);
     let mut documents: Vec<Document> = input.submissions.iter().flat_map(|d| d.iter().cloned()).collect();
     documents.sort_unstable_by_key(Document::id);
-    // Links are relative to the fastest that was declared; those that were not are as fast.
-    let fastest = input.footing.slots.iter().map(|slot| slot.bytes_per_second).fold(0.0, f64::max);
-    let slots = input.footing.slots.iter().map(|slot| slot.planned(fastest)).collect();
-    let problem = Problem { tolerance: input.tolerance, ..Problem::new(input.geometry, documents, slots) };
+    let slots = input.footing.planned_slots();
+    let problem = Problem {
+        tolerance: input.tolerance,
+        rates: input.footing.rates,
+        ..Problem::new(input.geometry, documents, slots)
+    };
     let step = plan(&problem).map_err(|e| Error::invalid(format!("{}: {e}", place_name())))?;
     let documents = &problem.documents;
     if worth_checking(&step) {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use outboard_attention::HeadGeometry;
-use outboard_planner::Slot;
+use outboard_planner::{MIN_LINK, Rates, Slot};
 use outboard_proto::ErrorKind;
 
 use crate::pool::Candidate;
@@ -12,8 +12,6 @@ use crate::server::{ServerId, ServerSpec};
 use crate::text::{check_name, listed, ranks, servers};
 use crate::{Error, MAX_RANKS};
 
-/// The slowest link that is planned for, as a part of the fastest.
-const SLOWEST_LINK: f64 = 1e-4;
 /// Most slots of a job.
 pub(crate) const MAX_SLOTS: usize = 1 << 16;
 
@@ -26,7 +24,8 @@ pub struct SlotSpec {
     pub weight: f64,
     /// Bytes it may hold; 0 means no limit declared.
     pub memory_bytes: u64,
-    /// Bytes per second of its link, each way; 0 means not declared.
+    /// Bytes per second of its link, each way; 0 means not declared: as many as the job's rates say, or without these as
+    /// the fastest link that is declared.
     pub bytes_per_second: f64,
 }
 
@@ -36,10 +35,10 @@ impl SlotSpec {
         SlotSpec { rank, weight: 1.0, memory_bytes: 0, bytes_per_second: 0.0 }
     }
 
-    /// The slot as the planner takes it, beside links of up to so many bytes a second.
-    pub(crate) fn planned(&self, fastest: f64) -> Slot {
-        // A link that is slower yet makes no other plan.
-        let relative = (self.bytes_per_second / fastest).clamp(SLOWEST_LINK, 1.0);
+    /// The slot as the planner takes it, where a link of 1 carries so many bytes a second.
+    fn planned(&self, unit: f64) -> Slot {
+        // A link that is slower or faster yet makes no other plan.
+        let relative = (self.bytes_per_second / unit).clamp(MIN_LINK, 1.0 / MIN_LINK);
         let link = if self.bytes_per_second > 0.0 { relative } else { 1.0 };
         // What a server has no room for waits to be sent, so its memory is no part of the plan.
         Slot { rank: self.rank, weight: self.weight, link, memory: None }
@@ -59,6 +58,9 @@ pub struct Terms {
     pub slots: Vec<SlotSpec>,
     /// Servers that must be in the pool before it starts; 0 means 1.
     pub min_servers: u32,
+    /// FLOPs a second of a slot of weight 1, and bytes a second of the link of a slot that declares none, as declared and
+    /// never measured. With them steps are planned for the least layer time, and without for balance.
+    pub rates: Option<Rates>,
 }
 
 /// What a job runs with, fixed when it starts.
@@ -66,6 +68,8 @@ pub struct Terms {
 pub(crate) struct Footing {
     /// Its slots.
     pub(crate) slots: Vec<SlotSpec>,
+    /// How fast they compute and carry, where the job declares it.
+    pub(crate) rates: Option<Rates>,
     /// The numerics id of its servers for its element type.
     pub(crate) numerics_id: String,
     /// The servers in place at its ranks.
@@ -83,6 +87,15 @@ pub(crate) enum Readiness {
     Waiting(String),
     /// Never with these servers.
     Refused(Error),
+}
+
+impl Footing {
+    /// The slots as the planner takes them. Without rates links are relative to the fastest that is declared.
+    pub(crate) fn planned_slots(&self) -> Vec<Slot> {
+        let fastest = || self.slots.iter().map(|slot| slot.bytes_per_second).fold(0.0, f64::max);
+        let unit = self.rates.map_or_else(fastest, |rates| rates.bytes_per_second);
+        self.slots.iter().map(|slot| slot.planned(unit)).collect()
+    }
 }
 
 impl Terms {
@@ -103,6 +116,15 @@ impl Terms {
                 "slots holds {} entries; at most {MAX_SLOTS} fit",
                 self.slots.len()
             )));
+        }
+        if let Some(Rates { flops_per_second, bytes_per_second }) = self.rates {
+            let rates = [("flops_per_second", flops_per_second), ("bytes_per_second", bytes_per_second)];
+            if let Some((name, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0))
+            {
+                return Err(Error::invalid(format!(
+                    "rates.{name} is {rate}; it must be finite and above zero"
+                )));
+            }
         }
         let mut of_rank = BTreeMap::new();
         for (n, slot) in self.slots.iter().enumerate() {
@@ -156,6 +178,9 @@ impl Terms {
         }
         if self.min_servers != other.min_servers {
             return differs("min_servers", self.min_servers.to_string(), other.min_servers.to_string());
+        }
+        if self.rates != other.rates {
+            return differs("rates", rates_in_words(self.rates), rates_in_words(other.rates));
         }
         if self.slots.len() != other.slots.len() {
             return differs("slots (how many)", self.slots.len().to_string(), other.slots.len().to_string());
@@ -225,7 +250,7 @@ impl Terms {
             self.slots.clone()
         };
         let in_place = in_place.into_iter().map(|(rank, server)| (rank, server.0)).collect();
-        Readiness::Ready(Footing { slots, numerics_id, in_place, left_out })
+        Readiness::Ready(Footing { slots, rates: self.rates, numerics_id, in_place, left_out })
     }
 
     /// Which servers are missing, for people.
@@ -252,6 +277,12 @@ impl Terms {
     }
 }
 
+fn rates_in_words(rates: Option<Rates>) -> String {
+    rates.map_or("none".into(), |Rates { flops_per_second, bytes_per_second }| {
+        format!("of {flops_per_second} FLOP/s and {bytes_per_second} bytes/s")
+    })
+}
+
 /// The id that comes most often; of several, the least in alphabetical order.
 fn most_common(ids: impl Iterator<Item = String>) -> String {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
@@ -273,13 +304,28 @@ mod tests {
 
     fn terms(ranks: u32, slots: Vec<SlotSpec>, min_servers: u32) -> Terms {
         let geometry = HeadGeometry::standard(8, 2, 64).unwrap();
-        Terms { job: "job".into(), ranks, geometry, slots, min_servers }
+        Terms { job: "job".into(), ranks, geometry, slots, min_servers, rates: None }
+    }
+
+    fn rates(flops_per_second: f64, bytes_per_second: f64) -> Option<Rates> {
+        Some(Rates { flops_per_second, bytes_per_second })
     }
 
     #[test]
-    fn links_are_planned_beside_the_fastest() {
-        let link = |bytes_per_second| SlotSpec { bytes_per_second, ..SlotSpec::of(None) }.planned(1e10).link;
-        assert_eq!([1e10, 2.5e9, 0.0, 1.0].map(link), [1.0, 0.25, 1.0, SLOWEST_LINK]);
+    fn links_are_planned_beside_the_rates_or_else_the_fastest() {
+        let links = |declared: &[f64], rates| {
+            let slot = |&bytes_per_second| SlotSpec { bytes_per_second, ..SlotSpec::of(None) };
+            let terms = Terms { rates, ..terms(1, declared.iter().map(slot).collect(), 0) };
+            terms.check().unwrap();
+            let footing = ready(&terms, &[server(1, None, "a")]);
+            assert_eq!(footing.rates, rates);
+            footing.planned_slots().iter().map(|slot| slot.link).collect::<Vec<_>>()
+        };
+        assert_eq!(links(&[1e10, 2.5e9, 0.0, 1.0], None), [1.0, 0.25, 1.0, MIN_LINK]);
+        assert_eq!(links(&[0.0, 0.0], None), [1.0, 1.0]);
+        let declared = [1e10, 2.5e9, 0.0, 1.0, f64::MAX];
+        assert_eq!(links(&declared, rates(1e12, 5e9)), [2.0, 0.5, 1.0, MIN_LINK, 1.0 / MIN_LINK]);
+        assert_eq!(links(&[0.0, 1.0], rates(1e12, 5e-324)), [1.0, 1.0 / MIN_LINK]);
     }
 
     fn server(id: u64, rank: Option<u32>, numerics_id: &str) -> Candidate {
@@ -404,6 +450,7 @@ mod tests {
     #[test]
     fn bad_terms_are_refused_by_field() {
         let slot = SlotSpec::of(None);
+        let with_rates = |flops, bytes| Terms { rates: rates(flops, bytes), ..terms(1, Vec::new(), 0) };
         let cases = [
             ("job is empty", Terms { job: String::new(), ..terms(1, Vec::new(), 0) }),
             ("ranks is 0", terms(0, Vec::new(), 0)),
@@ -412,6 +459,11 @@ mod tests {
             ("slots[0].rank is 1", terms(1, vec![SlotSpec::of(Some(1))], 0)),
             ("slots[0].rank and slots[1].rank", terms(1, vec![SlotSpec::of(Some(0)); 2], 0)),
             ("slots[0].bytes_per_second", terms(1, vec![SlotSpec { bytes_per_second: -1.0, ..slot }], 0)),
+            ("rates.flops_per_second is NaN", with_rates(f64::NAN, 1.0)),
+            ("rates.flops_per_second is 0", with_rates(0.0, 1.0)),
+            ("rates.flops_per_second is -1", with_rates(-1.0, f64::NAN)),
+            ("rates.bytes_per_second is inf", with_rates(1.0, f64::INFINITY)),
+            ("rates.bytes_per_second is -0", with_rates(1.0, -0.0)),
         ];
         for (what, terms) in cases {
             let error = terms.check().unwrap_err();

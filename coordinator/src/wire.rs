@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use outboard_attention::{DType, Document, HeadGeometry};
+use outboard_planner::Rates;
 use outboard_proto::{AssignedTask, ErrorKind, v1};
 
 use crate::Error;
@@ -119,7 +120,13 @@ pub(crate) fn terms(request: v1::JoinJobRequest) -> Result<Terms, Error> {
         geometry: HeadGeometry::try_from(geometry).map_err(|error| error.context("geometry"))?,
         slots: request.slots.into_iter().map(slot).collect(),
         min_servers: request.min_servers,
+        rates: request.rates.map(rates),
     })
+}
+
+fn rates(rates: v1::Rates) -> Rates {
+    let v1::Rates { flops_per_second, bytes_per_second } = rates;
+    Rates { flops_per_second, bytes_per_second }
 }
 
 pub(crate) fn joined(joined: &Joined) -> v1::JoinJobResponse {

@@ -66,6 +66,8 @@ async fn ranks_that_disagree_are_refused_by_field() {
     tokio::time::sleep(Duration::from_millis(200)).await;
     let geometry = v1::HeadGeometry { scale: 0.5, ..join("job", 1, 2).geometry.unwrap() };
     let slot = v1::Slot { weight: 1.0, ..v1::Slot::default() };
+    let rates = |flops, bytes| Some(v1::Rates { flops_per_second: flops, bytes_per_second: bytes });
+    let with_rates = |flops, bytes| v1::JoinJobRequest { rates: rates(flops, bytes), ..join("job", 1, 2) };
     let cases = [
         ("rank 0 has joined already", join("job", 0, 2)),
         ("with ranks 3, ranks before it with 2", join("job", 1, 3)),
@@ -73,6 +75,11 @@ async fn ranks_that_disagree_are_refused_by_field() {
         ("geometry", v1::JoinJobRequest { geometry: Some(geometry), ..join("job", 1, 2) }),
         ("min_servers 7", v1::JoinJobRequest { min_servers: 7, ..join("job", 1, 2) }),
         ("slots", v1::JoinJobRequest { slots: vec![slot], ..join("job", 1, 2) }),
+        (
+            "with rates of 1000000000000 FLOP/s and 5000 bytes/s, ranks before it with none",
+            with_rates(1e12, 5e3),
+        ),
+        ("rates.bytes_per_second is 0; it must be finite and above zero", with_rates(1e12, 0.0)),
         ("geometry is missing", v1::JoinJobRequest { geometry: None, ..join("job", 1, 2) }),
         ("job is empty", join("", 1, 2)),
         ("ranks is 0", join("job", 0, 0)),

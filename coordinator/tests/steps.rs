@@ -6,7 +6,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Coordinator, cuts, documents, geometry, in_place, patient, server, servers};
+use common::{Coordinator, cuts, documents, geometry, in_place, join, patient, server, servers};
 use outboard_attention::{DType, Document, Span, StepPlan, TickPlan};
 use outboard_coordinator::{Handle, Options, ServerSpec, Submission, Terms};
 use outboard_proto::{AssignedTask, ErrorKind, v1};
@@ -217,6 +217,48 @@ async fn documents_go_to_the_dedicated_pool_when_there_is_no_other() {
     assert_eq!(servers(&answers), ids);
 }
 
+#[tokio::test]
+async fn rates_trade_balance_for_bytes_and_extreme_ones_plan_too() {
+    let coordinator = Coordinator::start(patient()).await;
+    let summary = async |job: String, rates, links: [f64; 2]| {
+        let slot = |rank: u32| v1::Slot {
+            rank: Some(rank),
+            weight: 1.0,
+            bytes_per_second: links[rank as usize],
+            ..v1::Slot::default()
+        };
+        let slots = vec![slot(0), slot(1)];
+        let mut joining = Vec::new();
+        for rank in [0, 1] {
+            let port = coordinator.pool().await.len() as u32 + 1;
+            coordinator.register(in_place(port, &job, rank)).await.unwrap();
+            let request = v1::JoinJobRequest { rates, slots: slots.clone(), ..join(&job, rank, 2) };
+            joining.push(coordinator.join(request));
+        }
+        let mut id = 0;
+        for joined in joining {
+            id = joined.await.unwrap().unwrap().job_id;
+        }
+        coordinator.step(id, 0, &[RANK_0, RANK_1]).await[0].summary.unwrap()
+    };
+    let rates = |flops, bytes| Some(v1::Rates { flops_per_second: flops, bytes_per_second: bytes });
+    let balanced = summary("balanced".into(), None, [0.0; 2]).await;
+    let slow = summary("slow".into(), rates(1e9, 1.0), [0.0; 2]).await;
+    assert!(balanced.forward_bytes > 0 && balanced.imbalance_after < 1.05, "{balanced:?}");
+    assert_eq!((slow.forward_bytes, slow.backward_bytes), (0, 0));
+    assert_eq!(slow.imbalance_after, slow.imbalance_before);
+    // What a slot declares of its own link counts more than the rates.
+    let own = summary("own".into(), rates(1e9, 1.0), [1e12; 2]).await;
+    assert!(own.forward_bytes > 0 && own.imbalance_after < 1.05, "{own:?}");
+    let extremes = [5e-324, 1e-300, 1.0, 1e300, f64::MAX];
+    for (n, flops) in extremes.into_iter().enumerate() {
+        for (m, bytes) in extremes.into_iter().enumerate() {
+            let planned = summary(format!("{n}-{m}"), rates(flops, bytes), [0.0, 1.0]).await;
+            assert_eq!(planned.cells, balanced.cells);
+        }
+    }
+}
+
 /// The same without a network, at a size where anything square in the number of ranks would show.
 #[tokio::test]
 async fn thousands_of_ranks_take_seconds_at_most() {
@@ -235,8 +277,14 @@ async fn thousands_of_ranks_take_seconds_at_most() {
     for port in 1..=64 {
         handle.register_server(spec(port)).unwrap();
     }
-    let terms =
-        Terms { job: "job".into(), ranks: RANKS, geometry: geometry(), slots: Vec::new(), min_servers: 64 };
+    let terms = Terms {
+        job: "job".into(),
+        ranks: RANKS,
+        geometry: geometry(),
+        slots: Vec::new(),
+        min_servers: 64,
+        rates: None,
+    };
     let mut calls = tokio::task::JoinSet::new();
     for rank in 0..RANKS {
         let (handle, terms) = (handle.clone(), terms.clone());

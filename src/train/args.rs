@@ -7,10 +7,13 @@ use anyhow::{Context, bail};
 use outboard_attention::DType;
 use outboard_trainer::{Corpus, ModelConfig, TrainConfig};
 
-use super::protocol::{Data, Mode};
+use super::protocol::{Data, JobRates, Mode};
 use crate::cores;
 use crate::cuda::CudaArgs;
 use crate::device::Device;
+
+/// What a link is taken to carry where nothing is said of it.
+const LINK_BYTES_PER_SECOND: f64 = 1e9;
 
 /// Arguments of `outboard train`.
 #[derive(Debug, clap::Args)]
@@ -83,10 +86,20 @@ pub(crate) struct Args {
     /// Memory of each attention server, in MiB: a quarter for its kernel to work in, the rest for task buffers.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     memory_mib: u64,
-    /// Bytes a second that a server's link carries each way, for the prediction that is printed before training. The
-    /// default is a little less than ten-gigabit Ethernet carries, and less than the links within one machine do.
-    #[arg(long, value_name = "N", default_value_t = 1e9)]
-    link_bytes_per_second: f64,
+    /// FLOPs of attention that a server computes a second. With this and --bytes-per-second steps are planned for the
+    /// least time that a layer takes: where links are slow they are less balanced and move fewer bytes, down to none. Both
+    /// are declared and never measured, so that plans, and the bits of losses, are the same in every run [default: steps
+    /// are balanced, whatever that moves].
+    #[arg(long, value_name = "N")]
+    flops_per_second: Option<f64>,
+    /// Bytes a second that a server's link carries each way, to plan with; see --flops-per-second.
+    #[arg(long, value_name = "N")]
+    bytes_per_second: Option<f64>,
+    /// Bytes a second that a server's link carries each way, for the prediction that is printed before training [default:
+    /// what --bytes-per-second says, else 1e9, which is a little less than ten-gigabit Ethernet carries, and less than
+    /// the links within one machine do].
+    #[arg(long, value_name = "N")]
+    link_bytes_per_second: Option<f64>,
     /// Fail when local and pooled losses differ by more than this, relative [default: 1e-4, with --device cuda:N 1e-2].
     #[arg(long)]
     loss_tolerance: Option<f64>,
@@ -131,6 +144,9 @@ pub(crate) struct Run {
     /// Whether cores are shared, so that speed says nothing.
     pub(crate) cores_shared: bool,
     pub(crate) memory_mib: u64,
+    /// What steps are planned with; `None` to balance them.
+    pub(crate) rates: Option<JobRates>,
+    /// What the prediction takes links to carry.
     pub(crate) link_bytes_per_second: f64,
     pub(crate) loss_tolerance: f64,
     pub(crate) json: Option<PathBuf>,
@@ -159,10 +175,9 @@ impl Args {
         if !(loss_tolerance.is_finite() && loss_tolerance >= 0.0) {
             bail!("--loss-tolerance is {loss_tolerance}; it must be finite and at least 0");
         }
-        let links = self.link_bytes_per_second;
-        if !(links.is_finite() && links > 0.0) {
-            bail!("--link-bytes-per-second is {links}; it must be finite and above zero");
-        }
+        let rates = self.rates(pooled)?;
+        let links = self.link_bytes_per_second.or(rates.map(|rates| rates.bytes_per_second));
+        let links = above_zero("--link-bytes-per-second", links.unwrap_or(LINK_BYTES_PER_SECOND))?;
         if on_gpu {
             self.check_gpu(pooled, dtype)?;
         }
@@ -219,6 +234,7 @@ impl Args {
             server_cores,
             cores_shared: owners * each > cores.len(),
             memory_mib: self.memory_mib,
+            rates,
             link_bytes_per_second: links,
             loss_tolerance,
             json: self.json,
@@ -246,6 +262,29 @@ impl Run {
 }
 
 impl Args {
+    /// What steps are planned with.
+    fn rates(&self, pooled: bool) -> anyhow::Result<Option<JobRates>> {
+        let (flops_per_second, bytes_per_second) = match (self.flops_per_second, self.bytes_per_second) {
+            (None, None) => return Ok(None),
+            (Some(flops), Some(bytes)) => (flops, bytes),
+            (Some(flops), None) => bail!(
+                "--flops-per-second is {flops} and --bytes-per-second is not given; plans weigh one by the other: give \
+                 both, or neither to balance every step"
+            ),
+            (None, Some(bytes)) => bail!(
+                "--bytes-per-second is {bytes} and --flops-per-second is not given; plans weigh one by the other: give \
+                 both, or neither to balance every step"
+            ),
+        };
+        if !pooled {
+            bail!("--attention local plans nothing; leave out --flops-per-second and --bytes-per-second");
+        }
+        Ok(Some(JobRates {
+            flops_per_second: above_zero("--flops-per-second", flops_per_second)?,
+            bytes_per_second: above_zero("--bytes-per-second", bytes_per_second)?,
+        }))
+    }
+
     /// Refuses what does not go with a GPU.
     fn check_gpu(&self, pooled: bool, dtype: DType) -> anyhow::Result<()> {
         let device = self.device;
@@ -269,6 +308,13 @@ impl Args {
         }
         Ok(())
     }
+}
+
+fn above_zero(flag: &str, rate: f64) -> anyhow::Result<f64> {
+    if !(rate.is_finite() && rate > 0.0) {
+        bail!("{flag} is {rate}; it must be finite and above zero");
+    }
+    Ok(rate)
 }
 
 fn cargo_home() -> anyhow::Result<PathBuf> {

@@ -113,6 +113,7 @@ impl Cluster {
                 coordinator: self.coordinator.as_ref().map(|c| c.url.clone()),
                 in_place: run.in_place,
                 min_servers: (in_place + run.dedicated).max(1),
+                rates: run.rates,
                 cores: cores.clone(),
                 probe: run.pooled() && run.unlike_servers().is_none(),
                 memory_bytes: run.memory_mib << 20,

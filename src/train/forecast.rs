@@ -1,7 +1,8 @@
 //! Whether attention is worth disaggregating for a job's documents, said before the job starts.
 //!
 //! Known then are the documents of its first steps, the shape of the model, and how fast ranks compute, which they have
-//! just measured. How fast links carry is taken from `--link-bytes-per-second`: what a link gives to gRPC beside a busy
+//! just measured. Steps are planned as the coordinator will plan them, with the rates that the job declares or without.
+//! How fast links carry is taken from `--link-bytes-per-second`: what a link gives to gRPC beside a busy
 //! core cannot be measured in a fraction of a second without a job, and where links decide, they are far slower.
 
 use anyhow::Context;
@@ -45,6 +46,9 @@ pub(crate) struct Outlook {
     pub(crate) bytes_per_second: f64,
     #[serde(skip)]
     doubt: Option<Doubt>,
+    /// Whether the job declares its rates.
+    #[serde(skip)]
+    declared: bool,
     #[serde(skip)]
     in_place: bool,
 }
@@ -71,19 +75,31 @@ impl Outlook {
             for rank in 0..run.train.ranks {
                 all.extend(documents(&packing, rank)?);
             }
-            let problem = Problem::new(geometry, all, slots(run));
+            let rates = run.rates.map(Rates::from);
+            let problem = Problem { rates, ..Problem::new(geometry, all, slots(run)) };
             let planned = plan(&problem)?;
             let next = Forecast::of_step(&problem, &planned, &costs)
                 .with_context(|| format!("what step {step} takes cannot be predicted"))?;
             forecast = Some(forecast.map_or(next, |before| before.then(next)));
         }
-        Ok(forecast.map(|forecast| Outlook {
+        let Some(forecast) = forecast else { return Ok(None) };
+        let declared = run.rates.is_some();
+        let doubt = match forecast.doubt() {
+            // Plans for slow links leave work at home, and then no link is seen to be slow.
+            Some(Doubt::Balanced | Doubt::LittleAttention)
+                if declared && forecast.ideal_gain() >= Forecast::LEAST_GAIN =>
+            {
+                Some(Doubt::SlowLinks)
+            }
+            doubt => doubt,
+        };
+        Ok(Some(Outlook {
             kind: "forecast",
             steps,
             ranks: run.train.ranks,
             servers: slots(run).len(),
-            worth: forecast.doubt().is_none(),
-            reason: forecast.doubt().map(|doubt| doubt.to_string()),
+            worth: doubt.is_none(),
+            reason: doubt.map(|doubt| doubt.to_string()),
             gain: forecast.gain(),
             ideal_gain: forecast.ideal_gain(),
             imbalance: forecast.imbalance(),
@@ -91,7 +107,8 @@ impl Outlook {
             attention_flops_per_second: attention,
             rest_flops_per_second: rest,
             bytes_per_second: run.link_bytes_per_second,
-            doubt: forecast.doubt(),
+            doubt,
+            declared,
             in_place: run.dedicated == 0,
         }))
     }
@@ -120,8 +137,12 @@ impl Outlook {
         let help = match doubt {
             Doubt::OneRank => "more ranks, or --attention local",
             Doubt::TooFewSlots => "more servers with --pool, or --in-place",
+            Doubt::SlowLinks if self.declared => {
+                "faster links, or a larger --bytes-per-second where they carry more than that"
+            }
             Doubt::SlowLinks => {
-                "faster links, or --link-bytes-per-second where they carry more than is assumed"
+                "faster links, --link-bytes-per-second where they carry more than is assumed, or else \
+                 --flops-per-second and --bytes-per-second, with which plans move less"
             }
             Doubt::Balanced => "--attention local, or documents whose lengths differ more",
             Doubt::LittleAttention => "--attention local, or longer documents with more --tokens",

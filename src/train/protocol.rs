@@ -42,6 +42,27 @@ pub(crate) enum ToRank {
     Finish,
 }
 
+/// How fast the job's servers compute and its links carry, as declared by whoever starts it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct JobRates {
+    /// Of a server.
+    pub(crate) flops_per_second: f64,
+    /// Of its link, each way.
+    pub(crate) bytes_per_second: f64,
+}
+
+impl From<JobRates> for outboard_worker::Rates {
+    fn from(JobRates { flops_per_second, bytes_per_second }: JobRates) -> Self {
+        outboard_worker::Rates { flops_per_second, bytes_per_second }
+    }
+}
+
+impl From<JobRates> for outboard_planner::Rates {
+    fn from(JobRates { flops_per_second, bytes_per_second }: JobRates) -> Self {
+        outboard_planner::Rates { flops_per_second, bytes_per_second }
+    }
+}
+
 /// A rank's part in a run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Setup {
@@ -55,6 +76,8 @@ pub(crate) struct Setup {
     pub(crate) in_place: bool,
     /// Servers that must be in the pool before the job starts.
     pub(crate) min_servers: u32,
+    /// What steps are planned with; `None` to balance them.
+    pub(crate) rates: Option<JobRates>,
     /// Cores to run on; the kernel has as many threads.
     pub(crate) cores: Vec<usize>,
     /// Whether to measure the rank's speed first.

@@ -142,6 +142,7 @@ impl Pool {
         let geometry = setup.model.validate()?;
         let options = JobOptions {
             min_servers: setup.min_servers,
+            rates: setup.rates.map(Into::into),
             ..JobOptions::new(coordinator, setup.job.clone(), rank, setup.train.ranks, geometry)
         };
         let handler = in_place.as_ref().map(|service| Arc::new(service.engine()) as Arc<dyn TaskHandler>);

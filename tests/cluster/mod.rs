@@ -73,8 +73,15 @@ impl Cluster {
         geometry: HeadGeometry,
         servers: &[Option<&Service>],
     ) -> Vec<PoolAttention> {
+        let options = JobOptions::new(self.url.clone(), job.to_owned(), 0, ranks, geometry);
+        self.join_with(&options, servers)
+    }
+
+    /// The same with these options for all ranks.
+    pub fn join_with(&self, options: &JobOptions, servers: &[Option<&Service>]) -> Vec<PoolAttention> {
+        let ranks = options.ranks;
         let join = |rank: u32| {
-            let options = JobOptions::new(self.url.clone(), job.to_owned(), rank, ranks, geometry);
+            let options = JobOptions { rank, ..options.clone() };
             let service = servers.get(rank as usize).copied().flatten();
             let handler = service.map(|service| Arc::new(service.engine()) as Arc<dyn TaskHandler>);
             let runtime = self.runtime.handle().clone();

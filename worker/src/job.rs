@@ -65,6 +65,7 @@ impl Job {
             geometry: Some((&options.geometry).into()),
             slots: Vec::new(),
             min_servers: options.min_servers,
+            rates: options.rates,
         };
         let joined = bounded(options.barrier_timeout, client.join_job(request)).await.map_err(failed)?;
         let slots = joined.slots.len() as u32;

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use outboard_attention::HeadGeometry;
+use outboard_proto::v1::Rates;
 
 /// A rank of a job, and the limits on its waiting.
 #[derive(Clone, Debug)]
@@ -19,6 +20,9 @@ pub struct JobOptions {
     pub geometry: HeadGeometry,
     /// Servers that must be in the pool before the job starts.
     pub min_servers: u32,
+    /// How fast slots compute and links carry, the same on all ranks. With them each step is planned for the least layer
+    /// time, so that slow links carry less; without them every step is balanced.
+    pub rates: Option<Rates>,
     /// How long to wait for the coordinator to be reached.
     pub connect_timeout: Duration,
     /// How long to wait for the other ranks, to join and to submit each step. Longer than the coordinator's own limits,
@@ -44,6 +48,7 @@ impl JobOptions {
             ranks,
             geometry,
             min_servers: 1,
+            rates: None,
             connect_timeout: Duration::from_secs(10),
             barrier_timeout: Duration::from_secs(360),
             task_timeout: Duration::from_secs(300),

@@ -43,6 +43,7 @@ pub(crate) fn join(job: &str, rank: u32, ranks: u32) -> v1::JoinJobRequest {
         geometry: Some((&geometry()).into()),
         slots: Vec::new(),
         min_servers: 0,
+        rates: None,
     }
 }
 
