@@ -7,7 +7,10 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use outboard_planner::{DEFAULT_TOLERANCE, DISTCA_TOLERANCE, PlanError, Policy, Profile, Rates, plan_by};
+use outboard_attention::Document;
+use outboard_planner::{
+    DEFAULT_TOLERANCE, DISTCA_TOLERANCE, PlanError, Policy, Profile, Rates, Settled, plan_by, settle,
+};
 
 use figures::Figures;
 
@@ -103,7 +106,12 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let balance = policy == Policy::Outboard && tolerance.is_some();
     let (policy, tolerance) = with_tolerance(policy, tolerance)?;
     let profile = asked.as_deref().map(profile).transpose()?;
-    let Step { mut problem, servers, documents, flops_per_second, link, mut unused } = read(&step)?;
+    let Step { mut problem, servers, documents, flops_per_second, link, token_slack, mut unused } =
+        read(&step)?;
+    if token_slack.is_some() && policy != Policy::Outboard {
+        bail!("{}: policy {policy} takes documents with homes, and some have none", step.display());
+    }
+    let free: Vec<bool> = problem.documents.iter().map(|document| !document.is_placed()).collect();
     problem.tolerance = tolerance;
     problem.profile = profile;
     if problem.profile.is_some() && problem.rates.is_some() && flops_per_second.is_some() {
@@ -118,7 +126,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         eprintln!("outboard: {}: {note}", step.display());
     }
     let started = Instant::now();
-    let plan = plan_by(&problem, policy).map_err(|error| {
+    let planned = match token_slack {
+        Some(slack) => settle(&problem, slack).map(|Settled { documents, plan }| {
+            problem.documents = documents;
+            plan
+        }),
+        None => plan_by(&problem, policy),
+    };
+    let plan = planned.map_err(|error| {
         // The planner knows slots, and whoever wrote the step servers.
         let server = match &error {
             PlanError::NoMemory { slot, .. } => servers.get(*slot),
@@ -156,7 +171,9 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         std::fs::write(&file, html::page(&planned, figures))
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
-    let plan = PlanFile::new(&plan, &servers, &documents, plan_seconds);
+    let chosen: Vec<&Document> =
+        problem.documents.iter().zip(free).filter(|(_, free)| *free).map(|(d, _)| d).collect();
+    let plan = PlanFile::new(&plan, &chosen, &servers, &documents, plan_seconds);
     write_json(&plan, output)
 }
 

@@ -123,7 +123,7 @@ fn a_job_that_gains_nothing_is_warned_and_trained() {
     warned(&["--ranks", "1"], "one rank has nobody to share its attention with");
     if cores_of_their_own(2) {
         let slow = ["--link-bytes-per-second", "1000"];
-        warned(&slow, "links are too slow for what the plans move");
+        warned(&slow, "links are too slow to share attention evenly");
     }
 }
 
@@ -148,7 +148,7 @@ fn links_that_are_declared_slow_carry_nothing_and_losses_stay() {
         // The prediction is of the plans that were made, which leave everything at home.
         assert_eq!((&forecast["kind"], &forecast["bytes_per_second"]), (&json!("forecast"), &json!(1.0)));
         assert!(forecast["gain"].as_f64().unwrap().abs() < 1e-9, "{forecast}");
-        assert_eq!(forecast["reason"], "links are too slow for what the plans move");
+        assert_eq!(forecast["reason"], "links are too slow to share attention evenly");
         assert!(errors.contains("a larger --bytes-per-second"), "{errors}");
     }
 }

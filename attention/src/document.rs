@@ -47,15 +47,25 @@ impl Document {
     /// [`InvalidAttention::OutOfRange`] for a length of zero or above [`MAX_TOKENS`], [`InvalidAttention::BadHomes`]
     /// when the homes leave a gap or overlap.
     pub fn new(id: DocumentId, tokens: usize, homes: Vec<HomeRange>) -> Result<Self, InvalidAttention> {
-        if tokens == 0 || tokens > MAX_TOKENS {
-            let (min, max) = (1, MAX_TOKENS as u64);
-            return Err(InvalidAttention::OutOfRange {
-                field: "document.tokens",
-                value: tokens as u64,
-                min,
-                max,
-            });
-        }
+        check_tokens(tokens)?;
+        Document { id, tokens, homes: Vec::new(), tick: 0, mask: None }.with_homes(homes)
+    }
+
+    /// The same as [`Document::new`], whose homes are still to be chosen.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::OutOfRange`] for a length of zero or above [`MAX_TOKENS`].
+    pub fn unplaced(id: DocumentId, tokens: usize) -> Result<Self, InvalidAttention> {
+        check_tokens(tokens)?;
+        Ok(Document { id, tokens, homes: Vec::new(), tick: 0, mask: None })
+    }
+
+    /// The same document with other homes.
+    ///
+    /// # Errors
+    /// [`InvalidAttention::BadHomes`] when the homes do not partition its tokens in order.
+    pub fn with_homes(mut self, homes: Vec<HomeRange>) -> Result<Self, InvalidAttention> {
+        let (id, tokens) = (self.id, self.tokens);
         let bad = |detail: String| InvalidAttention::BadHomes { document: id, tokens, detail };
         let mut at = 0;
         for home in &homes {
@@ -70,7 +80,8 @@ impl Document {
         if at != tokens {
             return Err(bad(format!("they end at {at}")));
         }
-        Ok(Document { id, tokens, homes, tick: 0, mask: None })
+        self.homes = homes;
+        Ok(self)
     }
 
     /// The same document in another tick.
@@ -106,7 +117,12 @@ impl Document {
         self.tokens
     }
 
-    /// Which rank holds which tokens, in token order.
+    /// True when its homes are known.
+    pub fn is_placed(&self) -> bool {
+        !self.homes.is_empty()
+    }
+
+    /// Which rank holds which tokens, in token order. None where they are still to be chosen.
     pub fn homes(&self) -> &[HomeRange] {
         &self.homes
     }
@@ -136,4 +152,12 @@ impl Document {
             _ => None,
         }
     }
+}
+
+fn check_tokens(tokens: usize) -> Result<(), InvalidAttention> {
+    if (1..=MAX_TOKENS).contains(&tokens) {
+        return Ok(());
+    }
+    let (value, max) = (tokens as u64, MAX_TOKENS as u64);
+    Err(InvalidAttention::OutOfRange { field: "document.tokens", value, min: 1, max })
 }

@@ -63,8 +63,9 @@ impl Run {
 /// Cells of a causal task.
 fn cells(task: &v1::PlannedTask) -> f64 {
     let heads = task.kv_heads.unwrap();
-    let rows = task.q.unwrap();
-    ((rows.start + 1..=rows.end).sum::<u64>() * (heads.end - heads.start)) as f64
+    let (rows, keys) = (task.q.unwrap(), task.kv.unwrap());
+    let of_row = |row: u64| keys.end.min(row + 1).saturating_sub(keys.start);
+    ((rows.start..rows.end).map(of_row).sum::<u64>() * (heads.end - heads.start)) as f64
 }
 
 /// Cells of each server.

@@ -100,6 +100,43 @@ pub enum PlanError {
         /// What it takes.
         seconds: f64,
     },
+    /// A document whose home is still to be chosen, where that is too late.
+    #[error("document {document} has no home; settle the step before it is planned")]
+    NoHome {
+        /// The document.
+        document: DocumentId,
+    },
+    /// Nobody to hold a document's tokens.
+    #[error(
+        "document {document} has no home, and there is no rank to hold it: no slot is on a rank's device"
+    )]
+    NoRank {
+        /// A document without a home.
+        document: DocumentId,
+    },
+    /// A slack that is negative or not a number, or above one.
+    #[error("token_slack is {slack}; it must be between 0 and 1")]
+    BadSlack {
+        /// What was given.
+        slack: f64,
+    },
+    /// Documents with homes of their own that exceed what a rank may hold.
+    #[error(
+        "rank {rank} is home of {tokens} tokens already, document {document} the most; it may hold {most}"
+    )]
+    PinnedTooMany {
+        /// The rank.
+        rank: u32,
+        /// What it holds.
+        tokens: usize,
+        /// What it may hold.
+        most: usize,
+        /// The document with most of them.
+        document: DocumentId,
+    },
+    /// Homes that were chosen wrongly: a mistake of the planner.
+    #[error("the planner chose homes that do not fit, please report it: {0}")]
+    BadHomes(String),
     /// Slots that keep nothing could compute nothing.
     #[error("kept is 0; slots hold the tensors of one layer at least")]
     NothingKept,

@@ -43,6 +43,8 @@ pub struct Forecast {
     pub most_cells: f64,
     /// Cells of a rank on average.
     pub mean_cells: f64,
+    /// Whether the plan was told how fast links are, so that it may leave work at home.
+    pub told: bool,
 }
 
 /// Why attention is not worth disaggregating.
@@ -52,7 +54,7 @@ pub enum Doubt {
     OneRank,
     /// The slots compute less than the ranks by themselves would.
     TooFewSlots,
-    /// Plans would gain enough if links took no time.
+    /// Plans would gain enough if links took no time, or were they not made for slow ones.
     SlowLinks,
     /// The ranks' documents have about equal attention as they are.
     Balanced,
@@ -65,7 +67,7 @@ impl fmt::Display for Doubt {
         f.write_str(match self {
             Doubt::OneRank => "one rank has nobody to share its attention with",
             Doubt::TooFewSlots => "the servers compute less than the ranks by themselves would",
-            Doubt::SlowLinks => "links are too slow for what the plans move",
+            Doubt::SlowLinks => "links are too slow to share attention evenly",
             Doubt::Balanced => "the ranks have about equal attention as they are",
             Doubt::LittleAttention => "attention is too small a part of a step",
         })
@@ -112,6 +114,7 @@ impl Forecast {
             ideal_seconds: most_rest + costs.attention_seconds(problem, cells / weight),
             most_cells: most(&|share| share.cells as f64),
             mean_cells: cells / shares.len().max(1) as f64,
+            told: problem.rates.is_some(),
         };
         let longest = forecast.planned_seconds.max(forecast.local_seconds);
         if longest.is_finite() { Ok(forecast) } else { Err(PlanError::Endless { seconds: longest }.into()) }
@@ -130,6 +133,7 @@ impl Forecast {
             ideal_seconds: self.ideal_seconds + next.ideal_seconds,
             most_cells: self.most_cells + next.most_cells,
             mean_cells: self.mean_cells + next.mean_cells,
+            told: self.told || next.told,
         }
     }
 
@@ -162,7 +166,10 @@ impl Forecast {
         // The part of its attention that balance takes off the slowest rank. With the share it makes the gain, so the
         // smaller of both is to blame.
         let excess = 1.0 - 1.0 / self.imbalance();
-        Some(if self.gain_by(self.unlinked_seconds) >= Forecast::LEAST_GAIN {
+        // Plans for slow links leave work at home, and then no link is seen to be slow.
+        let (unlinked, ideal) = (self.gain_by(self.unlinked_seconds), self.ideal_gain());
+        let given_up = self.told && ideal >= Forecast::LEAST_GAIN && unlinked < ideal / 2.0;
+        Some(if unlinked >= Forecast::LEAST_GAIN || given_up {
             Doubt::SlowLinks
         } else if self.ranks <= 1 {
             Doubt::OneRank

@@ -11,15 +11,16 @@
 //! # What is guaranteed
 //! - Every cell of every document lies in exactly one task ([`outboard_attention::StepPlan::check`]); no task is
 //!   empty, and no task's queries or keys reach beyond the first and last that its part of the mask uses.
-//! - The plan is a function of documents, homes, geometry, slots, tolerance, rates and profile. The order in which documents
+//! - The plan is a function of documents, homes, geometry, slots, tolerance, rates, profile and layers kept. The order in which documents
 //!   come does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations,
 //!   so any machine makes the same plan. Measured speeds and membership are no input.
 //! - No slot holds more of others' tokens than its memory allows; where that cannot be had, there is no plan.
 //! - Cuts are by query rows and by kv heads, and by keys where that costs fewer bytes: only causal documents are cut
 //!   so. Rows are cut at multiples of 128 tokens, or of 64, 32 and so on where a block of 128 is too much work to
 //!   balance. Without rates and profile, balance is then within the tolerance or one row.
-//! - Where rates are given, and memory is not limited, no layer takes longer than without a pool, or by DistCA's
-//!   planner at its tolerances 0, 0.05 and 0.1.
+//! - Where rates are given, without a profile and with memory for it, a layer of one tick takes no longer than without a
+//!   pool, if every home has a slot, and none takes longer than by DistCA's planner at its tolerances 0, 0.05 and 0.1, if
+//!   that prices no more than 2^25 items.
 //! - Tasks of one document on one slot share their kv-head ranges or have none in common; those of one range form a
 //!   reduction group.
 //! - No input makes it panic: what it cannot plan is a [`PlanError`] that names the field and the value.
@@ -73,6 +74,7 @@ mod error;
 mod flows;
 mod forecast;
 mod group;
+mod homes;
 mod judge;
 mod loads;
 mod memory;
@@ -94,6 +96,7 @@ pub use bound::{least_bytes, least_seconds};
 pub use error::PlanError;
 pub use flows::{Carried, Flow};
 pub use forecast::{Doubt, Forecast, StepCosts};
+pub use homes::{Settled, settle};
 pub use judge::{Fault, PassVerdict, Rates, TILE, Verdict, judge};
 pub use loads::Loads;
 pub use plan::plan;

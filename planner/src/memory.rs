@@ -83,7 +83,7 @@ pub(crate) fn excess(tick: &Tick<'_>, held: &[Vec<Strip>]) -> Option<Vec<u64>> {
     (!fits).then_some(bytes)
 }
 
-/// Lowers caps for slots that hold so many bytes. False when none can be lowered.
+/// Lowers caps for slots that hold so many bytes, and closes those that are to take nothing. False when nothing changes.
 pub(crate) fn lower(
     tick: &Tick<'_>,
     shares: &mut [Share],
@@ -102,8 +102,10 @@ pub(crate) fn lower(
         };
         let part = if resort == Resort::Less { memory as f64 / bytes as f64 * LESS } else { 0.0 };
         let cap = cells(true).saturating_add((cells(false) as f64 * part) as u64);
-        lowered |= cap < share.cap;
+        let closed = resort != Resort::Less;
+        lowered |= cap < share.cap || closed && !share.closed;
         share.cap = share.cap.min(cap);
+        share.closed |= closed;
     }
     lowered
 }

@@ -71,22 +71,36 @@ pub(crate) struct Tick<'a> {
     pub(crate) cells: u64,
     /// What each slot takes, relative to the others.
     weights: Vec<f64>,
+    /// Cells of each slot that have no sheet and stay where they are.
+    pub(crate) besides: Vec<u64>,
 }
 
 impl<'a> Tick<'a> {
-    fn new(problem: &'a Problem, documents: &[&'a Document]) -> Tick<'a> {
+    pub(crate) fn new(problem: &'a Problem, documents: &[&'a Document]) -> Tick<'a> {
         let sheets = Sheet::of(documents, problem.geometry.kv_heads());
         let work =
             |sheet: &Sheet<'_>| sheet.cells(Span::to(sheet.document.tokens())) * sheet.kv_heads.len() as u64;
         let cells = sheets.iter().map(work).sum();
         let weights = problem.slots.iter().map(|slot| slot.weight).collect();
-        Tick { problem, sheets, cells, weights }
+        Tick { problem, sheets, cells, weights, besides: vec![0; problem.slots.len()] }
+    }
+
+    /// The same with so many cells more on the slots of ranks, which are left alone.
+    pub(crate) fn with_work_besides(mut self, besides: &BTreeMap<u32, u64>) -> Tick<'a> {
+        for (cells, slot) in self.besides.iter_mut().zip(&self.problem.slots) {
+            *cells = slot.rank.and_then(|rank| besides.get(&rank)).copied().unwrap_or(0);
+        }
+        self.cells += self.besides.iter().sum::<u64>();
+        self
     }
 
     /// What slots hold when none may have more than `1 + tolerance` times its share, and the link of each is to carry no more
     /// than its part of `reach`: cells of a link of 1. Slots that would hold more than their memory are given less.
     pub(crate) fn hold(&self, tolerance: f64, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {
         let mut shares = shares(&self.problem.slots, &self.weights, tolerance, self.cells);
+        for (share, besides) in shares.iter_mut().zip(&self.besides) {
+            share.cap = share.cap.saturating_sub(*besides);
+        }
         let mut held = self.hold_within(shares.clone(), reach, effort);
         let less = std::iter::repeat_n(Resort::Less, FITTINGS);
         let mut excess = memory::excess(self, &held);
@@ -129,11 +143,13 @@ impl<'a> Tick<'a> {
         if let Some(profile) = &self.problem.profile {
             let seconds = |tick: &Tick<'_>, held: &[Vec<Strip>]| match tick.problem.rates {
                 Some(rates) => trade::seconds(tick, rates, held),
+                None if memory::excess(tick, held).is_some() => f64::INFINITY,
                 None => predicted(tick, profile, held).iter().sum(),
             };
             for _ in 0..WEIGHINGS {
                 // Work of shapes that are computed slowly counts more: slots are given cells by what they make of them.
-                self.weights = cells_a_second(self, profile, &held);
+                let Some(weights) = cells_a_second(self, profile, &held) else { break };
+                self.weights = weights;
                 let other = self.best();
                 if seconds(self, &other) >= seconds(self, &held) {
                     break;

@@ -79,6 +79,14 @@ impl Problem {
     /// # Errors
     /// The first [`PlanError`] found.
     pub fn check(&self) -> Result<(), PlanError> {
+        if let Some(document) = self.documents.iter().find(|document| !document.is_placed()) {
+            return Err(PlanError::NoHome { document: document.id() });
+        }
+        self.check_all_but_homes()
+    }
+
+    /// The same for documents whose homes may be still to be chosen.
+    pub(crate) fn check_all_but_homes(&self) -> Result<(), PlanError> {
         self.check_slots()?;
         if !(0.0..=1.0).contains(&self.tolerance) {
             return Err(PlanError::BadTolerance { tolerance: self.tolerance });

@@ -19,6 +19,8 @@ pub(crate) struct Share {
     pub(crate) slack: u64,
     /// How much its link carries, relative to the others.
     pub(crate) link: f64,
+    /// It takes nothing of ranks without a slot, unless all are closed.
+    pub(crate) closed: bool,
 }
 
 /// Of the tolerance, this much is planned for; the rest absorbs rounding.
@@ -38,7 +40,7 @@ pub(crate) fn shares(slots: &[Slot], weights: &[f64], tolerance: f64, cells: u64
         let slack = fair * (SLACK * tolerance).max(LEAST_SLACK);
         // A step of fewer cells than slots must have room for them.
         let cap = (fair * (1.0 + USED_TOLERANCE * tolerance)).floor().max(fair.ceil());
-        Share { rank: slot.rank, cap: cap as u64, slack: slack as u64, link: slot.link }
+        Share { rank: slot.rank, cap: cap as u64, slack: slack as u64, link: slot.link, closed: false }
     };
     slots.iter().zip(weights).map(share).collect()
 }
@@ -70,6 +72,8 @@ fn place(mut homeless: Vec<Strip>, shares: &[Share], held: &mut [Vec<Strip>]) {
     for (room, strips) in room.iter_mut().zip(held.iter()) {
         *room -= strips.iter().map(|s| i128::from(s.cells())).sum::<i128>();
     }
+    let open: Vec<usize> = (0..shares.len()).filter(|&n| !shares[n].closed).collect();
+    let open = if open.is_empty() { (0..shares.len()).collect() } else { open };
     let mut tokens = vec![0usize; shares.len()];
     let mean = shares.iter().map(|share| share.cap as f64).sum::<f64>() / shares.len() as f64;
     for mut strip in homeless {
@@ -77,8 +81,9 @@ fn place(mut homeless: Vec<Strip>, shares: &[Share], held: &mut [Vec<Strip>]) {
             let cells = i128::from(strip.cells());
             let fits = |n: &usize| (strip.cells() as f64) < SMALL * mean && room[*n] >= cells;
             let load = |n: &usize| tokens[*n] as f64 / shares[*n].cap as f64;
-            let light = (0..shares.len()).filter(fits).min_by(|a, b| load(a).total_cmp(&load(b)));
-            let Some(n) = light.or_else(|| (0..shares.len()).max_by_key(|&n| (room[n], Reverse(n)))) else {
+            let light = open.iter().copied().filter(fits).min_by(|a, b| load(a).total_cmp(&load(b)));
+            let Some(n) = light.or_else(|| open.iter().copied().max_by_key(|&n| (room[n], Reverse(n))))
+            else {
                 return;
             };
             let heads = strip.kv_heads.len();

@@ -9,7 +9,7 @@ use crate::policy::distca;
 use crate::profile::{flops, predicted};
 use crate::sheet::Strip;
 use crate::traffic::{Ports, Traffic};
-use crate::{DISTCA_TOLERANCE, PassVerdict, Rates};
+use crate::{DISTCA_TOLERANCE, PassVerdict, Rates, Slot};
 
 /// The least tolerance tried: where links are fast, balance is all that counts.
 const LEAST: f64 = 1e-3;
@@ -26,6 +26,9 @@ const REACHES: [f64; 6] = [2.0, 1.0, 0.5, 0.25, 0.125, 0.0625];
 
 /// Tolerances at which DistCA's planner is tried: its own default, half of that, and none.
 const DISTCA_TOLERANCES: [f64; 3] = [0.0, 0.05, DISTCA_TOLERANCE];
+/// It takes moves times documents, and is left alone where it would price more items than this: more than it does for 512
+/// servers.
+const DISTCA_ITEMS: u64 = 1 << 25;
 
 /// What slots hold.
 type Held = Vec<Vec<Strip>>;
@@ -46,17 +49,20 @@ pub(crate) fn hold(tick: &Tick<'_>, rates: Rates) -> Held {
             }
         }
     }
-    let others = || DISTCA_TOLERANCES.map(|tolerance| distca(tick, tolerance)).into_iter().flatten();
-    let others = std::iter::once(still).chain(if best.0 > least { others().collect() } else { Vec::new() });
-    let others = others.map(|held| (seconds(tick, rates, &held), held));
+    let mut others = vec![still];
+    if best.0 > least {
+        others.extend(DISTCA_TOLERANCES.iter().filter_map(|&tolerance| distca(tick, tolerance)));
+    }
+    if best.0.is_infinite() {
+        others.push(tick.hold(tick.problem.tolerance, f64::INFINITY, Effort::Search));
+    }
+    let others = others.into_iter().map(|held| (seconds(tick, rates, &held), held));
     others.fold(best, |best, other| if other.0 < best.0 { other } else { best }).1
 }
 
-/// What slots hold by DistCA's greedy, so that nothing takes longer than it would there; `None` where it does not fit their
-/// memory.
+/// What slots hold by DistCA's greedy, so that nothing takes longer than it would there.
 fn distca(tick: &Tick<'_>, tolerance: f64) -> Option<Held> {
-    let held = distca::place(&tick.sheets, &tick.problem.slots, &tick.problem.geometry, tolerance);
-    memory::excess(tick, &held).is_none().then_some(held)
+    distca::place(&tick.sheets, &tick.problem.slots, &tick.problem.geometry, tolerance, DISTCA_ITEMS)
 }
 
 /// Cells that a link of 1 carries in the time that `best` takes, if they cost it what cells cost there on average. Each pass
@@ -126,11 +132,17 @@ fn computing(tick: &Tick<'_>, rates: Rates, over_mean: f64) -> f64 {
     flops * tick.cells as f64 / weights * over_mean / rates.flops_per_second
 }
 
-/// Layer time of what slots hold, forward and backward, in seconds.
+/// Layer time of what slots hold, forward and backward, in seconds; infinite where it does not fit their memory.
 pub(crate) fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64 {
+    if memory::excess(tick, held).is_some() {
+        return f64::INFINITY;
+    }
     let work = |strips: &Vec<Strip>| strips.iter().map(Strip::cells).sum::<u64>() as f64;
-    let slots = held.iter().zip(&tick.problem.slots);
-    let busiest = slots.map(|(strips, slot)| work(strips) / slot.weight).fold(0.0, f64::max);
+    let slots = held.iter().zip(&tick.besides).zip(&tick.problem.slots);
+    let over_weight = |((strips, besides), slot): ((&Vec<Strip>, &u64), &Slot)| {
+        (work(strips) + *besides as f64) / slot.weight
+    };
+    let busiest = slots.map(over_weight).fold(0.0, f64::max);
     let (ports, traffic) = traffic(tick, held);
     let [forward, backward] = [&traffic.forward, &traffic.backward].map(|pass| pass.longest_of(&ports));
     let predicted = tick.problem.profile.as_ref().map(|profile| predicted(tick, profile, held));
@@ -144,7 +156,7 @@ pub(crate) fn seconds(tick: &Tick<'_>, rates: Rates, held: &[Vec<Strip>]) -> f64
 }
 
 /// Bytes that what slots hold moves, and how they reach the slots.
-fn traffic<'a>(tick: &Tick<'a>, held: &[Vec<Strip>]) -> (Ports<'a>, Traffic) {
+pub(crate) fn traffic<'a>(tick: &Tick<'a>, held: &[Vec<Strip>]) -> (Ports<'a>, Traffic) {
     let ports = Ports::new(tick.problem);
     let mut traffic = ports.idle();
     needs_away(tick, held, |homes, needs| traffic.add(&ports, homes, needs));

@@ -112,8 +112,21 @@ fn a_step_takes_what_its_slowest_rank_does() {
 
 #[test]
 fn what_stands_against_a_pool_is_named() {
+    let slow = Rates { flops_per_second: 1e12, bytes_per_second: 1e3 };
     let cases = [
         (two_ranks(8192, 1024), 0.0, 1e3, Doubt::SlowLinks),
+        // A plan for slow links moves nothing that these could slow down.
+        (Problem { rates: Some(slow), ..two_ranks(8192, 1024) }, 0.0, 1e3, Doubt::SlowLinks),
+        // What memory, and not links, keeps at home.
+        (
+            Problem {
+                slots: vec![Slot::in_place(0), Slot { memory: Some(0), ..Slot::in_place(1) }],
+                ..two_ranks(8192, 1024)
+            },
+            0.0,
+            FAST_LINKS,
+            Doubt::Balanced,
+        ),
         (two_ranks(8192, 8192), 0.0, FAST_LINKS, Doubt::Balanced),
         (two_ranks(8192, 8150), 1e-9, FAST_LINKS, Doubt::Balanced),
         (two_ranks(8192, 1024), 1e3, FAST_LINKS, Doubt::LittleAttention),

@@ -340,8 +340,10 @@ proptest! {
         for (slot, memory) in problem.slots.iter_mut().zip(memories) {
             slot.memory = memory;
         }
+        let has_slot = |rank| problem.slots.iter().any(|slot| slot.rank == Some(rank));
+        let limited = problem.slots.iter().all(|slot| slot.memory.is_some());
         let elsewhere = |d: &Document| d.homes().iter().any(|home| {
-            home.rank != d.homes()[0].rank || problem.slots.iter().all(|slot| slot.rank != Some(home.rank))
+            home.rank != d.homes()[0].rank || limited && !has_slot(home.rank)
         });
         match plan(&problem) {
             Ok(plan) => {
@@ -349,11 +351,28 @@ proptest! {
                 let verdict = judge(&plan, &problem).expect("a valid plan");
                 prop_assert!(verdict.memory <= 1.0, "{}", verdict.memory);
             }
-            // Where every rank can compute its own rows, nothing need be held.
+            // Where every rank can compute its own rows, or some slot all others, nothing need be held.
             Err(error) => prop_assert!(
                 matches!(error, PlanError::NoMemory { .. }) && problem.documents.iter().any(elsewhere), "{error}"
             ),
         }
+        let cells = plan(&Problem { rates: None, ..problem.clone() });
+        prop_assert!(cells.is_err() || plan(&problem).is_ok(), "rates make what fits no longer fit");
+    }
+}
+
+/// Rows of a rank without a slot go where there is memory for them.
+#[test]
+fn slots_without_memory_are_left_out() {
+    let documents = vec![document(0, 0, 10_000), document(9, 0, 200)];
+    let no_memory = Slot { memory: Some(0), ..Slot::dedicated() };
+    for (weight, rates) in
+        [(1.0, None), (0.004, Some(Rates { flops_per_second: 1e12, bytes_per_second: 1e12 }))]
+    {
+        let slots = vec![Slot::in_place(0), Slot { weight, ..no_memory }];
+        let problem = Problem { rates, ..Problem::new(geometry(1), documents.clone(), slots) };
+        let plan = plan(&problem).expect("slot 0 can hold all");
+        assert!(plan.tasks().all(|(_, task)| task.slot == 0));
     }
 }
 

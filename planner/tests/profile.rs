@@ -199,6 +199,18 @@ proptest! {
     }
 
     #[test]
+    fn a_profile_makes_nothing_that_fits_no_longer_fit(
+        problem in any_problem(), memories in prop::collection::vec(prop::option::of(0u64..5_000_000), 10),
+    ) {
+        let mut problem = problem;
+        for (slot, memory) in problem.slots.iter_mut().zip(memories) {
+            slot.memory = memory;
+        }
+        let told = Problem { profile: Some(steep()), ..problem.clone() };
+        prop_assert!(plan(&problem).is_err() || plan(&told).is_ok());
+    }
+
+    #[test]
     fn times_are_positive_and_a_larger_task_takes_longer(
         rows in 1usize..1 << 20, keys in 1usize..1 << 20, cells in 1u64..1 << 40, head_dim in 1usize..257, kind in 0usize..3,
     ) {

@@ -56,7 +56,7 @@ struct DocumentEntry {
     mask: Option<Vec<SliceEntry>>,
 }
 
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct HomeEntry {
     rank: u32,
@@ -76,6 +76,8 @@ pub(crate) struct Step {
     pub(crate) flops_per_second: Option<f64>,
     /// Bytes a second of a link of 1, where the step or one of its servers says so.
     pub(crate) link: Option<f64>,
+    /// How far a rank may lie above the mean number of tokens, as a fraction of it: where documents come without homes.
+    pub(crate) token_slack: Option<f64>,
     /// What the step says and this version does not use.
     pub(crate) unused: Vec<String>,
 }
@@ -113,11 +115,12 @@ impl TryFrom<StepFile> for Step {
                 bail!("servers {other} and {id} both have rank {rank}; a rank has one in-place server");
             }
         }
-        file.documents.iter().enumerate().try_for_each(check_home)?;
+        file.documents.iter().enumerate().try_for_each(|document| check_home(document, file.token_slack))?;
         file.documents.sort_by_key(|document| document.id);
         if let Some(pair) = file.documents.windows(2).find(|pair| pair[0].id == pair[1].id) {
             bail!("documents holds id {} twice", pair[0].id);
         }
+        let some_free = file.documents.iter().any(|document| document.home.is_none());
         let ids = file.documents.iter().map(|document| document.id).collect();
         let domain = |(n, entry): (usize, DocumentEntry)| {
             let name = format!("document {}", entry.id);
@@ -141,6 +144,7 @@ impl TryFrom<StepFile> for Step {
             documents: ids,
             flops_per_second: file.flops_per_second,
             link,
+            token_slack: file.token_slack.filter(|_| some_free),
             unused,
         })
     }
@@ -174,10 +178,8 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     if file.flops_per_second.is_some() && file.bytes_per_second.is_none() {
         unused.push("flops_per_second makes no difference to the plan without bytes_per_second".to_owned());
     }
-    if let Some(slack) = file.token_slack {
-        bail!(
-            "token_slack is {slack}, but homes are not chosen yet: give every document its home and leave token_slack out"
-        );
+    if file.token_slack.is_some() && file.documents.iter().all(|document| document.home.is_some()) {
+        unused.push("token_slack makes no difference: every document has its home".to_owned());
     }
     for (n, server) in file.servers.iter().enumerate() {
         positive(&format!("servers[{n}].bytes_per_second"), server.bytes_per_second)?;
@@ -203,32 +205,36 @@ fn slot(n: usize, server: &ServerEntry, usual: f64) -> anyhow::Result<Slot> {
     Ok(Slot { rank: server.rank, weight, link, memory: server.memory_bytes })
 }
 
-fn check_home((n, document): (usize, &DocumentEntry)) -> anyhow::Result<()> {
+fn check_home((n, document): (usize, &DocumentEntry), token_slack: Option<f64>) -> anyhow::Result<()> {
     let id = document.id;
     ensure!(
-        document.home.is_some(),
-        "documents[{n}] (id {id}) has no home, and homes are not chosen yet: add its home"
+        document.home.is_some() || token_slack.is_some(),
+        "documents[{n}] (id {id}) has no home: add it, or add token_slack to the step to have homes chosen"
     );
     Ok(())
 }
 
 fn document(n: usize, entry: DocumentEntry, geometry: &HeadGeometry) -> anyhow::Result<Document> {
     let index = u32::try_from(n).context("more documents than 32 bits can number")?;
-    let mut homes = entry.home.unwrap_or_default();
-    homes.sort_by_key(|home| home.start);
+    let id = DocumentId { rank: 0, index };
     let range = |home: &HomeEntry| {
         let tokens = span("home", [home.start, home.end])?;
         anyhow::Ok(HomeRange { rank: home.rank, tokens })
     };
-    let homes = homes.iter().map(range).collect::<anyhow::Result<Vec<_>>>()?;
-    let document =
-        Document::new(DocumentId { rank: 0, index }, entry.tokens, homes).map_err(|error| match error {
-            // The planner's name of the document means nothing to whoever wrote the step.
-            InvalidAttention::BadHomes { tokens, detail, .. } => {
-                anyhow!("home does not add up to [0, {tokens}): {detail}")
-            }
-            other => other.into(),
-        })?;
+    let document = match entry.home {
+        None => Document::unplaced(id, entry.tokens)?,
+        Some(mut homes) => {
+            homes.sort_by_key(|home| home.start);
+            let homes = homes.iter().map(range).collect::<anyhow::Result<Vec<_>>>()?;
+            Document::new(id, entry.tokens, homes).map_err(|error| match error {
+                // The planner's name of the document means nothing to whoever wrote the step.
+                InvalidAttention::BadHomes { tokens, detail, .. } => {
+                    anyhow!("home does not add up to [0, {tokens}): {detail}")
+                }
+                other => other.into(),
+            })?
+        }
+    };
     let document = document.with_tick(entry.tick);
     let Some(slices) = entry.mask else { return Ok(document) };
     let kv_heads = Span::to(geometry.kv_heads());
@@ -240,7 +246,17 @@ fn document(n: usize, entry: DocumentEntry, geometry: &HeadGeometry) -> anyhow::
 #[derive(Debug, Serialize)]
 pub(crate) struct PlanFile {
     tasks: Vec<TaskEntry>,
+    /// Of documents that came without.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    homes: Vec<HomesEntry>,
     plan_seconds: f64,
+}
+
+/// Who holds which tokens of a document.
+#[derive(Debug, Serialize)]
+struct HomesEntry {
+    document: u64,
+    home: Vec<HomeEntry>,
 }
 
 #[derive(Debug, Serialize)]
@@ -254,8 +270,15 @@ struct TaskEntry {
 }
 
 impl PlanFile {
-    /// The plan in terms of the step's own ids, which `servers` and `documents` list in order of the planner's.
-    pub(crate) fn new(plan: &StepPlan, servers: &[u64], documents: &[u64], plan_seconds: f64) -> PlanFile {
+    /// The plan in terms of the step's own ids, which `servers` and `documents` list in order of the planner's, with the homes
+    /// that were `chosen`.
+    pub(crate) fn new(
+        plan: &StepPlan,
+        chosen: &[&Document],
+        servers: &[u64],
+        documents: &[u64],
+        plan_seconds: f64,
+    ) -> PlanFile {
         let servers: BTreeMap<u32, u64> = (0..).zip(servers.iter().copied()).collect();
         let ends = |span: Span| [span.start(), span.end()];
         let task = |task: &outboard_attention::PlannedTask| {
@@ -268,6 +291,16 @@ impl PlanFile {
                 group: task.group,
             })
         };
-        PlanFile { tasks: plan.tasks().filter_map(|(_, t)| task(t)).collect(), plan_seconds }
+        let home = |home: &HomeRange| HomeEntry {
+            rank: home.rank,
+            start: home.tokens.start(),
+            end: home.tokens.end(),
+        };
+        let homes = |document: &&Document| {
+            let home = document.homes().iter().map(home).collect();
+            Some(HomesEntry { document: documents.get(document.id().index as usize).copied()?, home })
+        };
+        let tasks = plan.tasks().filter_map(|(_, t)| task(t)).collect();
+        PlanFile { tasks, homes: chosen.iter().filter_map(homes).collect(), plan_seconds }
     }
 }

@@ -84,15 +84,7 @@ impl Outlook {
         }
         let Some(forecast) = forecast else { return Ok(None) };
         let declared = run.rates.is_some();
-        let doubt = match forecast.doubt() {
-            // Plans for slow links leave work at home, and then no link is seen to be slow.
-            Some(Doubt::Balanced | Doubt::LittleAttention)
-                if declared && forecast.ideal_gain() >= Forecast::LEAST_GAIN =>
-            {
-                Some(Doubt::SlowLinks)
-            }
-            doubt => doubt,
-        };
+        let doubt = forecast.doubt();
         Ok(Some(Outlook {
             kind: "forecast",
             steps,

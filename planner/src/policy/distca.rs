@@ -37,13 +37,15 @@ struct Price {
     pair: f64,
 }
 
-/// Every slot's strips after the greedy has run.
+/// Every slot's strips after the greedy has run; `None` where it would have to price more than `most` items.
 pub(crate) fn place(
     sheets: &[Sheet<'_>],
     slots: &[Slot],
     geometry: &HeadGeometry,
     tolerance: f64,
-) -> Vec<Vec<Strip>> {
+    most: u64,
+) -> Option<Vec<Vec<Strip>>> {
+    let mut priced = 0u64;
     let mut items = items(sheets, &fixed::place(sheets, slots));
     let prices: Vec<Price> = sheets.iter().map(|sheet| Price::of(sheet, geometry)).collect();
     let weights: f64 = slots.iter().map(|slot| slot.weight).sum();
@@ -60,6 +62,10 @@ pub(crate) fn place(
     receivers.sort_by(|&a, &b| surplus[a].total_cmp(&surplus[b]));
     for receiver in receivers {
         while -surplus[receiver] > tolerance * share[receiver] {
+            priced = priced.saturating_add(items.len() as u64);
+            if priced > most {
+                return None;
+            }
             let Some((n, most)) = cheapest(&items, &prices, &surplus, -surplus[receiver]) else { break };
             let giver = items[n].slot;
             let moved = if items[n].cells as f64 <= most {
@@ -76,7 +82,7 @@ pub(crate) fn place(
             surplus[receiver] += moved as f64;
         }
     }
-    strips(sheets, slots.len(), &items)
+    Some(strips(sheets, slots.len(), &items))
 }
 
 /// What the slots hold as items. The rows that a slot has of a document are paired from outside in: DistCA knows

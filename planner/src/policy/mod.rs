@@ -110,7 +110,10 @@ pub fn plan_by(problem: &Problem, policy: Policy) -> Result<StepPlan, PlanError>
             Err(PlanError::BadTolerance { tolerance })
         }
         Policy::Distca { tolerance } => {
-            plan_ticks(problem, |sheets| distca::place(sheets, slots, &problem.geometry, tolerance))
+            let place = |sheets: &[Sheet<'_>]| {
+                distca::place(sheets, slots, &problem.geometry, tolerance, u64::MAX).unwrap_or_default()
+            };
+            plan_ticks(problem, place)
         }
     }
 }

@@ -9,7 +9,7 @@ const BIAS: u64 = 1023;
 const TERMS: u32 = 18;
 
 /// The logarithm to base 2 of a positive whole number, to about 15 digits; 0 of zero.
-pub(super) fn log2(n: usize) -> f64 {
+pub(crate) fn log2(n: usize) -> f64 {
     if n <= 1 {
         return 0.0;
     }

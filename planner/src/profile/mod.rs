@@ -14,6 +14,7 @@ use outboard_attention::{DType, Direction, HeadGeometry};
 use crate::PlanError;
 
 pub use grid::Grid;
+pub(crate) use log2::log2;
 pub use times::Times;
 pub(crate) use times::{cells_a_second, predicted};
 

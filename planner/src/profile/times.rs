@@ -98,9 +98,9 @@ pub(crate) fn predicted(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Strip>])
     })
 }
 
-/// Cells that each slot computes in a second of both passes, if it held these strips; one without any as many as all slots
-/// on average, by its weight.
-pub(crate) fn cells_a_second(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Strip>]) -> Vec<f64> {
+/// Cells that each slot computes in a second of both passes, if it held these strips, relative to the fastest; one without any
+/// as many as all slots on average, by its weight. `None` where a slot's are beyond what doubles can tell.
+pub(crate) fn cells_a_second(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Strip>]) -> Option<Vec<f64>> {
     let of = |strips: &Vec<Strip>| {
         let cells: u64 = strips.iter().map(Strip::cells).sum();
         let [forward, backward] = device_seconds(tick, profile, strips);
@@ -111,7 +111,10 @@ pub(crate) fn cells_a_second(tick: &Tick<'_>, profile: &Profile, held: &[Vec<Str
     let rate = |(cells, seconds): (f64, f64)| if seconds > 0.0 { cells / seconds } else { 1.0 };
     let of_slot =
         |(slot, &done): (&Slot, &(f64, f64))| slot.weight * rate(if done.1 > 0.0 { done } else { all });
-    tick.problem.slots.iter().zip(&slots).map(of_slot).collect()
+    let rates: Vec<f64> = tick.problem.slots.iter().zip(&slots).map(of_slot).collect();
+    let fastest = rates.iter().copied().fold(0.0, f64::max);
+    let relative: Vec<f64> = rates.iter().map(|rate| rate / fastest).collect();
+    relative.iter().all(|&rate| rate > 0.0 && rate <= 1.0).then_some(relative)
 }
 
 /// Seconds of both passes that a device of speed 1 takes for the pieces of these strips.

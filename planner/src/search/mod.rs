@@ -10,7 +10,7 @@ mod random;
 mod shape;
 
 use pool::Pool;
-use random::Random;
+pub(crate) use random::Random;
 pub(crate) use shape::{Rect, Shape};
 
 /// What a receiver takes from a donor.
