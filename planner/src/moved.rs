@@ -170,7 +170,9 @@ mod tests {
     type Draw = (usize, usize, Option<(usize, usize)>);
 
     /// Rows, whether the second head stays whole, cuts, and homes as ranks and tokens.
-    fn documents() -> impl Strategy<Value = Vec<(usize, bool, Vec<Draw>, Vec<(u32, usize)>)>> {
+    type Drawn = (usize, bool, Vec<Draw>, Vec<(u32, usize)>);
+
+    fn documents() -> impl Strategy<Value = Vec<Drawn>> {
         let cut = (1usize..900, 0usize..4, prop::option::of((0usize..3000, 0usize..4)));
         let home = (0u32..4, 1usize..1500);
         let homes = prop_oneof![Just(vec![(0, 3000)]), prop::collection::vec(home, 1..4)];
@@ -185,7 +187,7 @@ mod tests {
             let shape = HeadShape { q_heads: 6, kv_heads: 2, head_dim: 32, v_head_dim: 48, scale: 0.2, dtype: DType::Bf16, softcap: None };
             let geometry = HeadGeometry::try_from(shape).unwrap();
             let slots = (0..4).map(Slot::in_place).collect();
-            let of = |(index, (tokens, _, _, homes)): (u32, &(usize, bool, Vec<Draw>, Vec<(u32, usize)>))| {
+            let of = |(index, (tokens, _, _, homes)): (u32, &Drawn)| {
                 let mut at = 0;
                 let homes = homes.iter().chain([&(0, usize::MAX)]).filter_map(|&(rank, len)| {
                     let tokens = Span::at(at, len.min(tokens - at));
