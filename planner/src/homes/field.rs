@@ -16,9 +16,12 @@ use crate::{PlanError, Problem};
 /// Documents are cut at multiples of this many tokens where ranks may differ by as many.
 const BLOCK: usize = 128;
 /// Work that bins are filled up to, of their shares.
-const CAP: f64 = 1.009;
+const CAP: f64 = 1.007;
 /// What a rank without a slot is taken to compute when short documents are dealt out, of what the others do on average.
 const IDLE: f64 = 0.01;
+
+/// Few ranks get as many exchanges as this many.
+const FEW: usize = 64;
 
 /// How a tick is packed.
 #[derive(Clone, Copy, Debug)]
@@ -27,7 +30,7 @@ pub(super) struct Setting {
     pub(super) dear: f64,
     /// What ranks that fetch much pay besides.
     pub(super) toll: f64,
-    /// For each rank.
+    /// For each rank, of as many as [`FEW`] at least.
     pub(super) exchanges: usize,
 }
 
@@ -169,7 +172,8 @@ impl<'a> Field<'a> {
         if cost(&cut) <= cost(&bins) {
             bins = cut;
         }
-        anneal(&terms, &mut bins, empty, setting.exchanges * self.ranks.len(), &mut Random::new(1));
+        let exchanges = setting.exchanges * self.ranks.len().max(FEW);
+        anneal(&terms, &mut bins, empty, exchanges, &mut Random::new(1));
         self.finish(bins, short.clone())
     }
 
