@@ -4,6 +4,7 @@ use std::cmp::Reverse;
 
 use crate::cost::Cost;
 use crate::cut::{Cut, Edge, carve};
+use crate::kin;
 use crate::plan::Effort;
 use crate::search::{self, Links, Rect, Terms};
 use crate::sheet::{Sheet, Strip};
@@ -34,6 +35,9 @@ pub(crate) fn balance(
     held: &mut [Vec<Strip>],
     effort: Effort,
 ) {
+    if effort != Effort::Nothing {
+        kin::relieve(sheets, cost, shares, held);
+    }
     for round in 0..ROUNDS {
         let load: Vec<u64> = held.iter().map(|strips| strips.iter().map(Strip::cells).sum()).collect();
         let surplus = |n: usize| load[n].saturating_sub(shares[n].cap);
@@ -74,15 +78,15 @@ pub(crate) fn balance(
 }
 
 /// A slot that gives.
-struct Donor {
-    slot: usize,
+pub(crate) struct Donor {
+    pub(crate) slot: usize,
     /// Cells above its cap.
-    surplus: u64,
+    pub(crate) surplus: u64,
     /// What it may cut.
-    strips: Vec<Strip>,
-    edges: Vec<Edge>,
+    pub(crate) strips: Vec<Strip>,
+    pub(crate) edges: Vec<Edge>,
     /// How many bytes in all a byte on its link is worth.
-    scarce: f64,
+    pub(crate) scarce: f64,
 }
 
 /// Deals receivers out anew where that saves bytes.
@@ -125,7 +129,7 @@ fn exchange(sheets: &[Sheet<'_>], cost: &Cost, shares: &[Share], load: &[u64], d
     for (n, found) in which.into_iter().zip(searched) {
         let edge = |edge: &search::Edge| {
             let Share { rank, slack, .. } = shares[edge.slot];
-            Edge { slot: edge.slot, rank, cells: edge.cells as u64, slack }
+            Edge { slot: edge.slot, rank, cells: edge.cells as u64, slack, kin: Vec::new() }
         };
         donors[n].edges = found.edges.iter().map(edge).collect();
         if let Some(last) = donors[n].edges.last_mut() {
@@ -147,7 +151,7 @@ fn longest(held: &mut Vec<Strip>, surplus: u64) -> Vec<Strip> {
 }
 
 /// Cuts a donor's strips to serve its edges, in the best of several ways. It is on the device of `rank`.
-fn relieve(sheets: &[Sheet<'_>], cost: &Cost, rank: Option<u32>, donor: &Donor) -> Cut {
+pub(crate) fn relieve(sheets: &[Sheet<'_>], cost: &Cost, rank: Option<u32>, donor: &Donor) -> Cut {
     let Donor { strips, edges, scarce, .. } = donor;
     // What a key costs depends on who else sees it, and where heads run out, later slices pay for what the first ones
     // left.
@@ -195,7 +199,7 @@ impl Pool {
             let at = self.room.partition_point(|&(room, _)| room < left).min(self.room.len() - 1);
             let (room, slot) = self.room.remove(at);
             let (share, cells) = (&shares[slot], left.min(room));
-            edges.push(Edge { slot, rank: share.rank, cells, slack: share.slack });
+            edges.push(Edge { slot, rank: share.rank, cells, slack: share.slack, kin: Vec::new() });
             left -= cells;
             self.put(slot, room - cells, share);
         }

@@ -77,10 +77,11 @@ impl Cost {
         Cost { spread: 1.0 / area(middle).sqrt(), tail_area: area(tail), keys_a_row, ..self }
     }
 
-    /// Bytes of the rows `q` with keys `kv` of one kv head on a slot of `rank`, which has the tokens it is home of. Keys
-    /// count more than they cost where they are scarce.
-    pub(crate) fn bytes(&self, sheet: &Sheet<'_>, q: Span, kv: Span, rank: Option<u32>) -> f64 {
+    /// Bytes of the rows `q` with keys `kv` of one kv head on a slot of `rank`, which has the tokens it is home of, and the
+    /// first `known` keys besides. Keys count more than they cost where they are scarce.
+    pub(crate) fn bytes(&self, sheet: &Sheet<'_>, q: Span, kv: Span, rank: Option<u32>, known: usize) -> f64 {
         let keys = sheet.seen(kv).keys(q);
+        let keys = Span::new(keys.start().max(known), keys.end()).unwrap_or_default();
         let row = if kv.covers(Span::to(q.end())) { self.row } else { self.part_of_row };
         let away = |span: Span| match rank {
             Some(rank) => {

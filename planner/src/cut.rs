@@ -20,7 +20,7 @@ const NEARBY: usize = 16;
 const FLAT: usize = 16;
 
 /// What a slot takes over from another.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Edge {
     /// Who takes.
     pub(crate) slot: usize,
@@ -30,6 +30,15 @@ pub(crate) struct Edge {
     pub(crate) cells: u64,
     /// Cells that may be misplaced.
     pub(crate) slack: u64,
+    /// What it holds of the giver's sheets already, with all their kv heads: it has the keys of these.
+    pub(crate) kin: Vec<Strip>,
+}
+
+impl Edge {
+    /// The sheet's keys before this one are there already.
+    fn known(&self, sheet: usize) -> usize {
+        self.kin.iter().filter(|strip| strip.sheet == sheet).map(|strip| strip.q.end()).max().unwrap_or(0)
+    }
 }
 
 /// A cut of what a slot holds.
@@ -82,7 +91,11 @@ pub(crate) fn carve(
         }
     }
     cut.missing = need.max(0) as u64;
-    cut.moved = moved(sheets, cost, rank, &cut.kept, &cut.given);
+    let kin = edges.iter().flat_map(|edge| {
+        edge.kin.iter().map(|strip| Taken { slot: edge.slot, rank: edge.rank, strip: *strip })
+    });
+    let taken: Vec<Taken> = cut.given.iter().copied().chain(kin).collect();
+    cut.moved = moved(sheets, cost, rank, &cut.kept, &taken);
     cut
 }
 
@@ -115,7 +128,11 @@ fn cheapest(
     for (n, strip) in strips.iter().enumerate().skip(first).rev() {
         let sheet = &sheets[strip.sheet];
         let few = cost.heads(sheet, strip, need);
-        for heads in few..=strip.kv_heads.len().min(few + 1) {
+        let all = strip.kv_heads.len();
+        // Keys that are there already are best used by all heads.
+        let known = edge.known(strip.sheet);
+        let more = Some(all).filter(|&all| known > 0 && all > few + 1);
+        for heads in (few..=all.min(few + 1)).chain(more) {
             let holds = strip.unit as f64 * heads as f64;
             let per_head = need.div_ceil(heads as u64).max(1);
             let some_keys = some_keys(sheet, cost, strip, edge.rank, per_head);
@@ -123,7 +140,7 @@ fn cheapest(
             for slice in slices(sheet, cost, strip, heads, need).chain(some_keys) {
                 // A strip that holds less than is needed is priced as if it held enough.
                 let price = heads as f64
-                    * cost.bytes(sheet, slice.q, slice.kv, edge.rank)
+                    * cost.bytes(sheet, slice.q, slice.kv, edge.rank, known)
                     * (need as f64 / holds).max(1.0);
                 if best.is_none_or(|(least, ..)| price < least) {
                     best = Some((price, n, slice));

@@ -76,6 +76,7 @@ mod forecast;
 mod group;
 mod homes;
 mod judge;
+mod kin;
 mod loads;
 mod memory;
 mod moved;

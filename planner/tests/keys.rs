@@ -100,3 +100,25 @@ fn a_rank_computes_with_the_keys_it_has() {
     let moved = work[1] - 2.0e9 * 1.01;
     assert!(more < row * moved / 120_000.0 + key * 50_000.0, "{more} bytes more");
 }
+
+/// Of two slots with room, the one that has the document's keys takes its late rows, though the other one fits better.
+#[test]
+fn slots_that_have_the_keys_take_rows_first() {
+    let documents =
+        vec![spanning(0, 0, &[(0, 60_000), (1, 40_000)]), document(2, 0, 50_000), document(3, 0, 80_000)];
+    // Ranks 1 and 3 have 0.51e9 and 0.50e9 cells too much, ranks 0 and 2 lack 0.52e9 and 0.49e9.
+    for kv_heads in [1, 4] {
+        let slots = (0..).zip([2.32, 2.69, 1.74, 2.70]);
+        let slots = slots.map(|(rank, weight)| Slot { weight, ..Slot::in_place(rank) }).collect();
+        let shape = HeadShape { kv_heads, q_heads: 4 * kv_heads, ..geometry(4, DType::Bf16).shape() };
+        let geometry = HeadGeometry::try_from(shape).expect("sound heads");
+        let problem = Problem::new(geometry, documents.clone(), slots);
+        let plan = plan(&problem).expect("a sound problem");
+        check_tasks(&problem, &plan);
+        let late = |slot: u32| -> usize {
+            let tasks = plan.tasks().filter(|(_, t)| t.document == documents[0].id() && t.slot == slot);
+            tasks.map(|(_, t)| t.kv_heads.len() * t.q.end().saturating_sub(t.q.start().max(60_000))).sum()
+        };
+        assert!(late(0) > 10 * late(2).max(late(3)), "{} {} {}", late(0), late(2), late(3));
+    }
+}

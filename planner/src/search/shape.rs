@@ -22,7 +22,7 @@ impl Rect {
     }
 
     /// A strip that no slice of any of `strips` is cheaper on: as many heads, as late an end.
-    pub(super) fn hull(strips: &[Rect]) -> Rect {
+    pub(crate) fn hull(strips: &[Rect]) -> Rect {
         let most = |of: fn(&Rect) -> f64| strips.iter().map(of).fold(1.0, f64::max);
         Rect::new(most(|strip| strip.heads), 0.0, most(|strip| strip.hi))
     }
@@ -113,8 +113,13 @@ impl Shape {
         (heads * (self.row * x + self.key * p), Slice { heads, p, x })
     }
 
+    /// Bytes of a row and of a key of one kv head.
+    pub(crate) fn prices(&self) -> (f64, f64) {
+        (self.row, self.key)
+    }
+
     /// No way to take `need` cells from strips costs less, if `hull` is their hull.
-    pub(super) fn least(&self, hull: &Rect, need: f64) -> f64 {
+    pub(crate) fn least(&self, hull: &Rect, need: f64) -> f64 {
         self.cheapest(hull, need).0
     }
 
