@@ -27,8 +27,8 @@
 //!
 //! # How it works
 //! [`plan()`] takes each tick by itself. `start` puts every row on its home's slot, and documents of ranks without one
-//! where there is room; `balance` decides who gives how much to whom, at first greedily, then by a `search` that deals
-//! receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`, added up by `moved`), in
+//! where there is room; `kin` gives rows to slots that have their keys already; `balance` decides who gives how much to whom,
+//! at first greedily, then by a `search` that deals receivers out anew; `cut` lays out the slices that cost the fewest bytes (priced by `cost`, added up by `moved`), in
 //! several ways; `split` cuts what each slot holds into pieces; `group` orders the tasks and numbers the reduction groups. [`judge()`] says what
 //! any plan is worth, however it was made; [`Loads`] and [`Traffic`] are its figures of each slot, [`Flow`] those of each
 //! home and slot. Where rates are given, `trade` does this at several tolerances and keeps what takes the least layer time.
