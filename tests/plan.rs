@@ -287,3 +287,56 @@ fn the_plan_benchmark_judges_every_step_whole_and_as_a_lane() {
     std::fs::remove_file(folder.path().join("distca.json")).unwrap();
     assert!(outboard_fails(&args).contains("second.step.json"));
 }
+
+#[test]
+fn the_plan_benchmark_chooses_homes_and_compares_with_those_of_the_step() {
+    let folder = temporary_folder();
+    let write =
+        |name: &str, value: &Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    let document = |id: u64, rank: u64, tokens: u64| json!({ "id": id, "tokens": tokens, "home": [{ "rank": rank, "start": 0, "end": tokens }] });
+    let mut step = json!({
+        "model": { "q_heads": 8, "kv_heads": 4, "head_dim": 64, "bytes_per_element": 2 },
+        "servers": [{ "id": 0, "rank": 0 }, { "id": 1, "rank": 1 }],
+        "documents": [document(0, 0, 24000), document(1, 1, 8000), document(2, 1, 8000)],
+    });
+    write("tiny.step.json", &step);
+    let args =
+        ["bench", "plan", "--free-homes", "--steps", folder.path().to_str().unwrap(), "--repeats", "1"];
+    let words = outboard(&[&args[..], &["--json", "-"]].concat());
+    let lines: Vec<Value> = words.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let plans: Vec<&Value> = lines.iter().filter(|line| line["kind"] == "plan").collect();
+    let name = |line: &Value| json!([line["step"], line["part"], line["homes"]]);
+    for (line, part) in plans.iter().zip(["whole", "lane"]) {
+        assert_eq!(name(line), json!(["tiny", part, "free"]), "{line}");
+        let figure = |key: &str| line[key].as_f64().unwrap();
+        assert!(
+            figure("max_over_mean") <= 1.01 && (1.0..=1.02).contains(&figure("tokens_over_mean")),
+            "{line}"
+        );
+        assert!(figure("split_documents") >= 1.0, "the long document fits no rank: {line}");
+        assert!(line["layer_to_own"].as_array().unwrap().iter().all(|layer| layer.as_f64().unwrap() > 0.0));
+        for key in ["forward_to_distca", "busiest_backward_to_distca", "both_to_own", "plan_ms"] {
+            assert!(figure(key) > 0.0, "{key}");
+        }
+        assert!(line.get("layer_over_bound").is_none(), "bounds are of the step's own homes");
+    }
+    let rows: Vec<&str> = lines.iter().filter_map(|line| line["row"].as_str()).collect();
+    for row in ["whole tokens/mean, worst step", "lane busiest link backward to DistCA"] {
+        assert!(rows.contains(&row), "{rows:?}");
+    }
+    let words = outboard(&args);
+    assert!(words.contains("tokens/mean") && words.contains("to own: over our plan"), "{words}");
+
+    let refused = outboard_fails(&["bench", "plan", "--free-homes", "--growth"]);
+    assert!(refused.contains("--free-homes") && refused.contains("--growth"), "{refused}");
+    step["token_slack"] = json!(0.02);
+    step["documents"][0].as_object_mut().unwrap().remove("home");
+    write("tiny.step.json", &step);
+    for args in [&args[..], &["bench", "plan", "--steps", args[4]]] {
+        let refused = outboard_fails(args);
+        assert!(
+            refused.contains("tiny.step.json") && refused.contains("some documents have no home"),
+            "{refused}"
+        );
+    }
+}
