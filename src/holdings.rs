@@ -34,6 +34,15 @@ impl Holdings {
         let of_tick = |held: &BTreeMap<u32, usize>| over_mean(held.values().max().copied(), held);
         self.ticks.iter().map(of_tick).fold(1.0, f64::max)
     }
+
+    /// Tokens of a rank over the mean, all ticks together.
+    pub(crate) fn over_mean(&self, rank: u32) -> f64 {
+        let mut all: BTreeMap<u32, usize> = BTreeMap::new();
+        for (&rank, &tokens) in self.ticks.iter().flatten() {
+            *all.entry(rank).or_default() += tokens;
+        }
+        over_mean(all.get(&rank).copied(), &all)
+    }
 }
 
 /// The ranks that hold tokens of a document.
@@ -72,6 +81,7 @@ mod tests {
         let holdings = Holdings::of(&documents, &slots);
         assert_eq!(holdings.split, 1, "two ranges of one rank are no split");
         assert_eq!(holdings.max_over_mean(), 2.0, "rank 1 holds nothing in tick 1");
+        assert_eq!([0, 1, 7].map(|rank| holdings.over_mean(rank)), [90.0 / 80.0, 70.0 / 80.0, 0.0]);
         assert_eq!(Holdings::of(&[], &slots).max_over_mean(), 1.0);
     }
 }
