@@ -74,10 +74,7 @@ pub(super) fn table(shown: &Shown<'_>) -> String {
         traffic.backward.total as f64 / 1e9,
         links(problem, figures, servers),
         chosen
-            .map(|chosen| format!(
-                "\n{}; a server fetches so many keys and rows of each kv head, on average",
-                chosen.words()
-            ))
+            .map(|chosen| format!("\n{}; keys and rows fetched are means over kv heads", chosen.words()))
             .unwrap_or_default(),
         predicted.as_ref().map(|times| self::predicted(problem, times)).unwrap_or_default(),
         rates.map(|rates| times(problem, figures, rates)).unwrap_or_default(),

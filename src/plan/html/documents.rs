@@ -120,7 +120,7 @@ fn article(planned: &Planned<'_>, document: &Document, tasks: &[&PlannedTask]) -
                  server {name}{at_home}: {} <small>{}{}</small></span>",
                 percent(cells as f64 / total),
                 things(tasks, "task"),
-                fetched.get(&slot).map(|fetched| format!(", {}", fetches(*fetched))).unwrap_or_default(),
+                fetched.get(&slot).map(|fetched| format!(", {}", fetches(*fetched).join(", "))).unwrap_or_default(),
             )
         })
         .collect();

@@ -69,18 +69,20 @@ pub(super) fn strip(spanning: &Spanning<'_>) -> String {
 fn words(spanning: &Spanning<'_>, home: &HomeRange) -> Vec<String> {
     let mut words = vec![format!("holds {}", count(home.tokens.len()))];
     match spanning.ranks.get(&home.rank) {
-        Some(slot) => words.push(fetches(spanning.fetched.get(slot).copied().unwrap_or_default())),
+        Some(slot) => words.extend(fetches(spanning.fetched.get(slot).copied().unwrap_or_default())),
         None => words.push("no server".to_owned()),
     }
     words
 }
 
-/// As in "fetches 300 keys, 20 rows".
-pub(super) fn fetches(Fetched { rows, keys }: Fetched) -> String {
+/// As in "fetches 300 keys" and "20 rows".
+pub(super) fn fetches(Fetched { rows, keys }: Fetched) -> Vec<String> {
+    let (keys, rows) = ((keys > 0).then(|| count(keys)), (rows > 0).then(|| count(rows)));
     match (keys, rows) {
-        (0, 0) => "fetches nothing".to_owned(),
-        (keys, 0) => format!("fetches {} keys", count(keys)),
-        (keys, rows) => format!("fetches {} keys, {} rows", count(keys), count(rows)),
+        (None, None) => vec!["fetches nothing".to_owned()],
+        (Some(keys), None) => vec![format!("fetches {keys} keys")],
+        (None, Some(rows)) => vec![format!("fetches {rows} rows")],
+        (Some(keys), Some(rows)) => vec![format!("fetches {keys} keys"), format!("{rows} rows")],
     }
 }
 
@@ -127,7 +129,8 @@ mod tests {
             ">rank 8<",
             ">holds 4,000<",
             ">fetches 5,010 keys<",
-            ">fetches 4,000 keys, 12 rows<",
+            ">fetches 4,000 keys<",
+            ">12 rows<",
         ] {
             assert_eq!(drawn.matches(shown).count(), 1, "{shown} in {drawn}");
         }
@@ -135,6 +138,7 @@ mod tests {
             drawn.contains("<title>rank 9, tokens 9,000 to 9,010: holds 10, no server</title>"),
             "{drawn}"
         );
-        assert_eq!(fetches(Fetched::default()), "fetches nothing");
+        assert_eq!(fetches(Fetched::default()), ["fetches nothing"]);
+        assert_eq!(fetches(Fetched { rows: 1200, keys: 0 }), ["fetches 1,200 rows"]);
     }
 }
