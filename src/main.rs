@@ -14,6 +14,7 @@ mod coordinator;
 mod cores;
 mod cuda;
 mod device;
+mod holdings;
 mod lifetime;
 mod plan;
 mod profile;

@@ -12,12 +12,15 @@ use outboard_planner::{
     DEFAULT_TOLERANCE, DISTCA_TOLERANCE, PlanError, Policy, Profile, Rates, Settled, plan_by, settle,
 };
 
+use chosen::Chosen;
 use figures::Figures;
 
 use crate::step::{PlanFile, Step, read};
 
+mod chosen;
 #[cfg(test)]
 mod examples;
+mod fetched;
 mod figures;
 mod html;
 mod numbers;
@@ -149,8 +152,19 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         .then(|| Figures::of(&problem, &plan))
         .transpose()
         .with_context(|| format!("cannot judge the plan of {}", step.display()))?;
+    let chosen = token_slack.filter(|_| figures.is_some()).map(|slack| {
+        let free = free.iter().filter(|free| **free).count();
+        Chosen::of(&problem, &plan, slack, free)
+    });
     if let (Some(figures), true) = (&figures, table) {
-        eprintln!("{}", summary::table(&problem, figures, &servers, known));
+        let shown = summary::Shown {
+            problem: &problem,
+            figures,
+            servers: &servers,
+            rates: known,
+            chosen: chosen.as_ref(),
+        };
+        eprintln!("{}", summary::table(&shown));
     }
     if let (Some(figures), Some(file)) = (&figures, html) {
         let default = Rates::default();
@@ -167,13 +181,14 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             rates: Rates { flops_per_second, bytes_per_second: link.unwrap_or(default.bytes_per_second) },
             given,
             seconds: plan_seconds,
+            chosen: chosen.as_ref(),
         };
         std::fs::write(&file, html::page(&planned, figures))
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
-    let chosen: Vec<&Document> =
+    let placed: Vec<&Document> =
         problem.documents.iter().zip(free).filter(|(_, free)| *free).map(|(d, _)| d).collect();
-    let plan = PlanFile::new(&plan, &chosen, &servers, &documents, plan_seconds);
+    let plan = PlanFile::new(&plan, &placed, &servers, &documents, plan_seconds);
     write_json(&plan, output)
 }
 

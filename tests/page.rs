@@ -124,6 +124,36 @@ fn every_kind_of_step_has_a_page() {
 }
 
 #[test]
+fn a_document_that_spans_ranks_shows_who_holds_and_fetches_what() {
+    let folder = temporary_folder();
+    let step = folder.path().join("step.json");
+    let content = json!({
+        "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+        "servers": [{ "id": 7, "rank": 0 }, { "id": 8, "rank": 1 }, { "id": 9, "rank": 2 }],
+        "documents": [{ "id": 0, "tokens": 20_000 }, { "id": 1, "tokens": 5000 }, { "id": 2, "tokens": 5000 }],
+        "token_slack": 0.05,
+    });
+    std::fs::write(&step, content.to_string()).unwrap();
+    let (page, elements, plan) = page_of(&step, &[]);
+    assert!(page.contains("3 documents had their homes chosen, with a token slack of 0.05: "), "{page}");
+    let homes: Vec<&Vec<Value>> =
+        plan["homes"].as_array().unwrap().iter().map(|home| home["home"].as_array().unwrap()).collect();
+    let drawn = homes.iter().filter(|home| home.len() > 1);
+    assert!(homes[0].len() > 1, "it fits no rank");
+    assert_eq!(of_class(&elements, "strip").count(), drawn.clone().count());
+    assert_eq!(of_class(&elements, "held").count(), drawn.map(|home| home.len()).sum::<usize>());
+    let (_, fetched) = page.split_once("<title>rank ").unwrap();
+    assert!(fetched.contains(": holds ") && fetched.contains("fetches "), "{fetched}");
+
+    let rank = |id: u64, tokens: u64| json!({ "id": id, "tokens": tokens, "home": [{ "rank": id, "start": 0, "end": tokens }] });
+    let mut with = content;
+    with["documents"] = json!([rank(0, 20_000), rank(1, 5000), rank(2, 5000)]);
+    std::fs::write(&step, with.to_string()).unwrap();
+    let (page, elements, _) = page_of(&step, &[]);
+    assert!(!page.contains("homes chosen") && of_class(&elements, "strip").next().is_none());
+}
+
+#[test]
 fn the_check_of_pages_finds_what_is_wrong() {
     let page = |body: &str| elements(&format!("<!DOCTYPE html>\n<html>{body}</html>\n"));
     assert_eq!(page("<p id=\"a\">1 &lt; 2<br/></p><style>a>b{}</style>").unwrap().len(), 4);

@@ -287,3 +287,135 @@ fn the_plan_benchmark_judges_every_step_whole_and_as_a_lane() {
     std::fs::remove_file(folder.path().join("distca.json")).unwrap();
     assert!(outboard_fails(&args).contains("second.step.json"));
 }
+
+#[test]
+fn the_plan_benchmark_chooses_homes_and_compares_with_those_of_the_step() {
+    let folder = temporary_folder();
+    let write =
+        |name: &str, value: &Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    let document = |id: u64, rank: u64, tokens: u64| json!({ "id": id, "tokens": tokens, "home": [{ "rank": rank, "start": 0, "end": tokens }] });
+    let mut step = json!({
+        "model": { "q_heads": 8, "kv_heads": 4, "head_dim": 64, "bytes_per_element": 2 },
+        "servers": [{ "id": 0, "rank": 0 }, { "id": 1, "rank": 1 }],
+        "documents": [document(0, 0, 24000), document(1, 1, 8000), document(2, 1, 8000)],
+    });
+    write("tiny.step.json", &step);
+    let args =
+        ["bench", "plan", "--free-homes", "--steps", folder.path().to_str().unwrap(), "--repeats", "1"];
+    let words = outboard(&[&args[..], &["--json", "-"]].concat());
+    let lines: Vec<Value> = words.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let plans: Vec<&Value> = lines.iter().filter(|line| line["kind"] == "plan").collect();
+    let name = |line: &Value| json!([line["step"], line["part"], line["homes"]]);
+    for (line, part) in plans.iter().zip(["whole", "lane"]) {
+        assert_eq!(name(line), json!(["tiny", part, "free"]), "{line}");
+        let figure = |key: &str| line[key].as_f64().unwrap();
+        assert!(
+            figure("max_over_mean") <= 1.01 && (1.0..=1.02).contains(&figure("tokens_over_mean")),
+            "{line}"
+        );
+        assert!(figure("split_documents") >= 1.0, "the long document fits no rank: {line}");
+        assert!(line["layer_to_own"].as_array().unwrap().iter().all(|layer| layer.as_f64().unwrap() > 0.0));
+        for key in ["forward_to_distca", "busiest_backward_to_distca", "both_to_own", "plan_ms"] {
+            assert!(figure(key) > 0.0, "{key}");
+        }
+        assert!(line.get("layer_over_bound").is_none(), "bounds are of the step's own homes");
+    }
+    let rows: Vec<&str> = lines.iter().filter_map(|line| line["row"].as_str()).collect();
+    for row in ["whole tokens/mean, worst step", "lane busiest link backward to DistCA"] {
+        assert!(rows.contains(&row), "{rows:?}");
+    }
+    let words = outboard(&args);
+    assert!(words.contains("tokens/mean") && words.contains("to own: over our plan"), "{words}");
+
+    let refused = outboard_fails(&["bench", "plan", "--free-homes", "--growth"]);
+    assert!(refused.contains("--free-homes") && refused.contains("--growth"), "{refused}");
+    step["token_slack"] = json!(0.02);
+    step["documents"][0].as_object_mut().unwrap().remove("home");
+    write("tiny.step.json", &step);
+    for args in [&args[..], &["bench", "plan", "--steps", args[4]]] {
+        let refused = outboard_fails(args);
+        assert!(
+            refused.contains("tiny.step.json") && refused.contains("some documents have no home"),
+            "{refused}"
+        );
+    }
+}
+
+#[test]
+fn homes_are_chosen_for_documents_that_come_without() {
+    let folder = temporary_folder();
+    let step = folder.path().join("step.json");
+    let step = step.to_str().unwrap();
+    let tokens = [20_000, 3000, 9000, 500, 2500];
+    let content = |slack: Option<f64>, pinned: bool| {
+        let documents = (0u64..).zip(tokens).map(|(id, tokens)| match (id, pinned) {
+            (4, true) => {
+                json!({ "id": 50, "tokens": tokens, "home": [{ "rank": 2, "start": 0, "end": tokens }] })
+            }
+            _ => json!({ "id": 10 * id + 10, "tokens": tokens }),
+        });
+        let mut content = json!({
+            "model": { "q_heads": 4, "kv_heads": 2, "head_dim": 64, "bytes_per_element": 2 },
+            "servers": [{ "id": 7, "rank": 0 }, { "id": 8, "rank": 1 }, { "id": 9, "rank": 2 }],
+            "documents": documents.collect::<Vec<Value>>(),
+        });
+        if let Some(slack) = slack {
+            content["token_slack"] = json!(slack);
+        }
+        std::fs::write(step, content.to_string()).unwrap();
+    };
+    for pinned in [false, true] {
+        content(Some(0.02), pinned);
+        let (plan, said) = outboard_says(&["plan", step, "--profile", "cpu"]);
+        let plan: Value = serde_json::from_str(&plan).unwrap();
+        let mut held = [0, 0, if pinned { 2500 } else { 0 }];
+        let homes = plan["homes"].as_array().unwrap();
+        assert_eq!(homes.len(), if pinned { 4 } else { 5 }, "only of those that came without");
+        for (home, tokens) in homes.iter().zip(tokens) {
+            let mut at = 0;
+            for range in home["home"].as_array().unwrap() {
+                assert_eq!(range["start"], at, "{home}");
+                let end = range["end"].as_u64().unwrap();
+                held[range["rank"].as_u64().unwrap() as usize] += end - at;
+                at = end;
+            }
+            assert_eq!(at, tokens, "{home}");
+        }
+        assert!(held.iter().all(|&held| held as f64 <= 1.02 * 35_000.0 / 3.0), "{held:?}");
+        // Every row has all of its keys once for each kv head.
+        for (id, tokens) in [(10, 20_000), (50, 2500)] {
+            let length = |range: &Value| range[1].as_u64().unwrap() - range[0].as_u64().unwrap();
+            let cells = |task: &&Value| {
+                let (q, kv) = (&task["q"], &task["kv"]);
+                let seen =
+                    |row: u64| (row + 1).min(kv[1].as_u64().unwrap()).saturating_sub(kv[0].as_u64().unwrap());
+                let rows = q[0].as_u64().unwrap()..q[1].as_u64().unwrap();
+                rows.map(seen).sum::<u64>() * length(&task["kv_heads"])
+            };
+            let tasks = plan["tasks"].as_array().unwrap().iter().filter(|task| task["document"] == id);
+            let all: u64 = tasks.collect::<Vec<_>>().iter().map(cells).sum();
+            assert_eq!(all, tokens * (tokens + 1));
+        }
+        let split = homes.iter().filter(|home| home["home"].as_array().unwrap().len() > 1).count();
+        let most = *held.iter().max().unwrap() as f64 * 3.0 / 35_000.0;
+        let chosen = homes.len();
+        let line = format!(
+            "{chosen} documents had their homes chosen, with a token slack of 0.02: tokens max / mean {most:.4}, {split} of 5 documents split"
+        );
+        for part in ["tokens / mean", "keys fetched", "rows fetched", &line] {
+            assert!(said.contains(part), "{part:?} is missing in: {said}");
+        }
+        for policy in ["fixed", "wlb", "cp", "distca"] {
+            let refused = outboard_fails(&["plan", step, "--policy", policy]);
+            assert!(refused.contains("takes documents with homes, and some have none"), "{refused}");
+        }
+    }
+    content(None, true);
+    let refused = outboard_fails(&["plan", step]);
+    assert!(refused.contains("(id 10) has no home") && refused.contains("token_slack"), "{refused}");
+    for slack in [-0.1, 1.5] {
+        content(Some(slack), false);
+        let refused = outboard_fails(&["plan", step]);
+        assert!(refused.contains(&format!("token_slack is {slack}")), "{refused}");
+    }
+}

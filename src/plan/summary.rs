@@ -3,15 +3,30 @@
 use comfy_table::{CellAlignment, Table, presets};
 use outboard_planner::{Problem, Rates, Times, least_seconds};
 
+use super::chosen::Chosen;
 use super::figures::{Figures, busiest, layer_times};
-use super::numbers::seconds;
+use super::numbers::{count, seconds};
 
 /// More servers than this are too many to read.
 const ROWS: usize = 32;
 
-/// Per server its share, tasks and bytes, busiest first where there are many, and with a profile what it predicts; then the
-/// step as a whole. Layer time where rates are known.
-pub(super) fn table(problem: &Problem, figures: &Figures, servers: &[u64], rates: Option<Rates>) -> String {
+/// A plan and what is known of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Shown<'a> {
+    pub(super) problem: &'a Problem,
+    pub(super) figures: &'a Figures,
+    /// Slot n is server `servers[n]`.
+    pub(super) servers: &'a [u64],
+    /// How fast servers and links are, where that is known.
+    pub(super) rates: Option<Rates>,
+    /// The homes, where some were chosen.
+    pub(super) chosen: Option<&'a Chosen>,
+}
+
+/// Per server its share, tasks and bytes, busiest first where there are many, what its rank holds and it fetches where homes
+/// were chosen, and with a profile what it predicts; then the step as a whole. Layer time where rates are known.
+pub(super) fn table(shown: &Shown<'_>) -> String {
+    let &Shown { problem, figures, servers, rates, chosen } = shown;
     let Figures { traffic, tasks, verdict, times: predicted, .. } = figures;
     let slots = &problem.slots;
     let (_, shares) = figures.shares();
@@ -23,6 +38,9 @@ pub(super) fn table(problem: &Problem, figures: &Figures, servers: &[u64], rates
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
     let mut header = vec!["server", "rank", "cells / mean", "tasks", "MB in", "MB out"];
+    if chosen.is_some() {
+        header.extend(["tokens / mean", "keys fetched", "rows fetched"]);
+    }
     header.extend(computing.as_ref().map(|_| "compute ms"));
     table.set_header(header);
     for &n in order.iter().take(ROWS) {
@@ -37,6 +55,7 @@ pub(super) fn table(problem: &Problem, figures: &Figures, servers: &[u64], rates
             megabytes(bytes_in),
             megabytes(bytes_out),
         ];
+        row.extend(chosen.map(|chosen| held(problem, chosen, n)).into_iter().flatten());
         row.extend(computing.as_ref().map(|seconds| milliseconds(seconds.get(n).copied().unwrap_or(0.0))));
         table.add_row(row);
     }
@@ -47,16 +66,28 @@ pub(super) fn table(problem: &Problem, figures: &Figures, servers: &[u64], rates
     let more =
         if hidden > 0 { format!("\n{hidden} servers with less work are not shown") } else { String::new() };
     format!(
-        "{table}{more}\n{} tasks; max / mean {:.3} at home, {:.4} planned; forward {:.3} GB, backward {:.3} GB a layer\n{}{}{}",
+        "{table}{more}\n{} tasks; max / mean {:.3} at home, {:.4} planned; forward {:.3} GB, backward {:.3} GB a layer\n{}{}{}{}",
         verdict.tasks,
         figures.imbalance_before,
         verdict.max_over_mean,
         traffic.forward.total as f64 / 1e9,
         traffic.backward.total as f64 / 1e9,
         links(problem, figures, servers),
+        chosen
+            .map(|chosen| format!("\n{}; keys and rows fetched are means over kv heads", chosen.words()))
+            .unwrap_or_default(),
         predicted.as_ref().map(|times| self::predicted(problem, times)).unwrap_or_default(),
         rates.map(|rates| times(problem, figures, rates)).unwrap_or_default(),
     )
+}
+
+/// What the rank of a slot holds, and what the slot fetches.
+fn held(problem: &Problem, chosen: &Chosen, slot: usize) -> [String; 3] {
+    let rank = problem.slots.get(slot).and_then(|slot| slot.rank);
+    let held = rank.map_or("-".to_owned(), |rank| format!("{:.4}", chosen.holdings.over_mean(rank)));
+    let fetched = chosen.fetched.get(slot).copied().unwrap_or_default();
+    let fetched = fetched.of_a_head(problem.geometry.kv_heads());
+    [held, count(fetched.keys), count(fetched.rows)]
 }
 
 /// What a layer is predicted to take.
@@ -121,7 +152,14 @@ mod tests {
         let problem = in_place(2);
         let figures = Figures::of(&problem, &plan(&problem).unwrap()).unwrap();
         let rates = Rates { flops_per_second: figures.verdict.forward.flops, bytes_per_second: 1e6 };
-        let known = table(&problem, &figures, &[70, 71], Some(rates));
+        let shown = Shown {
+            problem: &problem,
+            figures: &figures,
+            servers: &[70, 71],
+            rates: Some(rates),
+            chosen: None,
+        };
+        let known = table(&shown);
         let most = figures.traffic.forward.bytes_in[1];
         assert!(most > figures.traffic.forward.bytes_in[0]);
         let link = format!("busiest link: forward {:.1} MB (into server 71)", most as f64 / 1e6);
@@ -129,7 +167,8 @@ mod tests {
         let link = seconds(most as f64 / 1e6);
         let time = format!("layer time: forward {link} (compute 1.00 s, link {link}), backward");
         assert!(known.contains(&time) && known.contains("no plan takes less than"), "{time}\n{known}");
-        let unknown = table(&problem, &figures, &[70, 71], None);
+        let unknown = table(&Shown { rates: None, ..shown });
         assert!(unknown.contains("busiest link") && !unknown.contains("layer time"), "{unknown}");
+        assert!(!unknown.contains("fetched") && !unknown.contains("chosen"), "{unknown}");
     }
 }

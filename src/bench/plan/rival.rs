@@ -38,6 +38,8 @@ pub(super) struct Ratios {
     pub(super) forward: f64,
     /// Busiest link forward.
     pub(super) busiest: f64,
+    /// Busiest link backward.
+    pub(super) busiest_backward: f64,
     /// Bytes forward and backward.
     pub(super) both: f64,
     /// Layer time, forward and backward, at each of [`LINKS`], over the best that it reaches there.
@@ -65,8 +67,8 @@ impl Rivals {
     }
 
     /// The plans of a step, if there are any.
-    pub(super) fn of(&self, step: &str) -> Option<Vec<(f64, Entry)>> {
-        self.0.get(step).filter(|plans| balanced(plans).is_some()).cloned()
+    pub(super) fn of(&self, step: &str) -> Option<&[(f64, Entry)]> {
+        self.0.get(step).map(Vec::as_slice).filter(|plans| balanced(plans).is_some())
     }
 }
 
@@ -101,10 +103,12 @@ pub(super) fn ratios(
     let ratios = Ratios {
         forward: ours.forward.bytes as f64 / forward.0,
         busiest: ours.forward.busiest as f64 / forward.1,
+        busiest_backward: ours.backward.busiest as f64 / backward.1,
         both: (ours.forward.bytes as f64 + ours.backward.bytes as f64) / (forward.0 + backward.0),
         layer,
     };
-    let all = [ratios.forward, ratios.busiest, ratios.both, layer[0], layer[1]];
+    let Ratios { forward, busiest, busiest_backward, both, layer: [fast, slow] } = ratios;
+    let all = [forward, busiest, busiest_backward, both, fast, slow];
     all.iter().all(|ratio| ratio.is_finite()).then_some(ratios)
 }
 

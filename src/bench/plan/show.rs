@@ -2,8 +2,9 @@
 
 use serde::Serialize;
 
+use super::free::Chosen;
 use super::targets::Row;
-use super::{Part, Planned};
+use super::{Homes, Part, Planned};
 use crate::bench::kernel::show::{Output, table};
 
 /// Columns, of which the first ones are words.
@@ -27,7 +28,38 @@ pub(super) const HEADER: [&str; 18] = [
     "layer x 12.5",
     "layer x 3",
 ];
+/// The same where homes were chosen.
+pub(super) const FREE_HEADER: [&str; 18] = [
+    "step",
+    "kv heads",
+    "servers",
+    "max/mean",
+    "tokens/mean",
+    "split",
+    "forward GB",
+    "fwd+bwd GB",
+    "busiest MB",
+    "plan ms",
+    "forward x",
+    "fwd+bwd x",
+    "busiest fwd x",
+    "busiest bwd x",
+    "layer x 3",
+    "fwd+bwd to own",
+    "layer to own 12.5",
+    "layer to own 3",
+];
 pub(super) const WORDS: usize = 1;
+
+/// What is to be said below the targets.
+pub(super) const NOTES: [&str; 2] = [
+    "x: over DistCA's plan, layer time over the best of its plans on links of 12.5 and 3 GB/s",
+    "to bound: forward bytes, and layer time on links of 12.5 GB/s, over what no plan does better",
+];
+pub(super) const FREE_NOTES: [&str; 2] = [
+    "x: over DistCA's plan of the step's own homes, layer time over the best of its plans on links of 3 GB/s",
+    "to own: over our plan of the step's own homes, layer time on links of 12.5 and 3 GB/s",
+];
 
 /// A plan's JSON line. Figures over those of DistCA's plan are left out where there is none.
 #[derive(Debug, Serialize)]
@@ -36,6 +68,8 @@ pub(super) struct Line<'a> {
     step: &'a str,
     policy: &'static str,
     part: &'static str,
+    /// "own", or "free" where they were chosen.
+    homes: &'static str,
     kv_heads: usize,
     servers: usize,
     documents: usize,
@@ -60,12 +94,27 @@ pub(super) struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     busiest_to_distca: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    busiest_backward_to_distca: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     both_to_distca: Option<f64>,
     /// Layer time on links of 12.5 GB/s over the least of any plan.
-    layer_over_bound: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    layer_over_bound: Option<f64>,
     /// Layer time on links of 12.5 and of 3 GB/s.
     #[serde(skip_serializing_if = "Option::is_none")]
     layer_to_distca: Option<[f64; 2]>,
+    #[serde(flatten)]
+    chosen: Option<ChosenLine>,
+}
+
+/// What a line says besides where homes were chosen.
+#[derive(Debug, Serialize)]
+struct ChosenLine {
+    tokens_over_mean: f64,
+    split_documents: usize,
+    /// Over our plan of the step's own homes; layer time as above.
+    both_to_own: f64,
+    layer_to_own: [f64; 2],
 }
 
 /// A target's JSON line.
@@ -91,11 +140,16 @@ impl Part {
 impl<'a> Line<'a> {
     pub(super) fn new(planned: &'a Planned) -> Line<'a> {
         let Planned { step, part, kv_heads, verdict, seconds, rates, ratios, .. } = planned;
+        let (homes, bounds, chosen) = match planned.homes {
+            Homes::Own(bounds) => ("own", Some(bounds), None),
+            Homes::Free(chosen) => ("free", None, Some(ChosenLine::of(chosen))),
+        };
         Line {
             kind: "plan",
             step,
             policy: "outboard",
             part: part.name(),
+            homes,
             kv_heads: *kv_heads,
             servers: verdict.slots,
             documents: verdict.documents,
@@ -112,41 +166,80 @@ impl<'a> Line<'a> {
             layer_ms_backward: verdict.backward.seconds(*rates) * 1e3,
             plan_ms: seconds * 1e3,
             forward_over_bound: planned.over_bound(),
-            layer_over_bound: planned.layer_over_bound,
+            layer_over_bound: bounds.map(|bounds| bounds.layer_over_bound),
             forward_to_distca: ratios.map(|ratios| ratios.forward),
             busiest_to_distca: ratios.map(|ratios| ratios.busiest),
+            busiest_backward_to_distca: ratios.map(|ratios| ratios.busiest_backward),
             both_to_distca: ratios.map(|ratios| ratios.both),
             layer_to_distca: ratios.map(|ratios| ratios.layer),
+            chosen,
         }
     }
 
     pub(super) fn row(&self) -> [String; 18] {
         let ratio = |value: Option<f64>| value.map_or("-".into(), |value| format!("{value:.3}"));
-        [
-            self.step.to_owned(),
-            self.kv_heads.to_string(),
-            self.servers.to_string(),
-            format!("{:.4}", self.max_over_mean),
-            format!("{:.4}", self.tiles_over_ideal),
-            format!("{:.3}", self.largest_piece),
-            self.tasks.to_string(),
-            format!("{:.3}", self.forward_gb),
-            format!("{:.3}", self.forward_gb + self.backward_gb),
-            format!("{:.1}", self.busiest_mb),
-            format!("{:.2}", self.plan_ms),
-            ratio(self.forward_over_bound),
-            ratio(Some(self.layer_over_bound)),
-            ratio(self.forward_to_distca),
-            ratio(self.busiest_to_distca),
-            ratio(self.both_to_distca),
-            ratio(self.layer_to_distca.map(|layer| layer[0])),
-            ratio(self.layer_to_distca.map(|layer| layer[1])),
-        ]
+        let layer = |of: Option<[f64; 2]>, link: usize| ratio(of.map(|layer| layer[link]));
+        let [step, heads, servers] =
+            [self.step.to_owned(), self.kv_heads.to_string(), self.servers.to_string()];
+        let balance = format!("{:.4}", self.max_over_mean);
+        let forward = format!("{:.3}", self.forward_gb);
+        let both = format!("{:.3}", self.forward_gb + self.backward_gb);
+        let busiest = format!("{:.1}", self.busiest_mb);
+        let plan = format!("{:.2}", self.plan_ms);
+        match &self.chosen {
+            None => [
+                step,
+                heads,
+                servers,
+                balance,
+                format!("{:.4}", self.tiles_over_ideal),
+                format!("{:.3}", self.largest_piece),
+                self.tasks.to_string(),
+                forward,
+                both,
+                busiest,
+                plan,
+                ratio(self.forward_over_bound),
+                ratio(self.layer_over_bound),
+                ratio(self.forward_to_distca),
+                ratio(self.busiest_to_distca),
+                ratio(self.both_to_distca),
+                layer(self.layer_to_distca, 0),
+                layer(self.layer_to_distca, 1),
+            ],
+            Some(chosen) => [
+                step,
+                heads,
+                servers,
+                balance,
+                format!("{:.4}", chosen.tokens_over_mean),
+                chosen.split_documents.to_string(),
+                forward,
+                both,
+                busiest,
+                plan,
+                ratio(self.forward_to_distca),
+                ratio(self.both_to_distca),
+                ratio(self.busiest_to_distca),
+                ratio(self.busiest_backward_to_distca),
+                layer(self.layer_to_distca, 1),
+                ratio(Some(chosen.both_to_own)),
+                layer(Some(chosen.layer_to_own), 0),
+                layer(Some(chosen.layer_to_own), 1),
+            ],
+        }
+    }
+}
+
+impl ChosenLine {
+    fn of(chosen: Chosen) -> ChosenLine {
+        let Chosen { tokens_over_mean, split, both_to_own, layer_to_own } = chosen;
+        ChosenLine { tokens_over_mean, split_documents: split, both_to_own, layer_to_own }
     }
 }
 
 /// Shows what must be reached, and what is.
-pub(super) fn targets(rows: &[Row], output: &mut Output) -> anyhow::Result<()> {
+pub(super) fn targets(rows: &[Row], notes: &[&str], output: &mut Output) -> anyhow::Result<()> {
     let mut table = table(["what", "target", "reached", ""], 1);
     let (mut passed, mut measured) = (0, 0);
     for row in rows {
@@ -169,10 +262,9 @@ pub(super) fn targets(rows: &[Row], output: &mut Output) -> anyhow::Result<()> {
         ]);
     }
     output.say(&table.to_string())?;
-    output.say("x: over DistCA's plan, layer time over the best of its plans on links of 12.5 and 3 GB/s")?;
-    output.say(
-        "to bound: forward bytes, and layer time on links of 12.5 GB/s, over what no plan does better",
-    )?;
+    for note in notes {
+        output.say(note)?;
+    }
     output.say(&format!("{passed} of {measured} rows pass"))
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, bail, ensure};
 use outboard_attention::{HeadGeometry, HeadShape};
 use outboard_planner::{Problem, Rates};
 
@@ -47,6 +47,13 @@ impl Source {
             Source::Variant(variant) => Ok((variant.problem().with_context(|| self.words())?, rates)),
             Source::File { path, .. } => {
                 let step = read(path)?;
+                if step.token_slack.is_some() {
+                    bail!(
+                        "{}: some documents have no home, and plans are compared with those of the step's own homes; \
+                         add them (--free-homes takes them away by itself)",
+                        path.display()
+                    );
+                }
                 let flops_per_second = step.flops_per_second.unwrap_or(rates.flops_per_second);
                 let rates = step.problem.rates.unwrap_or(Rates { flops_per_second, ..rates });
                 // Balance and bytes are judged of plans that are told nothing of links.

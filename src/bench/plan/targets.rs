@@ -1,7 +1,8 @@
 //! What plans must reach: rows of one table.
 
+use super::free::Chosen;
 use super::rival::{LINKS, Ratios};
-use super::{Part, Planned};
+use super::{Homes, Part, Planned};
 
 /// The slot with most work over the mean, on every step.
 const BALANCE: f64 = 1.01;
@@ -13,6 +14,10 @@ const LARGEST_PIECE: f64 = 0.25;
 const SMALL_STEP: usize = 128 * 1024;
 /// Milliseconds of planning by number of servers.
 const PLAN_MS: [(usize, f64); 3] = [(64, 10.0), (256, 25.0), (512, 50.0)];
+/// The same where homes are chosen too.
+const FREE_PLAN_MS: [(usize, f64); 3] = [(64, 60.0), (256, 250.0), (512, 600.0)];
+/// The rank with most tokens over the mean, on every step whose homes are chosen.
+const TOKENS: f64 = 1.02;
 
 /// What must be reached, and what is.
 #[derive(Clone, Debug, PartialEq)]
@@ -39,6 +44,20 @@ const WHOLE: Targets =
 const LANE: Targets =
     Targets { tiles: 1.025, forward: 0.73, busiest: 0.52, both: 0.75, bound: 1.07, layer: [0.76, 0.45] };
 
+/// The same where homes are chosen.
+struct FreeTargets {
+    forward: f64,
+    both: f64,
+    busiest: [f64; 2],
+    /// Layer time on the slowest links, over that of our plan of the step's own homes.
+    layer_to_own: f64,
+}
+
+const FREE_WHOLE: FreeTargets =
+    FreeTargets { forward: 0.29, both: 0.31, busiest: [0.22, 0.21], layer_to_own: 0.95 };
+const FREE_LANE: FreeTargets =
+    FreeTargets { forward: 0.31, both: 0.38, busiest: [0.34, 0.37], layer_to_own: 0.65 };
+
 impl Row {
     pub(super) fn pass(&self) -> Option<bool> {
         self.reached.map(|reached| reached <= self.target)
@@ -47,8 +66,24 @@ impl Row {
 
 /// Everything there is a target for.
 pub(super) fn rows(all: &[Planned]) -> Vec<Row> {
+    rows_by_part(all, [(Part::Whole, WHOLE), (Part::Lane, LANE)], rows_of)
+}
+
+/// The same where homes are chosen.
+pub(super) fn free_rows(all: &[Planned]) -> Vec<Row> {
+    rows_by_part(all, [(Part::Whole, FREE_WHOLE), (Part::Lane, FREE_LANE)], free_rows_of)
+}
+
+/// Takes a row's name, its target and what is reached.
+type Add<'a> = &'a mut dyn FnMut(String, f64, Option<f64>);
+
+fn rows_by_part<T>(
+    all: &[Planned],
+    parts: [(Part, T); 2],
+    rows_of: impl Fn(&[&Planned], &T, Add<'_>),
+) -> Vec<Row> {
     let mut rows = Vec::new();
-    for (part, targets) in [(Part::Whole, WHOLE), (Part::Lane, LANE)] {
+    for (part, targets) in parts {
         let steps: Vec<&Planned> =
             all.iter().filter(|planned| planned.part == part && !planned.variant).collect();
         rows_of(&steps, &targets, &mut |name, target, reached| {
@@ -59,24 +94,19 @@ pub(super) fn rows(all: &[Planned]) -> Vec<Row> {
     rows
 }
 
-fn rows_of(steps: &[&Planned], targets: &Targets, add: &mut impl FnMut(String, f64, Option<f64>)) {
+fn rows_of(steps: &[&Planned], targets: &Targets, add: Add<'_>) {
     let large = |step: &Planned| step.tokens_per_server > SMALL_STEP;
-    let all = |_: &Planned| true;
     let tasks = |step: &Planned| {
         let verdict = &step.verdict;
         verdict.tasks as f64 / (verdict.documents + TASKS_PER_SERVER * verdict.slots).max(1) as f64
     };
-    add("max/mean, worst step".into(), BALANCE, worst(steps, all, |step| step.verdict.max_over_mean));
-    add(
-        "tiles/ideal, worst step".into(),
-        targets.tiles,
-        worst(steps, all, |step| step.verdict.tiles_over_ideal),
-    );
+    add_balance(steps, add);
+    let tiles = worst(steps, any, |step| step.verdict.tiles_over_ideal);
+    add("tiles/ideal, worst step".into(), targets.tiles, tiles);
     add("tasks to documents + 12 x servers, above 128k, worst step".into(), 1.0, worst(steps, large, tasks));
     let piece = worst(steps, large, |step| step.verdict.largest_piece);
     add("largest piece, above 128k, worst step".into(), LARGEST_PIECE, piece);
-    let mean =
-        |of: fn(&Ratios) -> f64| geometric_mean(steps.iter().filter_map(|step| step.ratios.as_ref().map(of)));
+    let mean = |of: fn(&Ratios) -> f64| mean_ratio(steps, of);
     add("forward bytes to DistCA".into(), targets.forward, mean(|ratios| ratios.forward));
     add("busiest link to DistCA".into(), targets.busiest, mean(|ratios| ratios.busiest));
     add("forward and backward bytes to DistCA".into(), targets.both, mean(|ratios| ratios.both));
@@ -86,14 +116,56 @@ fn rows_of(steps: &[&Planned], targets: &Targets, add: &mut impl FnMut(String, f
     for ((link, target), of) in LINKS.iter().zip(targets.layer).zip(layer) {
         add(format!("layer time at {} GB/s to DistCA", link / 1e9), target, mean(of));
     }
-    for (servers, target) in PLAN_MS {
-        let such = |step: &Planned| step.verdict.slots == servers;
-        add(
-            format!("plan ms at {servers} servers, worst step"),
-            target,
-            worst(steps, such, |step| 1e3 * step.seconds),
-        );
+    add_plan_ms(steps, PLAN_MS, add);
+}
+
+fn free_rows_of(steps: &[&Planned], targets: &FreeTargets, add: Add<'_>) {
+    add_balance(steps, add);
+    let chosen = |of: fn(&Chosen) -> f64| {
+        steps.iter().filter_map(move |step| match &step.homes {
+            Homes::Free(chosen) => Some(of(chosen)),
+            Homes::Own(_) => None,
+        })
+    };
+    let tokens = chosen(|chosen| chosen.tokens_over_mean).reduce(f64::max);
+    add("tokens/mean, worst step".into(), TOKENS, tokens);
+    let mean = |of: fn(&Ratios) -> f64| mean_ratio(steps, of);
+    let [forward, backward] = targets.busiest;
+    add("forward bytes to DistCA".into(), targets.forward, mean(|ratios| ratios.forward));
+    add("forward and backward bytes to DistCA".into(), targets.both, mean(|ratios| ratios.both));
+    add("busiest link forward to DistCA".into(), forward, mean(|ratios| ratios.busiest));
+    add("busiest link backward to DistCA".into(), backward, mean(|ratios| ratios.busiest_backward));
+    let both = chosen(|chosen| chosen.both_to_own).reduce(f64::max);
+    add("forward and backward bytes to own homes, worst step".into(), 1.0, both);
+    let layer: [fn(&Chosen) -> f64; 2] = [|chosen| chosen.layer_to_own[0], |chosen| chosen.layer_to_own[1]];
+    for (link, of) in LINKS.iter().zip(layer) {
+        let name = format!("layer time at {} GB/s to own homes, worst step", link / 1e9);
+        add(name, 1.0, chosen(of).reduce(f64::max));
     }
+    let [_, slow] = LINKS;
+    let name = format!("layer time at {} GB/s to own homes", slow / 1e9);
+    add(name, targets.layer_to_own, geometric_mean(chosen(layer[1])));
+    add_plan_ms(steps, FREE_PLAN_MS, add);
+}
+
+fn add_balance(steps: &[&Planned], add: Add<'_>) {
+    add("max/mean, worst step".into(), BALANCE, worst(steps, any, |step| step.verdict.max_over_mean));
+}
+
+fn add_plan_ms(steps: &[&Planned], targets: [(usize, f64); 3], add: Add<'_>) {
+    for (servers, target) in targets {
+        let such = |step: &Planned| step.verdict.slots == servers;
+        let worst = worst(steps, such, |step| 1e3 * step.seconds);
+        add(format!("plan ms at {servers} servers, worst step"), target, worst);
+    }
+}
+
+fn any(_: &Planned) -> bool {
+    true
+}
+
+fn mean_ratio(steps: &[&Planned], of: fn(&Ratios) -> f64) -> Option<f64> {
+    geometric_mean(steps.iter().filter_map(|step| step.ratios.as_ref().map(of)))
 }
 
 fn worst(
@@ -119,12 +191,13 @@ mod tests {
 
     #[test]
     fn names_tell_rows_apart_and_nothing_passes_unseen() {
-        let rows = rows(&[]);
-        let mut names: Vec<&String> = rows.iter().map(|row| &row.name).collect();
-        names.sort();
-        names.dedup();
-        assert_eq!(names.len(), rows.len());
-        assert!(rows.iter().all(|row| row.pass().is_none()));
+        for rows in [rows(&[]), free_rows(&[])] {
+            let mut names: Vec<&String> = rows.iter().map(|row| &row.name).collect();
+            names.sort();
+            names.dedup();
+            assert_eq!(names.len(), rows.len());
+            assert!(rows.iter().all(|row| row.pass().is_none()));
+        }
     }
 
     #[test]

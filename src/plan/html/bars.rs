@@ -237,6 +237,7 @@ mod tests {
             rates: Rates::default(),
             given: Given { compute: false, link: false },
             seconds: 0.0,
+            chosen: None,
         };
         check(&planned, &Figures::of(problem, &plan).unwrap());
     }

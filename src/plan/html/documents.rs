@@ -3,37 +3,42 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use outboard_attention::{Document, DocumentId, PlannedTask};
+use outboard_attention::{Document, PlannedTask};
 
+use super::super::fetched::{Fetched, Tasks, by_document, of_document};
 use super::super::numbers::{count, percent, things};
 use super::Planned;
 use super::panels::{Look, Looks, panels, picture};
+use super::strip::{Spanning, fetches, strip};
 use super::svg::{DISTINCT, colour, escape};
+use crate::holdings::ranks;
 
 /// How many documents are drawn, pictures of each, and servers in its legend.
 const SHOWN: usize = 4;
 const PICTURES: usize = 16;
 const NAMED: usize = 32;
 
-type Tasks<'a> = BTreeMap<DocumentId, Vec<&'a PlannedTask>>;
-
 pub(super) fn section(planned: &Planned<'_>) -> String {
-    let mut tasks: Tasks<'_> = BTreeMap::new();
-    for (_, task) in planned.plan.tasks() {
-        tasks.entry(task.document).or_default().push(task);
-    }
+    let tasks = by_document(planned.plan);
     let shown = longest(planned, &tasks);
     let none = Vec::new();
     let articles: String = shown
         .iter()
         .map(|document| article(planned, document, tasks.get(&document.id()).unwrap_or(&none)))
         .collect();
+    let spanning = match shown.iter().any(|document| document.sole_home().is_none()) {
+        true => {
+            " Where a document spans ranks, a bar shows which of them holds which tokens, and how many keys and rows of the \
+                 others its server fetches, for each kv head on average."
+        }
+        false => "",
+    };
     let cut = tasks.values().filter(|tasks| servers(tasks) > 1).count();
     format!(
         "<section id=\"documents\">\n<h2>How the longest documents are cut</h2>\n\
          <p>{} of {} are computed by several servers; {} drawn here, each in its own scale. An area is a task: its \
          queries from top to bottom, the keys that they see from left to right. Kv heads that are cut alike share a picture. \
-         The strip on the left shows where the rows live. Colours are of each document, grey is the server on its home.</p>\n\
+         The strip on the left shows where the rows live. Colours are of each document, grey is the server on its home.{spanning}</p>\n\
          {articles}</section>\n",
         count(cut),
         things(planned.problem.documents.len(), "document"),
@@ -74,6 +79,14 @@ fn article(planned: &Planned<'_>, document: &Document, tasks: &[&PlannedTask]) -
         cells.iter().map(|(&slot, &(cells, tasks))| (slot, cells, tasks)).collect();
     order.sort_by_key(|&(slot, cells, _)| (Some(slot) != home, Reverse(cells), slot));
     let looks = looks(planned, &order, home);
+    let fetched = match document.sole_home() {
+        Some(_) => BTreeMap::new(),
+        None => fetched(planned, document, tasks),
+    };
+    let homes = match document.sole_home() {
+        Some(_) => String::new(),
+        None => strip(&Spanning { document, looks: &looks, ranks: &ranks, fetched: &fetched }),
+    };
     let (panels, exact) = panels(&mask, tasks);
     let side = match panels.len() {
         // Three to seven to a line.
@@ -104,9 +117,10 @@ fn article(planned: &Planned<'_>, document: &Document, tasks: &[&PlannedTask]) -
             let (class, name) = (&look.class, escape(&look.name));
             format!(
                 "<span data-server=\"{name}\"><svg viewBox=\"0 0 16 16\"><rect class=\"{class}\" width=\"16\" height=\"16\"/></svg>\
-                 server {name}{at_home}: {} <small>{}</small></span>",
+                 server {name}{at_home}: {} <small>{}{}</small></span>",
                 percent(cells as f64 / total),
-                things(tasks, "task")
+                things(tasks, "task"),
+                fetched.get(&slot).map(|fetched| format!(", {}", fetches(*fetched).join(", "))).unwrap_or_default(),
             )
         })
         .collect();
@@ -115,18 +129,24 @@ fn article(planned: &Planned<'_>, document: &Document, tasks: &[&PlannedTask]) -
         more => format!("<span>and {} more</span>", things(more, "server")),
     };
     format!(
-        "<article>\n<h3>{}</h3>\n<p class=\"legend\">{legend}{more}</p>\n{notes}<div class=\"panels\">\n{pictures}</div>\n</article>\n",
+        "<article>\n<h3>{}</h3>\n<p class=\"legend\">{legend}{more}</p>\n{notes}{homes}<div class=\"panels\">\n{pictures}</div>\n</article>\n",
         escape(&heading(planned, document, tasks.len(), order.len()))
     )
+}
+
+/// What each server fetches of a document, for a kv head on average.
+fn fetched(planned: &Planned<'_>, document: &Document, tasks: &[&PlannedTask]) -> BTreeMap<u32, Fetched> {
+    let kv_heads = planned.problem.geometry.kv_heads();
+    let of_all = of_document(document, tasks, planned.problem);
+    of_all.into_iter().map(|(slot, fetched)| (slot, fetched.of_a_head(kv_heads))).collect()
 }
 
 fn heading(planned: &Planned<'_>, document: &Document, tasks: usize, servers: usize) -> String {
     let id = planned.documents.get(document.id().index as usize);
     let id = id.map_or_else(|| document.id().to_string(), u64::to_string);
-    let ranks: BTreeSet<u32> = document.homes().iter().map(|home| home.rank).collect();
     let home = match document.sole_home() {
         Some(rank) => format!("home rank {rank}"),
-        None => format!("on {}", things(ranks.len(), "home rank")),
+        None => format!("on {}", things(ranks(document).len(), "home rank")),
     };
     let tick = match planned.plan.ticks.len() {
         0..=1 => String::new(),

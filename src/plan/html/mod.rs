@@ -8,11 +8,13 @@ mod matrix;
 mod panels;
 mod servers;
 mod shape;
+mod strip;
 mod svg;
 
 use outboard_attention::StepPlan;
 use outboard_planner::{Policy, Problem, Rates};
 
+use super::chosen::Chosen;
 use super::figures::Figures;
 use super::numbers::{count, percent, things};
 use svg::escape;
@@ -40,6 +42,8 @@ pub(super) struct Planned<'a> {
     pub(super) given: Given,
     /// How long planning took.
     pub(super) seconds: f64,
+    /// The homes, where some were chosen.
+    pub(super) chosen: Option<&'a Chosen>,
 }
 
 /// Which rates the step gives; the others are the judge's defaults.
@@ -98,9 +102,13 @@ fn about(planned: &Planned<'_>) -> String {
         }
         None => "without a bound on the busiest server".to_owned(),
     };
+    let chosen = match planned.chosen {
+        Some(chosen) => format!("<br/>{}.", escape(&chosen.words())),
+        None => String::new(),
+    };
     format!(
         "<p>{}{in_ticks}, {} tokens, on {}. {}, {}, {dims}, {}.<br/>Planned by <b>{policy}</b> {goal}. \
-         Figures are of one layer.</p>\n",
+         Figures are of one layer.{chosen}</p>\n",
         things(problem.documents.len(), "document"),
         count(tokens),
         things(problem.slots.len(), "server"),
