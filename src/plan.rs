@@ -143,6 +143,13 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
             _ => None,
         };
         let of_server = server.map(|id| format!(": server {id} has too little memory")).unwrap_or_default();
+        let document = match &error {
+            PlanError::PinnedTooMany { document, .. } | PlanError::NoRank { document } => {
+                documents.get(document.index as usize)
+            }
+            _ => None,
+        };
+        let of_server = document.map_or(of_server, |id| format!(": document {id}"));
         anyhow::Error::from(error).context(format!("cannot plan {}{of_server}", step.display()))
     })?;
     let plan_seconds = started.elapsed().as_secs_f64();

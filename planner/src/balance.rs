@@ -35,9 +35,7 @@ pub(crate) fn balance(
     held: &mut [Vec<Strip>],
     effort: Effort,
 ) {
-    if effort != Effort::Nothing {
-        kin::relieve(sheets, cost, shares, held);
-    }
+    kin::relieve(sheets, cost, shares, held);
     for round in 0..ROUNDS {
         let load: Vec<u64> = held.iter().map(|strips| strips.iter().map(Strip::cells).sum()).collect();
         let surplus = |n: usize| load[n].saturating_sub(shares[n].cap);

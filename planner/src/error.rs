@@ -122,11 +122,13 @@ pub enum PlanError {
     },
     /// Documents with homes of their own that exceed what a rank may hold.
     #[error(
-        "rank {rank} is home of {tokens} tokens already, document {document} the most; it may hold {most}"
+        "rank {rank} is home of {tokens} tokens of tick {tick} already, document {document} the most; it may hold {most}"
     )]
     PinnedTooMany {
         /// The rank.
         rank: u32,
+        /// The tick.
+        tick: u32,
         /// What it holds.
         tokens: usize,
         /// What it may hold.

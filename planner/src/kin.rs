@@ -10,6 +10,9 @@ use crate::search::Rect;
 use crate::sheet::{Sheet, Strip};
 use crate::start::Share;
 
+/// At most so many take rows of one slot.
+const MEMBERS: usize = 64;
+
 /// Kin is preferred to others if it costs no more than this part of what they do at best.
 const WORTH: f64 = 0.9;
 
@@ -67,7 +70,7 @@ fn edges(
     let mut edges: Vec<Edge> = Vec::new();
     let mut left = surplus;
     let mut used: Vec<(usize, u64)> = Vec::new();
-    while left > shares[giver].slack {
+    while left > shares[giver].slack && edges.len() < MEMBERS {
         let mut best: Option<(f64, usize, usize, u64)> = None;
         for strip in strips {
             let Some(members) = family.of_sheet.get(&strip.sheet) else { continue };

@@ -11,7 +11,7 @@
 //! # What is guaranteed
 //! - Every cell of every document lies in exactly one task ([`outboard_attention::StepPlan::check`]); no task is
 //!   empty, and no task's queries or keys reach beyond the first and last that its part of the mask uses.
-//! - The plan is a function of documents, homes, geometry, slots, tolerance, rates, profile and layers kept. The order in which documents
+//! - The plan is a function of documents, homes, geometry, slots, tolerance, rates, profile and layers kept (homes that are chosen: of the slack too). The order in which documents
 //!   come does not matter; no clock, randomness or hash order enters, and floating point only as IEEE basic operations,
 //!   so any machine makes the same plan. Measured speeds and membership are no input.
 //! - No slot holds more of others' tokens than its memory allows; where that cannot be had, there is no plan.

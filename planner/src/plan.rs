@@ -94,6 +94,16 @@ impl<'a> Tick<'a> {
         self
     }
 
+    /// The most work over weight of a slot that holds these strips, over the mean.
+    pub(crate) fn busiest_over_mean(&self, held: &[Vec<Strip>]) -> f64 {
+        let slots = held.iter().zip(&self.besides).zip(&self.problem.slots);
+        let work = slots.map(|((strips, besides), slot)| {
+            (strips.iter().map(Strip::cells).sum::<u64>() + besides) as f64 / slot.weight
+        });
+        let weights: f64 = self.problem.slots.iter().map(|slot| slot.weight).sum();
+        work.fold(0.0, f64::max) * weights / (self.cells as f64).max(1.0)
+    }
+
     /// What slots hold when none may have more than `1 + tolerance` times its share, and the link of each is to carry no more
     /// than its part of `reach`: cells of a link of 1. Slots that would hold more than their memory are given less.
     pub(crate) fn hold(&self, tolerance: f64, reach: f64, effort: Effort) -> Vec<Vec<Strip>> {

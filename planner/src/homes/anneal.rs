@@ -8,9 +8,9 @@ use crate::search::Random;
 /// Bins of one exchange, at most one more than this.
 const BINS: usize = 6;
 /// How often the first bin is the dearest of a few, not just any.
-const DEAR: f64 = 0.7;
-/// How few.
-const FEW: usize = 5;
+const DEAREST: f64 = 0.7;
+/// How many of them.
+const COMPARED: usize = 5;
 /// How often another bin shares a document with one that was chosen before.
 const NEAR: f64 = 0.5;
 /// What an exchange may cost more at first, in keys, as a part of the tokens of a bin.
@@ -38,6 +38,9 @@ pub(super) fn anneal(
     exchanges: usize,
     random: &mut Random,
 ) {
+    if cost(bins) < LEAST {
+        return;
+    }
     let documents = bins.iter().flat_map(|bin| &bin.segments).map(|segment| segment.document + 1).max();
     let mut bins_of: Vec<Vec<usize>> = vec![Vec::new(); documents.unwrap_or(0)];
     for (n, bin) in bins.iter().enumerate() {
@@ -102,8 +105,8 @@ pub(super) fn anneal(
 
 fn choose(bins: &[Bin], bins_of: &[Vec<usize>], some: &mut Vec<usize>, random: &mut Random) {
     let mut first = random.below(bins.len());
-    if random.unit() < DEAR {
-        for _ in 1..FEW {
+    if random.unit() < DEAREST {
+        for _ in 1..COMPARED {
             let other = random.below(bins.len());
             if bins[other].cost > bins[first].cost {
                 first = other;

@@ -56,6 +56,9 @@ const CROWD: f64 = 4.0;
 /// Where all heads are not enough, the rest costs this many times as much.
 const SPENT: f64 = 2.0;
 
+/// Of a bin whose tokens need more keys each than this, the toll is that of this many.
+const HIGHEST_TOLL: f64 = 8.0;
+
 /// Cells of the rows `[lo, hi)` of a causal document.
 pub(super) fn cells(lo: f64, hi: f64) -> f64 {
     (hi * (hi + 1.0) - lo * (lo + 1.0)) / 2.0
@@ -142,7 +145,7 @@ impl Bin {
         }
         let crowd = CROWD * (-self.room.tokens).max(0.0);
         let slices = terms.slices(-self.room.excess, longest);
-        let load = (keys + slices) / terms.tokens;
+        let load = ((keys + slices) / terms.tokens).min(HIGHEST_TOLL);
         self.cost = keys + crowd + slices + terms.toll * load * load * load * load;
     }
 }

@@ -20,8 +20,11 @@ const CAP: f64 = 1.007;
 /// What a rank without a slot is taken to compute when short documents are dealt out, of what the others do on average.
 const IDLE: f64 = 0.01;
 
-/// Few ranks get as many exchanges as this many.
+/// Whole documents of no more than this part of a rank's work are not cut to balance it.
+const SMALL: f64 = 0.02;
+/// Few ranks get as many exchanges as this many, or as this many for each long document.
 const FEW: usize = 64;
+const EACH: usize = 8;
 
 /// How a tick is packed.
 #[derive(Clone, Copy, Debug)]
@@ -50,9 +53,17 @@ struct Part {
 #[derive(Clone, Debug)]
 pub(super) struct Sorted {
     short: Vec<Short>,
+    long: usize,
     terms: Terms,
     empty: Vec<Room>,
     packed: [Vec<Bin>; 2],
+}
+
+impl Sorted {
+    /// How many documents are long.
+    pub(super) fn long(&self) -> usize {
+        self.long
+    }
 }
 
 /// What a setting makes of a tick.
@@ -72,6 +83,8 @@ pub(super) struct Field<'a> {
     /// Bytes of a row over those of a key.
     row: f64,
     kv_heads: f64,
+    /// Cells of one kv head on average.
+    all: f64,
     mean_tokens: f64,
     block: usize,
 }
@@ -125,6 +138,7 @@ impl<'a> Field<'a> {
             ranks: ranks.into_values().collect(),
             row: row as f64 / key as f64,
             kv_heads: problem.geometry.kv_heads() as f64,
+            all: work.values().sum(),
             mean_tokens,
             block,
         })
@@ -132,8 +146,7 @@ impl<'a> Field<'a> {
 
     /// Tells long documents, which have this part of a rank's work, from short ones.
     pub(super) fn sort(&self, long: f64) -> Sorted {
-        let all: f64 = self.free.iter().map(|free| free.cells).sum::<f64>()
-            + self.ranks.iter().map(|rank| rank.cells).sum::<f64>();
+        let all = self.all;
         let mean = all / self.ranks.len() as f64;
         let (mut segments, mut short) = (Vec::new(), Vec::new());
         for (document, Free { document: of, cells }) in self.free.iter().enumerate() {
@@ -157,7 +170,7 @@ impl<'a> Field<'a> {
             pack(&terms, &mut bins, &mut segments.clone(), &mut Vec::new(), whim, &mut Random::new(0));
             bins
         });
-        Sorted { short, terms, empty, packed }
+        Sorted { short, long: segments.len(), terms, empty, packed }
     }
 
     /// Homes of those without, by a setting.
@@ -172,7 +185,8 @@ impl<'a> Field<'a> {
         if cost(&cut) <= cost(&bins) {
             bins = cut;
         }
-        let exchanges = setting.exchanges * self.ranks.len().max(FEW);
+        let few = FEW.min(EACH * sorted.long());
+        let exchanges = setting.exchanges * self.ranks.len().max(few);
         anneal(&terms, &mut bins, empty, exchanges, &mut Random::new(1));
         self.finish(bins, short.clone())
     }
@@ -227,7 +241,8 @@ impl<'a> Field<'a> {
         let mut rest = Vec::new();
         for part in &draft.whole {
             let rank = &self.ranks[part.rank];
-            if rank.share > 0.0 && !shapes {
+            let small = self.free[part.document].cells <= SMALL * self.all / self.ranks.len() as f64;
+            if rank.share > 0.0 && small && !shapes {
                 *besides.entry(rank.rank).or_default() += self.free[part.document].cells * self.kv_heads;
             } else {
                 rest.push(*part);
@@ -245,7 +260,8 @@ impl<'a> Field<'a> {
             while over > 0.0 {
                 let longest = bin.segments.iter_mut().max_by(|a, b| tokens(a).total_cmp(&tokens(b)));
                 let Some(segment) = longest else { break };
-                let end = ((segment.lo + over) / BLOCK as f64).ceil() * BLOCK as f64;
+                let block = self.block as f64;
+                let end = ((segment.lo + over) / block).ceil() * block;
                 let (from, to) = (segment.lo, end.min(segment.hi));
                 let document = segment.document;
                 short.push(Short { document, from: from as usize, to: to as usize, cells: cells(from, to) });
@@ -297,6 +313,7 @@ fn work(
 
 /// A rank is home of more than it may hold.
 fn too_many(rank: &Rank, most: usize, documents: &[&Document]) -> PlanError {
+    let tick = documents.first().map_or(0, |document| document.tick());
     let held = |document: &&&Document| -> usize {
         let homes = document.homes().iter().filter(|home| home.rank == rank.rank);
         homes.map(|home| home.tokens.len()).sum()
@@ -304,6 +321,7 @@ fn too_many(rank: &Rank, most: usize, documents: &[&Document]) -> PlanError {
     let largest = documents.iter().max_by_key(held).map(|document| document.id());
     PlanError::PinnedTooMany {
         rank: rank.rank,
+        tick,
         tokens: rank.tokens,
         most,
         document: largest.unwrap_or(DocumentId { rank: rank.rank, index: 0 }),

@@ -125,10 +125,12 @@ pub(super) fn fill(
 /// Parts a document among the ranks with the most space, its last rows first.
 fn part(short: Short, loads: &mut [Load], block: usize, put: &mut impl FnMut(usize, Short)) {
     let mut left = short.to;
+    let mut most: BinaryHeap<(usize, Reverse<usize>)> =
+        loads.iter().enumerate().map(|(rank, load)| (load.space, Reverse(rank))).collect();
     while left > short.from {
-        let most = |rank: &usize| (loads[*rank].space, Reverse(*rank));
-        let Some(rank) = (0..loads.len()).max_by_key(most) else { return };
-        let first = left.saturating_sub(loads[rank].space).max(short.from);
+        // Each takes all that it has space for, but for what a block leaves over.
+        let Some((space, Reverse(rank))) = most.pop() else { return };
+        let first = left.saturating_sub(space).max(short.from);
         // On a block border, unless less than a block fits.
         let from = first.div_ceil(block) * block;
         let from = if from < left { from } else { first };
@@ -139,6 +141,7 @@ fn part(short: Short, loads: &mut [Load], block: usize, put: &mut impl FnMut(usi
         let part = Short { from, to: left, cells, ..short };
         loads[rank].give(&part);
         put(rank, part);
+        most.push((loads[rank].space, Reverse(rank)));
         left = from;
     }
 }

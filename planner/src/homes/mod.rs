@@ -11,12 +11,12 @@ mod field;
 mod fill;
 mod pack;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use outboard_attention::{Document, DocumentId, StepPlan};
 
 use crate::plan::{Effort, Tick};
-use crate::{PlanError, Problem, plan, trade};
+use crate::{PlanError, Problem, memory, plan, trade};
 
 use field::{Draft, Field, Homes, Setting, Sorted};
 
@@ -32,6 +32,8 @@ pub struct Settled {
 /// What is tried: many kv heads make slices cheap, since heads can be given away one by one.
 const LONG: [f64; 2] = [0.02, 0.05];
 const DEAR: [f64; 4] = [1.0, 1.5, 2.5, 9.0];
+/// Tolerances at which a layer may take least time.
+const TOLERANCES: [f64; 3] = [0.05, 0.2, 0.8];
 /// With a toll in between, settings are compared; the best ones are tried with each of these.
 const TOLL: f64 = 0.05;
 const TOLLS: [f64; 2] = [0.0, 0.1];
@@ -41,12 +43,12 @@ const LAST: usize = 80;
 /// How many settings get the last ones.
 const BEST: usize = 2;
 
-/// Chooses homes for the documents that have none, and plans the step. No rank holds more than `1 + slack` times the mean
-/// number of tokens of a tick. Ranks are those with a slot, and those that other documents name.
+/// Chooses homes for the documents that have none, and plans the step. In a tick with such documents no rank holds more than
+/// `1 + slack` times the mean number of tokens, or the mean rounded up. Ranks are those with a slot, and those that other
+/// documents of the tick name.
 ///
 /// # Errors
-/// A [`PlanError`] when the problem makes no sense, there is no rank, tokens cannot be spread within the slack, or homes that
-/// were given exceed it.
+/// A [`PlanError`] when the problem makes no sense, there is no rank, or homes that were given exceed the slack.
 pub fn settle(problem: &Problem, slack: f64) -> Result<Settled, PlanError> {
     problem.check_all_but_homes()?;
     if !(0.0..=1.0).contains(&slack) {
@@ -59,11 +61,12 @@ pub fn settle(problem: &Problem, slack: f64) -> Result<Settled, PlanError> {
 }
 
 fn place(problem: &Problem, slack: f64) -> Result<Vec<Document>, PlanError> {
-    let ticks: BTreeSet<u32> =
-        problem.documents.iter().filter(|d| !d.is_placed()).map(Document::tick).collect();
+    let mut ticks: BTreeMap<u32, Vec<&Document>> = BTreeMap::new();
+    for document in &problem.documents {
+        ticks.entry(document.tick()).or_default().push(document);
+    }
     let mut placed: BTreeMap<DocumentId, Document> = BTreeMap::new();
-    for tick in ticks {
-        let mut documents: Vec<&Document> = problem.documents.iter().filter(|d| d.tick() == tick).collect();
+    for mut documents in ticks.into_values().filter(|all| all.iter().any(|document| !document.is_placed())) {
         documents.sort_unstable_by_key(|document| document.id());
         let best = best(problem, &Field::new(problem, &documents, slack)?, &documents)?;
         placed.extend(best.into_iter().map(|document| (document.id(), document)));
@@ -81,7 +84,15 @@ fn best(problem: &Problem, field: &Field<'_>, documents: &[&Document]) -> Result
         let draft = field.draft(sorted, setting);
         Ok((price(problem, field, documents, &draft)?, draft))
     };
-    let sorted = LONG.map(|long| field.sort(long));
+    // Where nothing is long, documents stay whole, as far as there is space: that moves nothing by itself.
+    let plain = attempt(&field.sort(f64::INFINITY), Setting { dear: 1.0, toll: 0.0, exchanges: 0 })?;
+    let mut sorted: Vec<Sorted> = Vec::new();
+    for long in LONG.map(|long| field.sort(long)) {
+        let same = |other: &Sorted| other.long() == long.long();
+        if long.long() > 0 && !sorted.iter().any(same) {
+            sorted.push(long);
+        }
+    }
     let mut tried = Vec::new();
     for sorted in &sorted {
         for dear in DEAR {
@@ -91,17 +102,16 @@ fn best(problem: &Problem, field: &Field<'_>, documents: &[&Document]) -> Result
         }
     }
     tried.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut best: Option<(f64, Draft)> = None;
+    let mut best = plain;
     for (_, sorted, setting) in tried.iter().take(BEST) {
         for toll in TOLLS {
             let (price, draft) = attempt(sorted, Setting { toll, exchanges: LAST, ..*setting })?;
-            if best.as_ref().is_none_or(|(least, _)| price < *least) {
-                best = Some((price, draft));
+            if price < best.0 {
+                best = (price, draft);
             }
         }
     }
-    let draft = best.map(|(_, draft)| draft).unwrap_or_default();
-    with_homes(documents.iter().copied(), field.homes(&draft))
+    with_homes(documents.iter().copied(), field.homes(&best.1))
 }
 
 /// The documents, with those homes where they had none.
@@ -118,8 +128,8 @@ fn with_homes<'a>(
     placed.collect()
 }
 
-/// What a tick moves when it is balanced, in bytes of both passes, and a busy link besides. Where rates are given, layer time
-/// counts more.
+/// What a tick moves when it is balanced, in bytes of both passes, and a busy link and lasting imbalance besides. Where rates
+/// are given, layer time counts more. Infinite where it does not fit the slots' memory.
 fn price(
     problem: &Problem,
     field: &Field<'_>,
@@ -135,9 +145,17 @@ fn price(
     let (ports, traffic) = trade::traffic(&tick, &held);
     let bytes = traffic.forward.total as f64 + traffic.backward.total as f64;
     let longest = traffic.forward.longest_of(&ports) + traffic.backward.longest_of(&ports);
-    let price = bytes * longest.sqrt().sqrt();
-    Ok(match problem.rates {
-        Some(rates) => trade::seconds(&tick, rates, &held) * price.sqrt().sqrt().sqrt(),
-        None => price,
-    })
+    if memory::excess(&tick, &held).is_some() {
+        return Ok(f64::INFINITY);
+    }
+    // What memory keeps from moving stays where it is too much.
+    let lasting = (tick.busiest_over_mean(&held) / (1.0 + 2.0 * problem.tolerance)).max(1.0);
+    let price = (1.0 + bytes) * (1.0 + longest).sqrt().sqrt() * lasting * lasting * lasting * lasting;
+    let Some(rates) = problem.rates else { return Ok(price) };
+    let still = tick.hold(problem.tolerance, f64::INFINITY, Effort::Nothing);
+    let others = TOLERANCES.iter().map(|&tolerance| tick.hold(tolerance, f64::INFINITY, Effort::Greedy));
+    let all = others.chain([held, still]).map(|held| trade::seconds(&tick, rates, &held));
+    let least = all.fold(f64::INFINITY, f64::min);
+    // Of plans that take about as long, the one that moves less.
+    Ok(least * price.sqrt().sqrt().sqrt().sqrt().sqrt())
 }
