@@ -178,6 +178,9 @@ fn unused(file: &StepFile) -> anyhow::Result<Vec<String>> {
     if file.flops_per_second.is_some() && file.bytes_per_second.is_none() {
         unused.push("flops_per_second makes no difference to the plan without bytes_per_second".to_owned());
     }
+    if let Some(slack) = file.token_slack {
+        ensure!((0.0..=1.0).contains(&slack), "token_slack is {slack}; it must be between 0 and 1");
+    }
     if file.token_slack.is_some() && file.documents.iter().all(|document| document.home.is_some()) {
         unused.push("token_slack makes no difference: every document has its home".to_owned());
     }
