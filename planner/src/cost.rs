@@ -100,11 +100,6 @@ impl Cost {
         Cost { scarcity, ..self }
     }
 
-    /// Bytes of a row of one kv head, and of a key.
-    pub(crate) fn row_and_key(&self) -> (u64, u64) {
-        (self.row, self.key)
-    }
-
     /// What slices of causal strips cost, in closed form.
     pub(crate) fn shape(&self) -> Shape {
         Shape::new(self.row as f64, KEY_PRICE * self.key as f64, self.sent)

@@ -68,6 +68,9 @@ fn edges(
     let causal: Vec<Rect> = strips.iter().filter(|strip| sheets[strip.sheet].is_causal()).map(rect).collect();
     let hull = Rect::hull(&causal);
     let mut edges: Vec<Edge> = Vec::new();
+    let mut sheets_of_giver: Vec<usize> = strips.iter().map(|strip| strip.sheet).collect();
+    sheets_of_giver.sort_unstable();
+    sheets_of_giver.dedup();
     let mut left = surplus;
     let mut used: Vec<(usize, u64)> = Vec::new();
     while left > shares[giver].slack && edges.len() < MEMBERS {
@@ -86,7 +89,7 @@ fn edges(
                 if cells == 0 {
                     continue;
                 }
-                let bytes = bytes(cost, strip, other.q.end(), cells);
+                let bytes = bytes(shape.prices(), strip, other.q.end(), cells);
                 if bytes > WORTH * shape.least(&hull, cells as f64) {
                     continue;
                 }
@@ -98,10 +101,11 @@ fn edges(
         }
         let Some((_, slot, sheet, cells)) = best else { break };
         let of_slot = |sheet: &usize| family.of_sheet.get(sheet).into_iter().flatten();
-        let mut mine: Vec<usize> = strips.iter().map(|strip| strip.sheet).collect();
-        mine.sort_unstable();
-        mine.dedup();
-        let kin = mine.iter().flat_map(of_slot).filter(|(other, _)| *other == slot).map(|(_, strip)| *strip);
+        let kin = sheets_of_giver
+            .iter()
+            .flat_map(of_slot)
+            .filter(|(other, _)| *other == slot)
+            .map(|(_, strip)| *strip);
         let Share { rank, slack, .. } = shares[slot];
         edges.push(Edge { slot, rank, cells, slack, kin: kin.collect() });
         room[slot] -= cells;
@@ -120,8 +124,7 @@ fn edges(
 
 /// About what it costs to move so many cells of a strip to a slot that has the first `known` keys: the last rows with what
 /// is missing of their keys, or the first ones after those that it has.
-fn bytes(cost: &Cost, strip: &Strip, known: usize, cells: u64) -> f64 {
-    let (row, key) = cost.shape().prices();
+fn bytes((row, key): (f64, f64), strip: &Strip, known: usize, cells: u64) -> f64 {
     let heads = strip.kv_heads.len() as f64;
     let (lo, hi, known) = (strip.q.start() as f64, strip.q.end() as f64, known as f64);
     let w = cells as f64 / heads;

@@ -19,8 +19,8 @@
 //!   so. Rows are cut at multiples of 128 tokens, or of 64, 32 and so on where a block of 128 is too much work to
 //!   balance. Without rates and profile, balance is then within the tolerance or one row.
 //! - Where rates are given, without a profile and with memory for it, a layer of one tick takes no longer than without a
-//!   pool, if every home has a slot, and none takes longer than by DistCA's planner at its tolerances 0, 0.05 and 0.1, if
-//!   that prices no more than 2^25 items.
+//!   pool, if every home has a slot, nor than by DistCA's planner at its tolerances 0, 0.05 and 0.1, if that prices no
+//!   more than 2^25 items.
 //! - Tasks of one document on one slot share their kv-head ranges or have none in common; those of one range form a
 //!   reduction group.
 //! - No input makes it panic: what it cannot plan is a [`PlanError`] that names the field and the value.

@@ -159,7 +159,7 @@ fn documents_that_have_homes_keep_them() {
         homes.filter(|home| home.rank == rank).map(|home| home.tokens.len()).sum::<usize>()
     };
     // 28,100 tokens, so rank 0 has room for few besides its own. The others have equal work without parting anything.
-    assert_eq!([0, 1, 2].map(of_rank).iter().sum::<usize>(), 19_000);
+    assert!(of_rank(0) < 1_000);
     assert!(documents.iter().filter(|d| d.homes().len() > 1).count() <= 1, "{documents:?}");
 }
 

@@ -132,7 +132,7 @@ impl<'a> Field<'a> {
         if let (true, Some(free)) = (ranks.is_empty(), free.first()) {
             return Err(PlanError::NoRank { document: free.document.id() });
         }
-        let (row, key) = Cost::new(&problem.geometry).row_and_key();
+        let Cost { row, key, .. } = Cost::new(&problem.geometry);
         Ok(Field {
             free,
             ranks: ranks.into_values().collect(),
@@ -222,8 +222,13 @@ impl<'a> Field<'a> {
 
     /// Homes of all documents of a draft.
     pub(super) fn homes(&self, draft: &Draft) -> Homes {
+        self.homes_of(draft.parts.iter().chain(&draft.whole))
+    }
+
+    /// Homes by parts, those of one document in order of tokens.
+    fn homes_of<'b>(&self, parts: impl Iterator<Item = &'b Part>) -> Homes {
         let mut homes = Homes::new();
-        for Part { document, from, to, rank } in draft.parts.iter().chain(&draft.whole).copied() {
+        for &Part { document, from, to, rank } in parts {
             let (rank, tokens) = (self.ranks[rank].rank, Span::at(from, to - from));
             let homes = homes.entry(self.free[document].document.id()).or_default();
             match homes.last_mut() {
@@ -245,10 +250,10 @@ impl<'a> Field<'a> {
             if rank.share > 0.0 && small && !shapes {
                 *besides.entry(rank.rank).or_default() += self.free[part.document].cells * self.kv_heads;
             } else {
-                rest.push(*part);
+                rest.push(part);
             }
         }
-        let homes = self.homes(&Draft { parts: draft.parts.clone(), whole: rest });
+        let homes = self.homes_of(draft.parts.iter().chain(rest));
         (homes, besides.into_iter().map(|(rank, cells)| (rank, cells as u64)).collect())
     }
 

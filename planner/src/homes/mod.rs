@@ -137,17 +137,18 @@ fn price(
     draft: &Draft,
 ) -> Result<f64, PlanError> {
     let (homes, besides) = field.what_may_move(draft, problem.profile.is_some());
-    let some = documents.iter().copied().filter(|d| d.is_placed() || homes.contains_key(&d.id()));
-    let some: Vec<Document> = with_homes(some, homes.clone())?;
+    let mut some = documents.to_vec();
+    some.retain(|document| document.is_placed() || homes.contains_key(&document.id()));
+    let some: Vec<Document> = with_homes(some.into_iter(), homes)?;
     let some: Vec<&Document> = some.iter().collect();
     let tick = Tick::new(problem, &some).with_work_besides(&besides);
     let held = tick.hold(problem.tolerance, f64::INFINITY, Effort::Greedy);
-    let (ports, traffic) = trade::traffic(&tick, &held);
-    let bytes = traffic.forward.total as f64 + traffic.backward.total as f64;
-    let longest = traffic.forward.longest_of(&ports) + traffic.backward.longest_of(&ports);
     if memory::excess(&tick, &held).is_some() {
         return Ok(f64::INFINITY);
     }
+    let (ports, traffic) = trade::traffic(&tick, &held);
+    let bytes = traffic.forward.total as f64 + traffic.backward.total as f64;
+    let longest = traffic.forward.longest_of(&ports) + traffic.backward.longest_of(&ports);
     // What memory keeps from moving stays where it is too much.
     let lasting = (tick.busiest_over_mean(&held) / (1.0 + 2.0 * problem.tolerance)).max(1.0);
     let price = (1.0 + bytes) * (1.0 + longest).sqrt().sqrt() * lasting * lasting * lasting * lasting;
