@@ -24,8 +24,9 @@ impl Pool {
         self.0.iter().map(|entry| entry.0)
     }
 
-    /// To be called when all are added.
+    /// To be called when all are added. Slots that are full, or over by rounding, take nothing.
     pub(super) fn sort(&mut self) {
+        self.0.retain(|entry| entry.1 > 0.0);
         self.0.sort_unstable_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
     }
 
