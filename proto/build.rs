@@ -2,8 +2,12 @@
 
 use std::error::Error;
 
-const PROTOS: [&str; 3] =
-    ["outboard/v1/types.proto", "outboard/v1/attention.proto", "outboard/v1/coordinator.proto"];
+const PROTOS: [&str; 4] = [
+    "outboard/v1/types.proto",
+    "outboard/v1/attention.proto",
+    "outboard/v1/coordinator.proto",
+    "outboard/v1/home.proto",
+];
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");

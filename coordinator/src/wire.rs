@@ -140,6 +140,7 @@ pub(crate) fn joined(joined: &Joined) -> v1::JoinJobResponse {
         job_id: joined.job.0,
         slots: joined.slots.iter().map(slot).collect(),
         numerics_id: joined.numerics_id.clone(),
+        home_addresses: Vec::new(),
     }
 }
 
@@ -188,6 +189,7 @@ pub(crate) fn rank_plan(plan: &RankPlan) -> v1::SubmitStepResponse {
         tasks: plan.tasks().map(task).collect(),
         servers: plan.whole.servers.iter().map(server_info).collect(),
         summary: Some(summary(&plan.whole.summary)),
+        documents: Vec::new(),
     }
 }
 
@@ -200,6 +202,7 @@ fn summary(summary: &Summary) -> v1::PlanSummary {
         plan_seconds: summary.plan_seconds,
         forward_bytes: summary.forward_bytes,
         backward_bytes: summary.backward_bytes,
+        tokens_imbalance: 0.0,
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) fn measure(job: &ModelConfig, threads: usize) -> anyhow::Result<Speed
     let attention = LocalAttention::new(KernelConfig::new(Isa::detect(), threads))?;
     let mut trainer = Trainer::new(&model, &config, Arc::new(attention))?;
     let mut exchange = Exchange::alone();
-    let document = PackedDocument { id: DocumentId { rank: 0, index: 0 }, rows: Span::to(tokens) };
+    let document = PackedDocument::whole(DocumentId { rank: 0, index: 0 }, Span::to(tokens));
     // Which bytes they are changes no time.
     let text: Vec<u8> = (0..tokens).map(|n| (n * 131 % 251) as u8).collect();
 

@@ -109,7 +109,7 @@ impl RankInputs {
         let packed = lengths.iter().enumerate().map(|(index, &tokens)| {
             let rows = Span::at(at, tokens);
             at += tokens;
-            PackedDocument { id: DocumentId { rank, index: index as u32 }, rows }
+            PackedDocument::whole(DocumentId { rank, index: index as u32 }, rows)
         });
         let documents: Vec<_> = packed.collect();
         let mut random =

@@ -8,13 +8,34 @@ use outboard_attention::{
 
 use crate::WorkerError;
 
-/// A document's place in a rank's packed activations.
+/// Tokens of a document in a rank's packed activations: all of them, or a range where ranks share the document.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PackedDocument {
-    /// The document. Its token `i` is row `rows.start() + i`.
+    /// The document.
     pub id: DocumentId,
-    /// Its rows.
+    /// Its rows here.
     pub rows: Span,
+    /// Position in the document of the token in the first of these rows.
+    pub first_token: usize,
+    /// Tokens of the whole document.
+    pub length: usize,
+}
+
+impl PackedDocument {
+    /// A document all of whose tokens are here.
+    pub fn whole(id: DocumentId, rows: Span) -> PackedDocument {
+        PackedDocument { id, rows, first_token: 0, length: rows.len() }
+    }
+
+    /// Positions in the document of the tokens that are here.
+    pub fn tokens(&self) -> Span {
+        Span::at(self.first_token, self.rows.len())
+    }
+
+    /// True when all of its tokens are here.
+    pub fn is_whole(&self) -> bool {
+        self.rows.len() == self.length
+    }
 }
 
 /// One layer's core attention of one tick, as a rank sees it: the documents it is home of, packed one after another.

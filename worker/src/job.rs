@@ -66,6 +66,8 @@ impl Job {
             slots: Vec::new(),
             min_servers: options.min_servers,
             rates: options.rates,
+            placement: options.placement,
+            home_address: String::new(),
         };
         let joined = bounded(options.barrier_timeout, client.join_job(request)).await.map_err(failed)?;
         let slots = joined.slots.len() as u32;

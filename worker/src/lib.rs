@@ -19,5 +19,5 @@ pub use attention::{Attended, CoreAttention, LayerCall, OutputGradient, PackedDo
 pub use error::WorkerError;
 pub use local::LocalAttention;
 pub use options::JobOptions;
-pub use outboard_proto::v1::{PlanSummary, Rates};
+pub use outboard_proto::v1::{Placement, PlanSummary, Rates};
 pub use pool::{Placed, PoolAttention, StepStats};

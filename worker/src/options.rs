@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use outboard_attention::HeadGeometry;
-use outboard_proto::v1::Rates;
+use outboard_proto::v1::{Placement, Rates};
 
 /// A rank of a job, and the limits on its waiting.
 #[derive(Clone, Debug)]
@@ -23,6 +23,8 @@ pub struct JobOptions {
     /// How fast slots compute and links carry, the same on all ranks. With them each step is planned for the least layer
     /// time, so that slow links carry less; without them every step is balanced.
     pub rates: Option<Rates>,
+    /// Given, the same on all ranks, when documents may come without homes, which the planner then chooses.
+    pub placement: Option<Placement>,
     /// How long to wait for the coordinator to be reached.
     pub connect_timeout: Duration,
     /// How long to wait for the other ranks, to join and to submit each step. Longer than the coordinator's own limits,
@@ -49,6 +51,7 @@ impl JobOptions {
             geometry,
             min_servers: 1,
             rates: None,
+            placement: None,
             connect_timeout: Duration::from_secs(10),
             barrier_timeout: Duration::from_secs(360),
             task_timeout: Duration::from_secs(300),

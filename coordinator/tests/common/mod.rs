@@ -44,6 +44,8 @@ pub(crate) fn join(job: &str, rank: u32, ranks: u32) -> v1::JoinJobRequest {
         slots: Vec::new(),
         min_servers: 0,
         rates: None,
+        placement: None,
+        home_address: String::new(),
     }
 }
 

@@ -152,6 +152,7 @@ impl From<&WireTask> for v1::TaskHeader {
             tensors: tensors.iter().map(v1::TensorRef::from).collect(),
             keep_lease_ms: 0,
             deadline_ms: header.deadline.map_or(0, millis),
+            key_homes: Vec::new(),
         }
     }
 }

@@ -162,7 +162,7 @@ impl Packer {
             };
             let rows = Span::at(tokens.len(), file.tokens);
             read_prefix(path, file.tokens, &mut tokens)?;
-            documents.push(PackedDocument { id: DocumentId { rank, index: index as u32 }, rows });
+            documents.push(PackedDocument::whole(DocumentId { rank, index: index as u32 }, rows));
         }
         Ok(PackedBatch { step: packing.step, documents: documents.into(), tokens })
     }

@@ -119,10 +119,10 @@ fn a_document_does_not_see_its_neighbours() {
         .map(|document| {
             let alone = PackedBatch {
                 step: 0,
-                documents: Arc::new([PackedDocument {
-                    id: document.id,
-                    rows: outboard_attention::Span::to(document.rows.len()),
-                }]),
+                documents: Arc::new([PackedDocument::whole(
+                    document.id,
+                    outboard_attention::Span::to(document.rows.len()),
+                )]),
                 tokens: both.tokens[document.rows.range()].to_vec(),
             };
             model.forward(&alone, &naive(), 1).unwrap().loss_sum()

@@ -33,10 +33,8 @@ pub(crate) fn batch(step: u64, rank: u32, lengths: &[usize]) -> PackedBatch {
     let mut at = 0;
     let mut documents = Vec::new();
     for (index, &tokens) in lengths.iter().enumerate() {
-        documents.push(PackedDocument {
-            id: DocumentId { rank, index: index as u32 },
-            rows: Span::at(at, tokens),
-        });
+        let id = DocumentId { rank, index: index as u32 };
+        documents.push(PackedDocument::whole(id, Span::at(at, tokens)));
         at += tokens;
     }
     let tokens = (0..at).map(|i| ((i * i * 31 + i * 7 + 11 * rank as usize) % 251) as u8).collect();
