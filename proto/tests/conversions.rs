@@ -109,6 +109,7 @@ fn wire_task() -> impl Strategy<Value = WireTask> {
                     task,
                     result_dtype,
                     deadline: deadline.map(Duration::from_millis),
+                    key_homes: Vec::new(),
                 };
                 Some(WireTask { id, header, tensors })
             },
@@ -272,6 +273,7 @@ fn header() -> v1::TaskHeader {
         task,
         result_dtype: DType::F32,
         deadline: None,
+        key_homes: Vec::new(),
     };
     let tensor =
         TensorRef { id: 5, kind: TensorKind::Q, tokens: Span::to(20), carried: true, last_use: true };
