@@ -58,7 +58,12 @@ pub struct RankPlan {
 }
 
 impl RankPlan {
-    /// The tasks of documents that the rank is a home of, in plan order.
+    /// The documents that the rank is home of tokens of, with their homes, in order of id. None without placement.
+    pub fn documents(&self) -> impl Iterator<Item = &Document> {
+        self.whole.documents_of(self.rank)
+    }
+
+    /// The tasks whose queries or keys the rank is home of, in plan order.
     pub fn tasks(&self) -> impl Iterator<Item = &PlacedTask> {
         self.whole.tasks_of(self.rank)
     }

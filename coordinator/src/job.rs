@@ -314,7 +314,6 @@ impl Job {
         }
         Some(PlanInput {
             job: self.id,
-            name: self.name.clone(),
             step,
             ranks: self.terms.ranks,
             geometry: self.terms.geometry,

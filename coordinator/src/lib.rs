@@ -16,6 +16,7 @@ mod job;
 mod jobs;
 mod options;
 mod pace;
+mod parts;
 mod placement;
 mod planning;
 mod pool;

@@ -194,7 +194,7 @@ pub(crate) fn rank_plan(plan: &RankPlan) -> v1::SubmitStepResponse {
         tasks: plan.tasks().map(task).collect(),
         servers: plan.whole.servers.iter().map(server_info).collect(),
         summary: Some(summary(&plan.whole.summary)),
-        documents: Vec::new(),
+        documents: plan.documents().map(v1::Document::from).collect(),
     }
 }
 
@@ -207,7 +207,7 @@ fn summary(summary: &Summary) -> v1::PlanSummary {
         plan_seconds: summary.plan_seconds,
         forward_bytes: summary.forward_bytes,
         backward_bytes: summary.backward_bytes,
-        tokens_imbalance: 0.0,
+        tokens_imbalance: summary.tokens_imbalance,
     }
 }
 
