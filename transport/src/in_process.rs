@@ -61,8 +61,9 @@ impl Transport for InProcess {
         };
         let mut pendings = Vec::with_capacity(shipment.len());
         let mut tasks = Vec::with_capacity(shipment.len());
-        for request in shipment {
-            if let Err(error) = check(&request) {
+        let checked = check(&shipment);
+        for (request, checked) in shipment.into_iter().zip(checked) {
+            if let Err(error) = checked {
                 pendings.push(Pending::failed(error.context(request.header.name())));
                 continue;
             }
