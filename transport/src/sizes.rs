@@ -138,6 +138,10 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    pub(crate) fn of(slice: &TensorSlice) -> Row {
+        Row { heads: slice.heads(), dim: slice.dim(), dtype: slice.dtype() }
+    }
+
     /// Bytes of a tensor of so many tokens. Saturates.
     pub(crate) fn tensor_bytes(self, tokens: usize) -> u64 {
         [self.heads, self.dim, self.dtype.bytes()]
