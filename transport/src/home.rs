@@ -14,7 +14,7 @@ use outboard_proto::{
 
 use crate::grpc::LinkConfig;
 use crate::grpc::home_client::{HomeLink, MAX_PARTS, fetch};
-use crate::sizes::{Row, row_of};
+use crate::sizes::{Row, fetched_bytes, row_of};
 use crate::{TaskHandler, TaskOutcome};
 
 /// Most connections to homes that are kept. All are given up when there would be more.
@@ -126,6 +126,14 @@ impl Homes {
             None => self.link(home)?.await_keys(layer, limit).await,
         };
         waited.map_err(|error| named(error, home, &format!("waiting for its keys of {layer}")))
+    }
+
+    /// Memory that fetching a task's K and V takes here: none where they go by pointer.
+    pub(crate) fn fetched_bytes(&self, header: &TaskHeader) -> u64 {
+        match &header.key_homes[..] {
+            [home] if self.local(home).is_some() => 0,
+            _ => fetched_bytes(header),
+        }
     }
 
     /// Fetches K and V of a task that names their homes; memory for them has been counted.
