@@ -34,7 +34,25 @@ pub(crate) fn split(sheets: &[Sheet<'_>], strips: &mut [Strip]) -> Vec<Strip> {
             }
         }
     }
-    pieces
+    pieces.into_iter().flat_map(|piece| by_homes(sheets, piece)).collect()
+}
+
+/// A piece, cut where another rank is home of its rows: a task's rows have one.
+fn by_homes(sheets: &[Sheet<'_>], piece: Strip) -> Vec<Strip> {
+    let homes = sheets[piece.sheet].document.homes();
+    let first = homes.partition_point(|home| home.tokens.end() <= piece.q.start());
+    let mut runs: Vec<(u32, Span)> = Vec::new();
+    for home in homes[first..].iter().take_while(|home| home.tokens.start() < piece.q.end()) {
+        let q = home.tokens.intersect(piece.q);
+        match runs.last_mut() {
+            Some((rank, run)) if *rank == home.rank => *run = run.hull(q),
+            _ => runs.push((home.rank, q)),
+        }
+    }
+    match runs.len() {
+        0 | 1 => vec![piece],
+        _ => runs.into_iter().filter_map(|(_, q)| piece.part(sheets, piece.kv_heads, q)).collect(),
+    }
 }
 
 /// What a slot holds of one sheet, parted where any strip's kv heads begin or end: strips of the same kv heads, rows

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 mod common;
 
-use common::checks::check_tasks;
+use common::checks::{check_rows, check_tasks};
 use common::steps::{any_problem, document, geometry, in_place};
 
 /// The same document, whose home is still to be chosen.
@@ -29,6 +29,7 @@ fn check(problem: &Problem, slack: f64) -> Settled {
     let placed = Problem { documents: documents.clone(), ..problem.clone() };
     placed.check().expect("every document has homes");
     check_tasks(&placed, plan);
+    check_rows(&placed, plan);
     for (before, after) in problem.documents.iter().zip(documents) {
         assert_eq!((before.id(), before.tokens(), before.tick()), (after.id(), after.tokens(), after.tick()));
         assert!(!before.is_placed() || before == after, "homes that were given stay");

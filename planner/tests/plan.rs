@@ -9,13 +9,14 @@ use proptest::prelude::*;
 
 mod common;
 
-use common::checks::check_tasks;
+use common::checks::{check_rows, check_tasks};
 use common::steps::{any_problem, document, geometry, in_place, spanning};
 
 /// Plans the problem and checks everything that the crate guarantees.
 fn check(problem: &Problem) -> StepPlan {
     let plan = plan(problem).expect("a sound problem");
     check_tasks(problem, &plan);
+    check_rows(problem, &plan);
     check_balance(problem, &plan, 2.0 * problem.tolerance);
     check_pieces(problem, &plan);
     plan

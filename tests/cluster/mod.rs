@@ -1,14 +1,15 @@
 //! A whole cluster in one process: a coordinator, attention servers, and ranks on threads, over real sockets.
 #![allow(dead_code, unreachable_pub, reason = "a module of test binaries, each of which uses its own part")]
 
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use outboard_attention::kernel::{Isa, KernelConfig};
 use outboard_attention::{Document, DocumentId, Elements, HeadGeometry, HomeRange, Span};
 use outboard_attention_server::{EngineOptions, InPlace, Service, ServiceOptions};
-use outboard_transport::TaskHandler;
+use outboard_transport::{Homes, TaskHandler};
 use outboard_worker::{
-    Attended, CoreAttention, JobOptions, LayerCall, LocalAttention, OutputGradient, PackedDocument,
+    Attended, CoreAttention, Home, JobOptions, LayerCall, LocalAttention, OutputGradient, PackedDocument,
     PoolAttention, Qkv, QkvGradient,
 };
 use tokio::net::TcpListener;
@@ -57,12 +58,28 @@ impl Cluster {
     }
 
     pub fn server_with(&self, in_place: Option<(&str, u32)>, engine: EngineOptions) -> Service {
+        self.server_beside(in_place, Homes::default(), engine)
+    }
+
+    /// A server that reaches the homes of keys by `homes`.
+    pub fn server_beside(
+        &self,
+        in_place: Option<(&str, u32)>,
+        homes: Homes,
+        engine: EngineOptions,
+    ) -> Service {
         let options = ServiceOptions {
             coordinator: Some(self.url.clone()),
             in_place: in_place.map(|(job, rank)| InPlace { job: job.to_owned(), rank }),
+            homes,
             ..ServiceOptions::default()
         };
         self.runtime.block_on(outboard_attention_server::serve(&engine, options)).unwrap()
+    }
+
+    /// A home for a rank of a job with placement.
+    pub fn home(&self) -> Home {
+        Home::listen(SocketAddr::from(([127, 0, 0, 1], 0)), None, self.runtime.handle()).unwrap()
     }
 
     /// Joins all ranks of a job, each with its in-place server if it has one.
@@ -79,16 +96,25 @@ impl Cluster {
 
     /// The same with these options for all ranks.
     pub fn join_with(&self, options: &JobOptions, servers: &[Option<&Service>]) -> Vec<PoolAttention> {
-        let ranks = options.ranks;
-        let join = |rank: u32| {
+        self.join_at_home(options, servers, (0..options.ranks).map(|_| None).collect())
+    }
+
+    /// The same with these homes of the ranks.
+    pub fn join_at_home(
+        &self,
+        options: &JobOptions,
+        servers: &[Option<&Service>],
+        homes: Vec<Option<Home>>,
+    ) -> Vec<PoolAttention> {
+        let join = |(rank, home): (u32, Option<Home>)| {
             let options = JobOptions { rank, ..options.clone() };
             let service = servers.get(rank as usize).copied().flatten();
             let handler = service.map(|service| Arc::new(service.engine()) as Arc<dyn TaskHandler>);
             let runtime = self.runtime.handle().clone();
-            move || PoolAttention::join(options, runtime, handler, None).unwrap()
+            move || PoolAttention::join(options, runtime, handler, home).unwrap()
         };
         std::thread::scope(|scope| {
-            let joining: Vec<_> = (0..ranks).map(|rank| scope.spawn(join(rank))).collect();
+            let joining: Vec<_> = (0..).zip(homes).map(|rank| scope.spawn(join(rank))).collect();
             joining.into_iter().map(|thread| thread.join().unwrap()).collect()
         })
     }
@@ -180,10 +206,10 @@ impl LayerOutput {
 }
 
 /// Small and seeded: what is computed must not differ from run to run.
-struct Random(u64);
+pub struct Random(pub u64);
 
 impl Random {
-    fn next(&mut self) -> f32 {
+    pub fn next(&mut self) -> f32 {
         self.0 ^= self.0 << 13;
         self.0 ^= self.0 >> 7;
         self.0 ^= self.0 << 17;

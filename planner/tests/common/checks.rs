@@ -21,6 +21,16 @@ pub fn check_tasks(problem: &Problem, plan: &StepPlan) {
     check_groups(plan);
 }
 
+/// The rows of each task have one home rank, which sends them and gets their outputs.
+pub fn check_rows(problem: &Problem, plan: &StepPlan) {
+    for (_, task) in plan.tasks() {
+        let document = problem.documents.iter().find(|d| d.id() == task.document).expect("a known document");
+        let homes = document.homes().iter().filter(|h| !h.tokens.intersect(task.q).is_empty());
+        let ranks: BTreeSet<u32> = homes.map(|h| h.rank).collect();
+        assert_eq!(ranks.len(), 1, "rows of several ranks in one task: {task:?}");
+    }
+}
+
 /// From the first to the last key that any row sees.
 fn keys(mask: &Mask) -> Span {
     let row = |p: &MaskPart, i: usize| Some(p.slice.keys_of(i)).filter(|keys| !keys.is_empty());
