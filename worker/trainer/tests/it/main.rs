@@ -7,6 +7,7 @@ mod exchange;
 mod gradients;
 mod optimizer;
 mod packing;
+mod ranges;
 mod support;
 mod threads;
 mod training;
