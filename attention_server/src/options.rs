@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use outboard_attention::kernel::Isa;
+use outboard_transport::Homes;
 
 /// What a server computes with, and how much it may hold.
 #[derive(Clone, Debug)]
@@ -104,6 +105,8 @@ pub struct ServiceOptions {
     pub coordinator: Option<String>,
     /// The rank it shares a device with, for an in-place server.
     pub in_place: Option<InPlace>,
+    /// The way to keys that clients do not hold; it knows the home in this process, if there is one.
+    pub homes: Homes,
     /// How long tasks in hand may take to finish after a request to drain.
     pub drain_timeout: Duration,
     /// How long to wait for the coordinator at start, and for each call to it later.
@@ -117,6 +120,7 @@ impl Default for ServiceOptions {
             advertise: None,
             coordinator: None,
             in_place: None,
+            homes: Homes::default(),
             drain_timeout: Duration::from_secs(30),
             coordinator_timeout: Duration::from_secs(5),
         }

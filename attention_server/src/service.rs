@@ -63,7 +63,8 @@ pub async fn serve_engine(engine: Engine, options: ServiceOptions) -> Result<Ser
     health.set_serving::<AttentionServiceServer<()>>().await;
     let handler: Arc<dyn TaskHandler> = Arc::new(engine.clone());
     let drain = CancellationToken::new();
-    let router = grpc::router(handler, &ServerConfig::default(), drain.clone()).add_service(health_service);
+    let router = grpc::router(handler, options.homes.clone(), &ServerConfig::default(), drain.clone())
+        .add_service(health_service);
     let draining = drain.clone();
     let serving = tokio::spawn(async move {
         let served = grpc::serve(router, listener, draining).await;

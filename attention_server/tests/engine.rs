@@ -60,8 +60,9 @@ fn request_of(seed: usize, dtype: DType) -> TaskRequest {
         task,
         result_dtype: DType::F32,
         deadline: Some(Duration::from_secs(60)),
+        key_homes: Vec::new(),
     };
-    TaskRequest { header, inputs }
+    TaskRequest::new(header, inputs)
 }
 
 /// Runs `test` against an engine, and checks that nothing is left of it afterwards.
@@ -103,7 +104,7 @@ fn assert_right(request: &TaskRequest, results: &Results) {
 /// Checks O against the f64 reference on the same rounded inputs.
 fn assert_close(request: &TaskRequest, results: &Results, most: f64) {
     let Results::Forward { o, lse } = results else { panic!("a forward task gave {results:?}") };
-    let TaskInputs { q, k, v, .. } = &request.inputs;
+    let TaskInputs { q, k, v, .. } = &request.inputs().unwrap();
     let [q_values, k_values, v_values] = [q, k, v].map(widened);
     let view = |data, heads| TensorView::contiguous("x", data, [TOKENS, heads, 16]).unwrap();
     let inputs = reference::Inputs { q: view(&q_values, 4), k: view(&k_values, 2), v: view(&v_values, 2) };

@@ -1,6 +1,7 @@
 //! What a rank may submit.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 
 use outboard_attention::{Document, HeadGeometry, Span};
 use outboard_proto::ErrorKind;
@@ -9,15 +10,38 @@ use crate::Error;
 
 /// Ticks are numbered below this.
 const MAX_TICKS: u32 = 1 << 12;
+/// Most home ranges of one document.
+const MAX_HOMES: usize = 1 << 16;
 
-/// Checks a rank's documents of a step.
+/// What decides which documents a run's ranks may submit.
+#[derive(Clone, Debug)]
+pub(crate) struct Facts {
+    /// The job's name.
+    pub(crate) name: Arc<str>,
+    /// How many ranks it has.
+    pub(crate) ranks: u32,
+    /// Heads of its layers.
+    pub(crate) geometry: HeadGeometry,
+    /// True when documents may come without homes, or with several.
+    pub(crate) places: bool,
+}
+
+impl Facts {
+    /// The most of a kind that one submission may hold, where a rank has so many of its own. In a job with placement one
+    /// rank may speak for all.
+    pub(crate) fn most(&self, of_a_rank: usize) -> usize {
+        if self.places { of_a_rank.saturating_mul(self.ranks as usize) } else { of_a_rank }
+    }
+}
+
+/// Checks a rank's documents of a step. `of_a_rank` is how many a rank may have of its own.
 pub(crate) fn check_documents(
     documents: &[Document],
     rank: u32,
-    ranks: u32,
-    geometry: &HeadGeometry,
-    most: usize,
+    facts: &Facts,
+    of_a_rank: usize,
 ) -> Result<(), Error> {
+    let most = facts.most(of_a_rank);
     if documents.len() > most {
         return Err(Error::invalid(format!(
             "documents holds {} entries; a rank submits at most {most} a step",
@@ -39,21 +63,38 @@ pub(crate) fn check_documents(
                 "documents[{n}].id is {id}, as another one's; ids are unique in a step"
             )));
         }
-        check_document(document, ranks, geometry)
-            .map_err(|e| e.context(format_args!("documents[{n}] ({id})")))?;
+        let checked = check_homes(document, facts).and_then(|()| check_cells(document, &facts.geometry));
+        checked.map_err(|e| e.context(format_args!("documents[{n}] ({id})")))?;
     }
     Ok(())
 }
 
-fn check_document(document: &Document, ranks: u32, geometry: &HeadGeometry) -> Result<(), Error> {
-    if let Some(home) = document.homes().iter().find(|home| home.rank >= ranks) {
-        return Err(Error::invalid(format!("homes name rank {}; the job has {ranks} ranks", home.rank)));
+fn check_homes(document: &Document, facts: &Facts) -> Result<(), Error> {
+    let homes = document.homes();
+    if let Some(home) = homes.iter().find(|home| home.rank >= facts.ranks) {
+        return Err(Error::invalid(format!(
+            "homes name rank {}; the job has {} ranks",
+            home.rank, facts.ranks
+        )));
     }
-    if document.sole_home().is_none() {
-        let message =
-            "homes name several ranks; documents that span ranks are not supported yet: give it one home";
-        return Err(Error::new(ErrorKind::Unsupported, message));
+    if homes.len() > MAX_HOMES {
+        let count = homes.len();
+        return Err(Error::invalid(format!("homes holds {count} ranges; at most {MAX_HOMES} fit")));
     }
+    let unsupported = |message| Err(Error::new(ErrorKind::Unsupported, message));
+    match document.sole_home() {
+        _ if facts.places => Ok(()),
+        Some(_) => Ok(()),
+        None if homes.is_empty() => unsupported(
+            "homes is empty, and the job does not declare placement: name the document's home, or join with placement",
+        ),
+        None => unsupported(
+            "homes name several ranks, and the job does not declare placement: give it one home, or join with placement",
+        ),
+    }
+}
+
+fn check_cells(document: &Document, geometry: &HeadGeometry) -> Result<(), Error> {
     if document.tick() >= MAX_TICKS {
         return Err(Error::invalid(format!(
             "tick is {}; ticks are numbered below {MAX_TICKS}",

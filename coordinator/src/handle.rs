@@ -5,14 +5,15 @@ use std::time::{Duration, Instant, SystemTime};
 
 use outboard_attention::Document;
 
-use crate::documents::check_documents;
-use crate::job::{JobId, Joined};
+use crate::documents::{Facts, check_documents};
+use crate::gathering::Joined;
+use crate::job::JobId;
 use crate::jobs::Jobs;
 use crate::planning::{PlacedTask, PlanInput, PlannedStep, plan_step};
 use crate::pool::{Gone, Pool, PoolEntry};
 use crate::report::{RunTimes, StepReport};
 use crate::server::{InPlace, ServerId, ServerSpec};
-use crate::slots::Terms;
+use crate::terms::{RankSpec, Terms};
 use crate::text::listed;
 use crate::{Error, Options};
 
@@ -42,7 +43,8 @@ pub struct Submission {
     pub rank: u32,
     /// The training step.
     pub step: u64,
-    /// The documents whose ids carry this rank.
+    /// The documents whose ids carry this rank. In a job with placement one rank may speak for all, and homes may name
+    /// any ranks, or none.
     pub documents: Vec<Document>,
 }
 
@@ -56,7 +58,12 @@ pub struct RankPlan {
 }
 
 impl RankPlan {
-    /// The tasks of documents that the rank is a home of, in plan order.
+    /// The documents that the rank is home of tokens of, with their homes, in order of id. None without placement.
+    pub fn documents(&self) -> impl Iterator<Item = &Document> {
+        self.whole.documents_of(self.rank)
+    }
+
+    /// The tasks whose queries or keys the rank is home of, in plan order.
     pub fn tasks(&self) -> impl Iterator<Item = &PlacedTask> {
         self.whole.tasks_of(self.rank)
     }
@@ -141,14 +148,14 @@ impl Handle {
     /// # Errors
     /// Kind `Invalid` for terms that make no sense, differ from other ranks' or name a run that is alive, `Aborted` for
     /// ranks and `Unavailable` for servers that did not come in time, `Unsupported` for servers that cannot serve it.
-    pub async fn join_job(&self, rank: u32, terms: Terms) -> Result<Arc<Joined>, Error> {
+    pub async fn join_job(&self, rank: RankSpec, terms: Terms) -> Result<Arc<Joined>, Error> {
         let options = self.options();
         let (job, awaited) = self.change(|state, now| {
-            let joined = state.jobs.join(rank, &terms, options, now)?;
+            let joined = state.jobs.join(&rank, &terms, options, now)?;
             state.advance(options, now);
             Ok(joined)
         })?;
-        let _seat = Seat { handle: self, job, rank };
+        let _seat = Seat { handle: self, job, rank: rank.rank };
         awaited.answer().await
     }
 
@@ -159,9 +166,9 @@ impl Handle {
     /// too far ahead, `Aborted` when a rank is lost, late or has left, `NotFound` for an unknown run.
     pub async fn submit_step(&self, submission: Submission) -> Result<RankPlan, Error> {
         let Submission { job, rank, step, documents } = submission;
-        let (name, ranks, geometry) = self.lock().jobs.get(job)?.facts();
-        check_documents(&documents, rank, ranks, &geometry, self.options().max_documents)
-            .map_err(|e| e.context(format_args!("job {name}, step {step}, rank {rank}")))?;
+        let facts = self.facts(job)?;
+        check_documents(&documents, rank, &facts, self.options().max_documents)
+            .map_err(|e| e.context(format_args!("job {}, step {step}, rank {rank}", facts.name)))?;
         let documents = Arc::new(documents);
         let awaited = self.change(|state, now| state.jobs.get(job)?.submit(rank, step, documents, now))?;
         let whole = awaited.answer().await?;
@@ -169,6 +176,11 @@ impl Handle {
             job.fetched(rank, step);
         }
         Ok(RankPlan { rank, whole })
+    }
+
+    /// What decides which documents the ranks of a run may submit.
+    pub(crate) fn facts(&self, job: JobId) -> Result<Facts, Error> {
+        Ok(self.lock().jobs.get(job)?.facts())
     }
 
     /// Keeps a rank's times. A server that the rank gave up gets no plans until it proves itself alive one lease later.

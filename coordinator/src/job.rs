@@ -5,19 +5,21 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::Instant;
 
-use outboard_attention::{Document, HeadGeometry};
+use outboard_attention::Document;
 use outboard_proto::ErrorKind;
 
+use crate::documents::Facts;
+use crate::gathering::{Gathering, Joined};
 use crate::pace::Pace;
 use crate::placement::{Assignment, Takers, assign};
 use crate::planning::{PlanInput, PlannedStep};
 use crate::pool::{Candidate, Gone, Pool};
 use crate::report::{RunTimes, StepReport};
 use crate::server::ServerId;
-use crate::slots::{Footing, Readiness, SlotSpec, Terms};
-use crate::steps::Steps;
-use crate::text::ranks;
-use crate::verdict::{Awaited, Verdict};
+use crate::slots::{Footing, Readiness};
+use crate::steps::{Bounds, Steps};
+use crate::terms::{RankSpec, Terms};
+use crate::verdict::Awaited;
 use crate::{Error, Options};
 
 /// Names one run of a job.
@@ -28,17 +30,6 @@ impl fmt::Display for JobId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.0)
     }
-}
-
-/// A run that has all its ranks.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Joined {
-    /// Names the run in later calls.
-    pub job: JobId,
-    /// Its slots.
-    pub slots: Vec<SlotSpec>,
-    /// The numerics id of its servers for its element type.
-    pub numerics_id: String,
 }
 
 /// One run of a job.
@@ -57,14 +48,6 @@ enum Phase {
     Gathering(Gathering),
     Running(Box<Run>),
     Over(Over),
-}
-
-/// Waits for ranks and servers.
-#[derive(Debug)]
-struct Gathering {
-    joined: BTreeSet<u32>,
-    since: Instant,
-    verdict: Verdict<Joined>,
 }
 
 #[derive(Debug)]
@@ -104,7 +87,7 @@ struct Over {
 
 impl Job {
     pub(crate) fn new(id: JobId, terms: Terms, now: Instant) -> Job {
-        let gathering = Gathering { joined: BTreeSet::new(), since: now, verdict: Verdict::new() };
+        let gathering = Gathering::new(terms.ranks, now);
         Job { id, name: terms.job.as_str().into(), terms, phase: Phase::Gathering(gathering), heard: now }
     }
 
@@ -112,9 +95,10 @@ impl Job {
         self.id
     }
 
-    /// Its name, how many ranks it has, and its heads.
-    pub(crate) fn facts(&self) -> (Arc<str>, u32, HeadGeometry) {
-        (self.name.clone(), self.terms.ranks, self.terms.geometry)
+    /// What decides which documents its ranks may submit.
+    pub(crate) fn facts(&self) -> Facts {
+        let Terms { ranks, geometry, placement, .. } = self.terms;
+        Facts { name: self.name.clone(), ranks, geometry, places: placement.is_some() }
     }
 
     pub(crate) fn name(&self) -> &str {
@@ -131,7 +115,7 @@ impl Job {
 
     /// True when no rank has joined or is left that waits to.
     pub(crate) fn is_deserted(&self) -> bool {
-        matches!(&self.phase, Phase::Gathering(g) if g.joined.is_empty())
+        matches!(&self.phase, Phase::Gathering(g) if g.is_empty())
     }
 
     /// True when a run has ended, or none of its ranks has spoken for so long that another run may take its name.
@@ -146,12 +130,13 @@ impl Job {
     /// Adds a rank to the gathering.
     pub(crate) fn join(
         &mut self,
-        rank: u32,
+        spec: &RankSpec,
         terms: &Terms,
         options: &Options,
         now: Instant,
     ) -> Result<Awaited<Joined>, Error> {
         let heard = now.saturating_duration_since(self.heard).as_secs_f64();
+        let rank = spec.rank;
         self.terms.check_same(terms, rank)?;
         let gathering = match &mut self.phase {
             Phase::Gathering(gathering) => gathering,
@@ -167,18 +152,15 @@ impl Job {
                 return Err(Error::invalid(message));
             }
         };
-        if !gathering.joined.insert(rank) {
-            let message = format!("job {}: rank {rank} has joined already; start each rank once", self.name);
-            return Err(Error::invalid(message));
-        }
+        let awaited = gathering.join(spec).map_err(|e| e.context(format_args!("job {}", self.name)))?;
         self.heard = now;
-        Ok(gathering.verdict.awaited())
+        Ok(awaited)
     }
 
     /// Takes a rank back whose call to join was given up. Nothing once the job runs.
     pub(crate) fn unjoin(&mut self, rank: u32) {
         if let Phase::Gathering(gathering) = &mut self.phase {
-            gathering.joined.remove(&rank);
+            gathering.unjoin(rank);
         }
     }
 
@@ -204,20 +186,17 @@ impl Job {
 
     fn advance_gathering(&mut self, pool: &Pool, options: &Options, now: Instant) {
         let Phase::Gathering(gathering) = &self.phase else { return };
-        let late = now.saturating_duration_since(gathering.since) >= options.join_timeout;
+        let late = now.saturating_duration_since(gathering.since()) >= options.join_timeout;
         let limit = options.join_timeout.as_secs_f64();
-        let missing: Vec<u32> = match gathering.joined.len() == self.terms.ranks as usize {
-            true => Vec::new(),
-            false if !late => return,
-            false => (0..self.terms.ranks).filter(|rank| !gathering.joined.contains(rank)).collect(),
-        };
-        if !missing.is_empty() {
-            let message = format!(
-                "{} of {} did not join within {limit:.1} s; see whether all were started",
-                ranks(&missing),
-                self.terms.ranks
-            );
-            return self.fail(Error::new(ErrorKind::Aborted, message), now);
+        if !gathering.is_complete() {
+            if late {
+                let error = gathering.incomplete(limit);
+                self.fail(error, now);
+            }
+            return;
+        }
+        if let Some(error) = gathering.shared_address() {
+            return self.fail(error, now);
         }
         match self.terms.readiness(&pool.candidates(&self.name)) {
             Readiness::Ready(footing) => self.start(footing, options, now),
@@ -239,10 +218,16 @@ impl Job {
         }
         let (slots, numerics_id) = (footing.slots.clone(), footing.numerics_id.clone());
         tracing::info!(job = %self.name, run = %self.id, ranks = self.terms.ranks, slots = slots.len(), %numerics_id, "job started");
-        gathering.verdict.give(Ok(Arc::new(Joined { job: self.id, slots, numerics_id })));
+        let home_addresses = self.terms.placement.map_or_else(Vec::new, |_| gathering.addresses());
+        gathering.give(Ok(Joined { job: self.id, slots, numerics_id, home_addresses }));
+        let bounds = Bounds {
+            ahead: options.steps_ahead,
+            timeout: options.step_timeout,
+            documents: options.max_documents.saturating_mul(self.terms.ranks as usize),
+        };
         self.phase = Phase::Running(Box::new(Run {
             footing: Arc::new(footing),
-            steps: Steps::new(self.terms.ranks, options.steps_ahead, options.step_timeout),
+            steps: Steps::new(self.terms.ranks, bounds),
             assignment: Assignment::default(),
             plan_epoch: 0,
             times: RunTimes::default(),
@@ -255,7 +240,7 @@ impl Job {
     pub(crate) fn fail(&mut self, error: Error, now: Instant) {
         let error = error.context(format_args!("job {}", self.name));
         match &self.phase {
-            Phase::Gathering(gathering) => gathering.verdict.give(Err(error.clone())),
+            Phase::Gathering(gathering) => gathering.give(Err(error.clone())),
             Phase::Running(run) => run.steps.fail(&error),
             Phase::Over(_) => return,
         }
@@ -329,7 +314,6 @@ impl Job {
         }
         Some(PlanInput {
             job: self.id,
-            name: self.name.clone(),
             step,
             ranks: self.terms.ranks,
             geometry: self.terms.geometry,

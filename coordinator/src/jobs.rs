@@ -5,10 +5,11 @@ use std::time::Instant;
 
 use outboard_proto::ErrorKind;
 
-use crate::job::{Job, JobId, Joined};
+use crate::gathering::Joined;
+use crate::job::{Job, JobId};
 use crate::planning::PlanInput;
 use crate::pool::{Gone, Pool};
-use crate::slots::Terms;
+use crate::terms::{RankSpec, Terms};
 use crate::verdict::Awaited;
 use crate::{Error, Options};
 
@@ -29,18 +30,13 @@ impl Jobs {
     /// Adds a rank to the job of that name, which begins with its first rank.
     pub(crate) fn join(
         &mut self,
-        rank: u32,
+        rank: &RankSpec,
         terms: &Terms,
         options: &Options,
         now: Instant,
     ) -> Result<(JobId, Awaited<Joined>), Error> {
         terms.check()?;
-        if rank >= terms.ranks {
-            return Err(Error::invalid(format!(
-                "rank is {rank}; job {} has {} ranks",
-                terms.job, terms.ranks
-            )));
-        }
+        rank.check(terms)?;
         let current = self.by_name.get(&terms.job).copied();
         let id = match current.and_then(|id| self.runs.get_mut(&id)) {
             Some(job) if !job.may_be_replaced(options, now) => job.id(),

@@ -10,11 +10,13 @@
 
 mod correction;
 mod documents;
+mod gathering;
 mod handle;
 mod job;
 mod jobs;
 mod options;
 mod pace;
+mod parts;
 mod placement;
 mod planning;
 mod pool;
@@ -25,12 +27,14 @@ mod slots;
 #[cfg(test)]
 mod stability;
 mod steps;
+mod terms;
 mod text;
 mod verdict;
 mod wire;
 
+pub use gathering::Joined;
 pub use handle::{Handle, RankPlan, Submission};
-pub use job::{JobId, Joined};
+pub use job::JobId;
 pub use options::{MAX_RANKS, Options};
 pub use outboard_planner::Rates;
 pub use planning::{PlacedTask, PlannedStep, Summary};
@@ -38,7 +42,8 @@ pub use pool::{Candidate, PoolEntry};
 pub use report::{RankTimes, RunTimes, ServerReport, ServerTimes, StepReport};
 pub use server::{InPlace, ServerId, ServerSpec};
 pub use service::{Service, serve, serve_handle};
-pub use slots::{SlotSpec, Terms};
+pub use slots::SlotSpec;
+pub use terms::{Placement, RankSpec, Terms};
 
 /// Why a call failed: what was wrong with which values, and what to do.
 pub type Error = outboard_proto::TaskError;

@@ -28,7 +28,8 @@ pub struct Options {
     pub max_servers: usize,
     /// Most jobs at a time.
     pub max_jobs: usize,
-    /// Most documents a rank submits for one step.
+    /// Most documents a rank submits for one step. In a job with placement all ranks together submit as many as each of
+    /// them could, whoever submits them.
     pub max_documents: usize,
     /// How far the busiest slot may lie above the mean, as a fraction of it, in jobs that declare no rates.
     pub tolerance: f64,

@@ -5,14 +5,16 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use outboard_attention::{Direction, Document, DocumentId, HeadGeometry, Mask, PlannedTask, StepPlan};
-use outboard_planner::{Loads, Problem, Profile, TaskShape, Traffic, plan};
+use outboard_planner::{Loads, PlanError, Problem, Profile, Settled, TaskShape, Traffic, plan, settle};
 
 use crate::correction::{Power, relieve};
 use crate::pace::Given;
+use crate::parts::{Parts, check_rows, tokens_imbalance};
 use crate::placement::{Assignment, Load, place};
 use crate::pool::Candidate;
 use crate::server::ServerId;
 use crate::slots::Footing;
+use crate::terms::Placement;
 use crate::{Error, JobId};
 
 /// Most pairs of tasks that a release build compares to check a plan; a debug build checks every plan.
@@ -23,8 +25,6 @@ const MAX_CHECKED_PAIRS: usize = 1 << 20;
 pub(crate) struct PlanInput {
     /// The run of the job.
     pub(crate) job: JobId,
-    /// The job's name, for messages.
-    pub(crate) name: Arc<str>,
     /// The training step.
     pub(crate) step: u64,
     /// How many ranks the job has.
@@ -61,7 +61,7 @@ pub struct PlacedTask {
 /// Facts about a whole plan.
 #[derive(Clone, Copy, Debug, PartialEq, Default)]
 pub struct Summary {
-    /// Most over mean attention cells of a rank, if every rank computed its own.
+    /// Most over mean attention cells of a rank, if every rank computed the rows that it is home of.
     pub imbalance_before: f64,
     /// Most over mean attention cells of a slot, by weight.
     pub imbalance_after: f64,
@@ -75,6 +75,8 @@ pub struct Summary {
     pub forward_bytes: u64,
     /// The same, backward.
     pub backward_bytes: u64,
+    /// With placement: most over mean tokens of a rank, in the tick where that is most. 0 without.
+    pub tokens_imbalance: f64,
 }
 
 /// A step's plan with every task placed.
@@ -84,6 +86,8 @@ pub struct PlannedStep {
     pub plan_epoch: u64,
     /// Every task, in plan order.
     pub tasks: Vec<PlacedTask>,
+    /// With placement: every document with its homes, in order of id. None without.
+    pub documents: Vec<Document>,
     /// The servers of the plan, and those that may take over, in order of id.
     pub servers: Vec<Candidate>,
     /// Facts about the whole.
@@ -92,51 +96,74 @@ pub struct PlannedStep {
     pub corrected: u64,
     /// What each server is given.
     pub(crate) given: BTreeMap<ServerId, Given>,
-    of_rank: BTreeMap<u32, Vec<usize>>,
+    parts: Parts,
 }
 
 impl PlannedStep {
-    /// The tasks of documents that `rank` is a home of, in plan order.
+    /// The tasks whose queries or keys `rank` is home of, in plan order, each once.
     pub fn tasks_of(&self, rank: u32) -> impl Iterator<Item = &PlacedTask> {
-        self.of_rank.get(&rank).into_iter().flatten().filter_map(|&n| self.tasks.get(n))
+        self.parts.tasks_of(rank).filter_map(|n| self.tasks.get(n))
+    }
+
+    /// The documents that `rank` is home of tokens of, in order of id. None without placement.
+    pub fn documents_of(&self, rank: u32) -> impl Iterator<Item = &Document> {
+        self.parts.documents_of(rank).filter_map(|n| self.documents.get(n))
     }
 }
 
 /// Plans a step. The same input gives the same plan, its time apart.
 pub(crate) fn plan_step(input: &PlanInput) -> Result<PlannedStep, Error> {
+    planned_step(input).map_err(|error| error.context(format_args!("step {}", input.step)))
+}
+
+fn planned_step(input: &PlanInput) -> Result<PlannedStep, Error> {
     let began = Instant::now();
-    let place_name = || format!("job {}, step {}", input.name, input.step);
-    let mut documents: Vec<Document> = input.submissions.iter().flat_map(|d| d.iter().cloned()).collect();
-    documents.sort_unstable_by_key(Document::id);
-    let slots = input.footing.planned_slots();
-    let problem = Problem {
-        tolerance: input.tolerance,
-        rates: input.footing.rates,
-        ..Problem::new(input.geometry, documents, slots)
-    };
-    let step = plan(&problem).map_err(|e| Error::invalid(format!("{}: {e}", place_name())))?;
-    let documents = &problem.documents;
-    if worth_checking(&step) {
-        step.check(documents, &input.geometry).map_err(|e| {
-            Error::internal(format!("{}: the planner made a wrong plan, please report it: {e}", place_name()))
-        })?;
-    }
-    let Placed { tasks, corrected, given } = placed_tasks(input, &step, documents)?;
+    let (problem, step) = settled(input)?;
+    check_plan(input, &problem, &step)?;
+    let Placed { tasks, corrected, given } = placed_tasks(input, &step, &problem.documents)?;
     let summary = summary(input, &step, &problem);
-    let by_id: BTreeMap<DocumentId, &Document> = documents.iter().map(|d| (d.id(), d)).collect();
-    let mut of_rank: BTreeMap<u32, Vec<usize>> = BTreeMap::new();
-    for (n, placed) in tasks.iter().enumerate() {
-        let homes = by_id.get(&placed.task.document).map_or(&[][..], |d| d.homes());
-        for home in homes {
-            let mine = of_rank.entry(home.rank).or_default();
-            if mine.last() != Some(&n) {
-                mine.push(n);
-            }
-        }
-    }
+    let parts = Parts::new(&problem.documents, tasks.iter().map(|placed| &placed.task));
+    let documents = input.footing.placement.map_or_else(Vec::new, |_| problem.documents);
     let summary = Summary { plan_seconds: began.elapsed().as_secs_f64(), ..summary };
     let (plan_epoch, servers) = (input.plan_epoch, input.servers.clone());
-    Ok(PlannedStep { plan_epoch, tasks, servers, summary, corrected, given, of_rank })
+    Ok(PlannedStep { plan_epoch, tasks, documents, servers, summary, corrected, given, parts })
+}
+
+/// The step's problem, all of whose documents have homes, and its plan.
+fn settled(input: &PlanInput) -> Result<(Problem, StepPlan), Error> {
+    let mut documents: Vec<Document> = input.submissions.iter().flat_map(|d| d.iter().cloned()).collect();
+    documents.sort_unstable_by_key(Document::id);
+    let Footing { rates, placement, .. } = *input.footing;
+    let slots = input.footing.planned_slots();
+    let tolerance = input.tolerance;
+    let problem = Problem { tolerance, rates, ..Problem::new(input.geometry, documents, slots) };
+    let settled = match placement {
+        Some(Placement { token_slack }) => settle(&problem, token_slack).map_err(refused)?,
+        None => {
+            let plan = plan(&problem).map_err(refused)?;
+            return Ok((problem, plan));
+        }
+    };
+    let Settled { documents, plan } = settled;
+    Ok((Problem { documents, ..problem }, plan))
+}
+
+fn refused(error: PlanError) -> Error {
+    match error {
+        PlanError::BadHomes(_) => Error::internal(error.to_string()),
+        _ => Error::invalid(error.to_string()),
+    }
+}
+
+/// Nothing is trained on a plan that leaves cells out, or that no rank could ship.
+fn check_plan(input: &PlanInput, problem: &Problem, step: &StepPlan) -> Result<(), Error> {
+    let documents = &problem.documents;
+    let wrong =
+        |what: String| Error::internal(format!("the planner made a wrong plan, please report it: {what}"));
+    if worth_checking(step) {
+        step.check(documents, &input.geometry).map_err(|error| wrong(error.to_string()))?;
+    }
+    check_rows(documents, step).map_err(wrong)
 }
 
 /// The check compares all pairs of a document's tasks, which is dear for long documents on many slots.
@@ -178,12 +205,7 @@ fn placed_tasks(input: &PlanInput, step: &StepPlan, documents: &[Document]) -> R
         }
     }
     let placed = step.tasks().zip(servers).map(|((tick, &task), server)| {
-        let nobody = || {
-            Error::internal(format!(
-                "job {}, step {}: slot {} has no server",
-                input.name, input.step, task.slot
-            ))
-        };
+        let nobody = || Error::internal(format!("slot {} has no server", task.slot));
         Ok(PlacedTask { tick, task, server: server.ok_or_else(nobody)? })
     });
     Ok(Placed { tasks: placed.collect::<Result<_, Error>>()?, corrected, given })
@@ -216,5 +238,6 @@ fn summary(input: &PlanInput, step: &StepPlan, problem: &Problem) -> Summary {
         plan_seconds: 0.0,
         forward_bytes: traffic.forward.total,
         backward_bytes: traffic.backward.total,
+        tokens_imbalance: input.footing.placement.map_or(0.0, |_| tokens_imbalance(documents, input.ranks)),
     }
 }

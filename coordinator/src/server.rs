@@ -6,7 +6,7 @@ use std::fmt;
 use outboard_attention::{DType, HeadGeometry, MAX_HEAD_DIM};
 
 use crate::Error;
-use crate::text::{check_name, check_text, listed};
+use crate::text::{check_address, check_name, check_text, listed};
 
 /// Names a registration of a server. Ids grow; a server that registers anew gets another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -54,7 +54,7 @@ impl ServerSpec {
     /// # Errors
     /// An error of kind `Invalid` that names the field and its value.
     pub fn check(&self) -> Result<(), Error> {
-        check_address(&self.address)?;
+        check_address("server.address", &self.address)?;
         if self.numerics.is_empty() {
             return Err(Error::invalid("server.dtypes is empty; name the element types the server computes"));
         }
@@ -100,19 +100,5 @@ impl ServerSpec {
     /// The numerics id of an element type, `None` when the server does not compute it.
     pub(crate) fn numerics_id(&self, dtype: DType) -> Option<&str> {
         self.numerics.get(&dtype).map(String::as_str)
-    }
-}
-
-fn check_address(address: &str) -> Result<(), Error> {
-    check_name("server.address", address)?;
-    let port = address
-        .rsplit_once(':')
-        .filter(|(host, _)| !host.is_empty())
-        .and_then(|(_, p)| p.parse::<u16>().ok());
-    match port {
-        Some(port) if port > 0 => Ok(()),
-        _ => Err(Error::invalid(format!(
-            "server.address is {address:?}; it must be host:port, with a port above 0"
-        ))),
     }
 }

@@ -130,7 +130,7 @@ impl CoordinatorService for Service {
     ) -> Result<Response<v1::JoinJobResponse>, Status> {
         let request = request.into_inner();
         check_protocol_version(request.protocol_version)?;
-        let rank = request.rank;
+        let rank = wire::rank_spec(&request);
         let joined = self.0.join_job(rank, wire::terms(request)?).await?;
         Ok(Response::new(wire::joined(&joined)))
     }
@@ -140,11 +140,12 @@ impl CoordinatorService for Service {
         request: Request<v1::SubmitStepRequest>,
     ) -> Result<Response<v1::SubmitStepResponse>, Status> {
         let request = request.into_inner();
+        let facts = self.0.facts(JobId(request.job_id))?;
         let submission = if wire::slices(&request) > MANY_SLICES {
-            let converted = tokio::task::spawn_blocking(|| wire::submission(request)).await;
+            let converted = tokio::task::spawn_blocking(move || wire::submission(request, &facts)).await;
             converted.map_err(|e| Error::internal(format!("reading the documents failed: {e}")))??
         } else {
-            wire::submission(request)?
+            wire::submission(request, &facts)?
         };
         let plan = self.0.submit_step(submission).await?;
         Ok(Response::new(wire::rank_plan(&plan)))

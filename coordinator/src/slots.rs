@@ -3,14 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use outboard_attention::HeadGeometry;
 use outboard_planner::{MIN_LINK, Rates, Slot};
 use outboard_proto::ErrorKind;
 
+use crate::Error;
 use crate::pool::Candidate;
 use crate::server::{ServerId, ServerSpec};
-use crate::text::{check_name, listed, ranks, servers};
-use crate::{Error, MAX_RANKS};
+use crate::terms::{Placement, Terms};
+use crate::text::{listed, ranks, servers};
 
 /// Most slots of a job.
 pub(crate) const MAX_SLOTS: usize = 1 << 16;
@@ -45,24 +45,6 @@ impl SlotSpec {
     }
 }
 
-/// What all ranks of a job must say alike.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Terms {
-    /// The job's name.
-    pub job: String,
-    /// How many ranks it has.
-    pub ranks: u32,
-    /// Heads of its layers.
-    pub geometry: HeadGeometry,
-    /// Its slots; none means one slot a server then in the pool.
-    pub slots: Vec<SlotSpec>,
-    /// Servers that must be in the pool before it starts; 0 means 1.
-    pub min_servers: u32,
-    /// FLOPs a second of a slot of weight 1, and bytes a second of the link of a slot that declares none, as declared and
-    /// never measured. With them steps are planned for the least layer time, and without for balance.
-    pub rates: Option<Rates>,
-}
-
 /// What a job runs with, fixed when it starts.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Footing {
@@ -70,6 +52,8 @@ pub(crate) struct Footing {
     pub(crate) slots: Vec<SlotSpec>,
     /// How fast they compute and carry, where the job declares it.
     pub(crate) rates: Option<Rates>,
+    /// How its tokens may be placed, where it declares that.
+    pub(crate) placement: Option<Placement>,
     /// The numerics id of its servers for its element type.
     pub(crate) numerics_id: String,
     /// The servers in place at its ranks.
@@ -99,102 +83,6 @@ impl Footing {
 }
 
 impl Terms {
-    /// Checks one rank's terms by themselves.
-    ///
-    /// # Errors
-    /// An error of kind `Invalid` that names the field and its value.
-    pub fn check(&self) -> Result<(), Error> {
-        check_name("job", &self.job)?;
-        if !(1..=MAX_RANKS).contains(&self.ranks) {
-            return Err(Error::invalid(format!(
-                "ranks is {}; it must be between 1 and {MAX_RANKS}",
-                self.ranks
-            )));
-        }
-        if self.slots.len() > MAX_SLOTS {
-            return Err(Error::invalid(format!(
-                "slots holds {} entries; at most {MAX_SLOTS} fit",
-                self.slots.len()
-            )));
-        }
-        if let Some(Rates { flops_per_second, bytes_per_second }) = self.rates {
-            let rates = [("flops_per_second", flops_per_second), ("bytes_per_second", bytes_per_second)];
-            if let Some((name, rate)) = rates.into_iter().find(|(_, rate)| !(rate.is_finite() && *rate > 0.0))
-            {
-                return Err(Error::invalid(format!(
-                    "rates.{name} is {rate}; it must be finite and above zero"
-                )));
-            }
-        }
-        let mut of_rank = BTreeMap::new();
-        for (n, slot) in self.slots.iter().enumerate() {
-            let SlotSpec { rank, weight, bytes_per_second, .. } = *slot;
-            if !(weight.is_finite() && weight > 0.0) {
-                return Err(Error::invalid(format!(
-                    "slots[{n}].weight is {weight}; it must be finite and above zero"
-                )));
-            }
-            if !(bytes_per_second.is_finite() && bytes_per_second >= 0.0) {
-                let message = format!(
-                    "slots[{n}].bytes_per_second is {bytes_per_second}; it must be finite and not below 0"
-                );
-                return Err(Error::invalid(message));
-            }
-            let Some(rank) = rank else { continue };
-            if rank >= self.ranks {
-                return Err(Error::invalid(format!(
-                    "slots[{n}].rank is {rank}; the job has {} ranks",
-                    self.ranks
-                )));
-            }
-            if let Some(first) = of_rank.insert(rank, n) {
-                let message = format!(
-                    "slots[{first}].rank and slots[{n}].rank are both {rank}; a rank has one in-place slot"
-                );
-                return Err(Error::invalid(message));
-            }
-        }
-        Ok(())
-    }
-
-    /// Checks that another rank's terms are the same.
-    pub(crate) fn check_same(&self, other: &Terms, rank: u32) -> Result<(), Error> {
-        let differs = |field: &str, here: String, there: String| {
-            let message = format!(
-                "job {}: rank {rank} joins with {field} {there}, ranks before it with {here}; all ranks must say the same",
-                self.job
-            );
-            Err(Error::invalid(message))
-        };
-        if self.ranks != other.ranks {
-            return differs("ranks", self.ranks.to_string(), other.ranks.to_string());
-        }
-        if self.geometry != other.geometry {
-            return differs(
-                "geometry",
-                format!("{:?}", self.geometry.shape()),
-                format!("{:?}", other.geometry.shape()),
-            );
-        }
-        if self.min_servers != other.min_servers {
-            return differs("min_servers", self.min_servers.to_string(), other.min_servers.to_string());
-        }
-        if self.rates != other.rates {
-            return differs("rates", rates_in_words(self.rates), rates_in_words(other.rates));
-        }
-        if self.slots.len() != other.slots.len() {
-            return differs("slots (how many)", self.slots.len().to_string(), other.slots.len().to_string());
-        }
-        match self.slots.iter().zip(&other.slots).position(|(a, b)| a != b) {
-            Some(n) => differs(
-                &format!("slots[{n}]"),
-                format!("{:?}", self.slots[n]),
-                format!("{:?}", other.slots[n]),
-            ),
-            None => Ok(()),
-        }
-    }
-
     /// Whether the job can start on these servers, all of which take its tasks.
     pub(crate) fn readiness(&self, candidates: &[Candidate]) -> Readiness {
         let mut left_out = Vec::new();
@@ -250,7 +138,8 @@ impl Terms {
             self.slots.clone()
         };
         let in_place = in_place.into_iter().map(|(rank, server)| (rank, server.0)).collect();
-        Readiness::Ready(Footing { slots, rates: self.rates, numerics_id, in_place, left_out })
+        let Terms { rates, placement, .. } = *self;
+        Readiness::Ready(Footing { slots, rates, placement, numerics_id, in_place, left_out })
     }
 
     /// Which servers are missing, for people.
@@ -277,12 +166,6 @@ impl Terms {
     }
 }
 
-fn rates_in_words(rates: Option<Rates>) -> String {
-    rates.map_or("none".into(), |Rates { flops_per_second, bytes_per_second }| {
-        format!("of {flops_per_second} FLOP/s and {bytes_per_second} bytes/s")
-    })
-}
-
 /// The id that comes most often; of several, the least in alphabetical order.
 fn most_common(ids: impl Iterator<Item = String>) -> String {
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
@@ -297,14 +180,14 @@ fn note((id, spec): &(ServerId, Arc<ServerSpec>), why: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use outboard_attention::DType;
+    use outboard_attention::{DType, HeadGeometry};
 
     use super::*;
     use crate::server::InPlace;
 
     fn terms(ranks: u32, slots: Vec<SlotSpec>, min_servers: u32) -> Terms {
         let geometry = HeadGeometry::standard(8, 2, 64).unwrap();
-        Terms { job: "job".into(), ranks, geometry, slots, min_servers, rates: None }
+        Terms { job: "job".into(), ranks, geometry, slots, min_servers, rates: None, placement: None }
     }
 
     fn rates(flops_per_second: f64, bytes_per_second: f64) -> Option<Rates> {
@@ -444,30 +327,6 @@ mod tests {
                 "{message}"
             ),
             other => panic!("{other:?}"),
-        }
-    }
-
-    #[test]
-    fn bad_terms_are_refused_by_field() {
-        let slot = SlotSpec::of(None);
-        let with_rates = |flops, bytes| Terms { rates: rates(flops, bytes), ..terms(1, Vec::new(), 0) };
-        let cases = [
-            ("job is empty", Terms { job: String::new(), ..terms(1, Vec::new(), 0) }),
-            ("ranks is 0", terms(0, Vec::new(), 0)),
-            ("slots[1].weight is NaN", terms(1, vec![slot, SlotSpec { weight: f64::NAN, ..slot }], 0)),
-            ("slots[0].weight is 0", terms(1, vec![SlotSpec { weight: 0.0, ..slot }], 0)),
-            ("slots[0].rank is 1", terms(1, vec![SlotSpec::of(Some(1))], 0)),
-            ("slots[0].rank and slots[1].rank", terms(1, vec![SlotSpec::of(Some(0)); 2], 0)),
-            ("slots[0].bytes_per_second", terms(1, vec![SlotSpec { bytes_per_second: -1.0, ..slot }], 0)),
-            ("rates.flops_per_second is NaN", with_rates(f64::NAN, 1.0)),
-            ("rates.flops_per_second is 0", with_rates(0.0, 1.0)),
-            ("rates.flops_per_second is -1", with_rates(-1.0, f64::NAN)),
-            ("rates.bytes_per_second is inf", with_rates(1.0, f64::INFINITY)),
-            ("rates.bytes_per_second is -0", with_rates(1.0, -0.0)),
-        ];
-        for (what, terms) in cases {
-            let error = terms.check().unwrap_err();
-            assert!(error.message.contains(what), "{what}: {error}");
         }
     }
 }

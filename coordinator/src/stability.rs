@@ -14,7 +14,8 @@ use crate::placement::{Assignment, weights};
 use crate::planning::{PlanInput, PlannedStep, plan_step};
 use crate::pool::Pool;
 use crate::server::{InPlace, ServerId, ServerSpec};
-use crate::slots::{SlotSpec, Terms};
+use crate::slots::SlotSpec;
+use crate::terms::{RankSpec, Terms};
 
 const JOB: &str = "job";
 const LEASE: Duration = Duration::from_secs(10);
@@ -74,13 +75,14 @@ impl World {
             slots: slots.unwrap_or_default(),
             min_servers: 0,
             rates: None,
+            placement: None,
         };
         let job = Job::new(JobId(1), terms.clone(), now);
         let mut world = World { pool: Pool::new(LEASE, 1 << 10, 1), job, now, options, joined: 0 };
         with_server.for_each(|rank| world.register(Some(rank)));
         (0..case.dedicated).for_each(|_| world.register(None));
         for rank in 0..ranks {
-            world.job.join(rank, &terms, &world.options, now).unwrap();
+            world.job.join(&RankSpec::of(rank), &terms, &world.options, now).unwrap();
         }
         world.job.advance(&world.pool, &world.options, now);
         world
@@ -148,7 +150,7 @@ impl World {
 
     fn planned(&mut self, step: u64, plan: PlannedStep) {
         self.job.planned(step, Ok(plan), self.now);
-        (0..self.job.facts().1).for_each(|rank| self.job.fetched(rank, step));
+        (0..self.job.facts().ranks).for_each(|rank| self.job.fetched(rank, step));
     }
 }
 

@@ -15,11 +15,21 @@ use crate::verdict::{Awaited, Verdict};
 /// Calls that may wait for one step, for each rank: the rank's own and its retries.
 const CALLS_PER_RANK: usize = 4;
 
+/// What a run's ranks may ask for, and how long they wait.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// How many steps a rank may submit ahead of the oldest one that some rank has not received.
+    pub(crate) ahead: u32,
+    /// How long a step waits for its last rank, or for its plan.
+    pub(crate) timeout: Duration,
+    /// Most documents of a step, whoever submits them.
+    pub(crate) documents: usize,
+}
+
 /// The steps of one run that are not over.
 #[derive(Debug)]
 pub(crate) struct Steps {
-    ahead: u64,
-    timeout: Duration,
+    bounds: Bounds,
     /// The step that the run began with.
     first: Option<u64>,
     speakers: Vec<Speaker>,
@@ -40,6 +50,8 @@ struct Speaker {
 #[derive(Debug)]
 struct Step {
     said: BTreeMap<u32, Said>,
+    /// How many documents that is.
+    documents: usize,
     stage: Stage,
     since: Instant,
     unfetched: usize,
@@ -65,10 +77,10 @@ enum Stage {
 }
 
 impl Steps {
-    pub(crate) fn new(ranks: u32, ahead: u32, timeout: Duration) -> Steps {
+    pub(crate) fn new(ranks: u32, bounds: Bounds) -> Steps {
         let speakers = vec![Speaker::default(); ranks as usize];
         let (first, left, open, last_complete) = Default::default();
-        Steps { ahead: u64::from(ahead), timeout, first, speakers, left, open, last_complete }
+        Steps { bounds, first, speakers, left, open, last_complete }
     }
 
     /// Takes a rank's documents of a step. The same once more gets the same answer.
@@ -93,15 +105,18 @@ impl Steps {
         }
         self.check_turn(rank, step)?;
         self.make_room(step)?;
+        self.check_total(step, documents.len())?;
         let all = self.speakers.len();
         let gathering = || Step {
             said: BTreeMap::new(),
+            documents: 0,
             stage: Stage::Gathering,
             since: now,
             unfetched: all,
             verdict: Verdict::new(),
         };
         let open = self.open.entry(step).or_insert_with(gathering);
+        open.documents += documents.len();
         open.said.insert(rank, Said { documents, fetched: false });
         if open.said.len() == all {
             (open.stage, open.since) = (Stage::Complete, now);
@@ -138,7 +153,7 @@ impl Steps {
 
     /// Forgets steps that all ranks have received, when they are old enough that no rank will ask again.
     fn make_room(&mut self, step: u64) -> Result<(), Error> {
-        let ahead = self.ahead;
+        let ahead = u64::from(self.bounds.ahead);
         self.open.retain(|&n, open| open.unfetched > 0 || n.saturating_add(ahead) > step);
         let oldest = self.open.iter().find(|(_, open)| open.unfetched > 0);
         let Some((&oldest, open)) = oldest.filter(|&(&n, _)| step >= n.saturating_add(ahead)) else {
@@ -151,6 +166,18 @@ impl Steps {
             ranks(&slow)
         );
         Err(Error::new(ErrorKind::Busy, message))
+    }
+
+    /// No step has more documents than the run's ranks may submit together.
+    fn check_total(&self, step: u64, documents: usize) -> Result<(), Error> {
+        let others = self.open.get(&step).map_or(0, |open| open.documents);
+        let most = self.bounds.documents;
+        if others.saturating_add(documents) <= most {
+            return Ok(());
+        }
+        Err(Error::invalid(format!(
+            "{documents} documents come to {others} of other ranks; a step holds at most {most} in all"
+        )))
     }
 
     /// The submissions of the next step to plan, in order of rank; it counts as being planned from now on.
@@ -206,14 +233,14 @@ impl Steps {
     /// Why the oldest step that some rank waits for can never be planned, or is overdue.
     pub(crate) fn stuck(&self, numerics_id: &str, now: Instant) -> Option<Error> {
         let (&step, open) = self.open.iter().find(|(_, open)| open.stage != Stage::Planned)?;
-        let limit = self.timeout.as_secs_f64();
+        let limit = self.bounds.timeout.as_secs_f64();
         if open.stage == Stage::Gathering {
             let since = self.last_complete.map_or(open.since, |last| last.max(open.since));
-            let late = now.saturating_duration_since(since) >= self.timeout;
+            let late = now.saturating_duration_since(since) >= self.bounds.timeout;
             // Who is missing takes a look at every rank, so it is not asked at every submission.
             return if late || self.left > 0 { self.waits_for(step, open, late) } else { None };
         }
-        let late = now.saturating_duration_since(open.since) >= self.timeout;
+        let late = now.saturating_duration_since(open.since) >= self.bounds.timeout;
         late.then(|| match open.stage {
             Stage::Complete => Error::unavailable(format!(
                 "step {step}: no server with numerics id {numerics_id} took its tasks for {limit:.1} s; start some"
@@ -232,7 +259,7 @@ impl Steps {
             let names: Vec<u32> = missing.iter().map(|&(rank, _)| rank).collect();
             let lasts =
                 listed(missing.iter().map(|(rank, speaker)| format!("rank {rank} {}", said(speaker.last))));
-            let (names, limit) = (ranks(&names), self.timeout.as_secs_f64());
+            let (names, limit) = (ranks(&names), self.bounds.timeout.as_secs_f64());
             format!(
                 "step {step}: {names} did not submit it within {limit:.1} s ({lasts}); see whether it is lost or stuck"
             )
@@ -266,16 +293,39 @@ fn check_same(before: &[Document], now: &[Document]) -> Result<(), Error> {
 
 #[cfg(test)]
 mod tests {
+    use outboard_attention::DocumentId;
+
     use super::*;
 
     const TIMEOUT: Duration = Duration::from_secs(10);
 
     fn steps(ranks: u32, ahead: u32) -> (Steps, Instant) {
-        (Steps::new(ranks, ahead, TIMEOUT), Instant::now())
+        (Steps::new(ranks, Bounds { ahead, timeout: TIMEOUT, documents: 2 }), Instant::now())
     }
 
     fn none() -> Arc<Vec<Document>> {
         Arc::new(Vec::new())
+    }
+
+    fn some(rank: u32, count: u32) -> Arc<Vec<Document>> {
+        let document = |index| Document::unplaced(DocumentId { rank, index }, 8).unwrap();
+        Arc::new((0..count).map(document).collect())
+    }
+
+    #[test]
+    fn a_step_holds_so_many_documents_and_no_more() {
+        let (mut steps, now) = steps(3, 4);
+        steps.submit(0, 0, some(0, 1), now).unwrap();
+        let error = steps.submit(1, 0, some(1, 2), now).unwrap_err();
+        assert!(
+            error.message.contains("2 documents come to 1 of other ranks; a step holds at most 2"),
+            "{error}"
+        );
+        // What was refused can be said better, and a repeated submission counts once.
+        steps.submit(1, 0, some(1, 1), now).unwrap();
+        steps.submit(1, 0, some(1, 1), now).unwrap();
+        steps.submit(2, 0, none(), now).unwrap();
+        steps.submit(0, 1, some(0, 2), now).unwrap();
     }
 
     fn plan_all(steps: &mut Steps, now: Instant) {

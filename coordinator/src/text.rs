@@ -31,6 +31,18 @@ pub(crate) fn check_name(field: &str, text: &str) -> Result<(), Error> {
     check_text(field, text)
 }
 
+/// Checks a `host:port`.
+pub(crate) fn check_address(field: &str, address: &str) -> Result<(), Error> {
+    check_name(field, address)?;
+    let host_and_port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+    match host_and_port.and_then(|(_, port)| port.parse::<u16>().ok()) {
+        Some(port) if port > 0 => Ok(()),
+        _ => {
+            Err(Error::invalid(format!("{field} is {address:?}; it must be host:port, with a port above 0")))
+        }
+    }
+}
+
 /// The first entries, and how many more there are: `1, 3, 4 and 12 more`.
 pub(crate) fn listed<T: Display>(items: impl IntoIterator<Item = T>) -> String {
     let mut items = items.into_iter();

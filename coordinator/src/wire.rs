@@ -4,18 +4,21 @@ use std::collections::BTreeMap;
 
 use outboard_attention::{DType, Document, HeadGeometry};
 use outboard_planner::Rates;
-use outboard_proto::{AssignedTask, ErrorKind, v1};
+use outboard_proto::{AssignedTask, v1};
 
 use crate::Error;
+use crate::documents::Facts;
+use crate::gathering::Joined;
 use crate::handle::{RankPlan, Submission};
-use crate::job::{JobId, Joined};
+use crate::job::JobId;
 use crate::planning::Summary;
 use crate::pool::{Candidate, PoolEntry};
 use crate::report::{ServerReport, StepReport};
 use crate::server::{InPlace, ServerId, ServerSpec};
-use crate::slots::{SlotSpec, Terms};
+use crate::slots::SlotSpec;
+use crate::terms::{Placement, RankSpec, Terms};
 
-/// Most mask slices of a rank's documents of one step.
+/// Most mask slices of one document, and of a rank's documents of one step.
 const MAX_SLICES: usize = 1 << 16;
 
 fn required<T>(field: &str, value: Option<T>) -> Result<T, Error> {
@@ -106,6 +109,10 @@ pub(crate) fn pool_entry(entry: &PoolEntry) -> v1::list_pool_response::Entry {
     }
 }
 
+pub(crate) fn rank_spec(request: &v1::JoinJobRequest) -> RankSpec {
+    RankSpec { rank: request.rank, home_address: request.home_address.clone() }
+}
+
 pub(crate) fn terms(request: v1::JoinJobRequest) -> Result<Terms, Error> {
     let slot = |slot: v1::Slot| SlotSpec {
         rank: slot.rank,
@@ -121,6 +128,7 @@ pub(crate) fn terms(request: v1::JoinJobRequest) -> Result<Terms, Error> {
         slots: request.slots.into_iter().map(slot).collect(),
         min_servers: request.min_servers,
         rates: request.rates.map(rates),
+        placement: request.placement.map(|v1::Placement { token_slack }| Placement { token_slack }),
     })
 }
 
@@ -140,7 +148,7 @@ pub(crate) fn joined(joined: &Joined) -> v1::JoinJobResponse {
         job_id: joined.job.0,
         slots: joined.slots.iter().map(slot).collect(),
         numerics_id: joined.numerics_id.clone(),
-        home_addresses: Vec::new(),
+        home_addresses: joined.home_addresses.clone(),
     }
 }
 
@@ -149,31 +157,28 @@ pub(crate) fn slices(request: &v1::SubmitStepRequest) -> usize {
     request.documents.iter().map(|document| document.mask.len()).sum()
 }
 
-pub(crate) fn submission(request: v1::SubmitStepRequest) -> Result<Submission, Error> {
+pub(crate) fn submission(request: v1::SubmitStepRequest, facts: &Facts) -> Result<Submission, Error> {
     let v1::SubmitStepRequest { job_id, rank, step, .. } = request;
-    let place = |error: Error| error.context(format_args!("step {step}, rank {rank}"));
-    let count = slices(&request);
-    if count > MAX_SLICES {
-        let message =
-            format!("documents hold {count} mask slices; at most {MAX_SLICES} fit in one submission");
+    let place = |error: Error| error.context(format_args!("job {}, step {step}, rank {rank}", facts.name));
+    let (count, most) = (slices(&request), facts.most(MAX_SLICES));
+    if count > most {
+        let message = format!("documents hold {count} mask slices; at most {most} fit in one submission");
         return Err(place(Error::invalid(message)));
     }
-    let documents = request.documents.into_iter().enumerate();
-    let documents = documents
-        .map(|(n, document)| self::document(n, document))
-        .collect::<Result<_, _>>()
-        .map_err(place)?;
+    let documents = request.documents.into_iter().enumerate().map(|(n, wire)| {
+        document(wire).map_err(|error| place(error.context(format_args!("documents[{n}]"))))
+    });
+    let documents = documents.collect::<Result<_, _>>()?;
     Ok(Submission { job: JobId(job_id), rank, step, documents })
 }
 
-fn document(n: usize, document: v1::Document) -> Result<Document, Error> {
-    let place = |error: Error| error.context(format_args!("documents[{n}]"));
-    if document.homes.is_empty() {
-        let message =
-            "homes is empty; placement of documents by the planner is not supported yet: name their homes";
-        return Err(place(Error::new(ErrorKind::Unsupported, message)));
+fn document(document: v1::Document) -> Result<Document, Error> {
+    let count = document.mask.len();
+    if count > MAX_SLICES {
+        let message = format!("mask holds {count} slices; at most {MAX_SLICES} fit in one document");
+        return Err(Error::invalid(message));
     }
-    Document::try_from(document).map_err(place)
+    Document::try_from(document)
 }
 
 pub(crate) fn rank_plan(plan: &RankPlan) -> v1::SubmitStepResponse {
@@ -189,7 +194,7 @@ pub(crate) fn rank_plan(plan: &RankPlan) -> v1::SubmitStepResponse {
         tasks: plan.tasks().map(task).collect(),
         servers: plan.whole.servers.iter().map(server_info).collect(),
         summary: Some(summary(&plan.whole.summary)),
-        documents: Vec::new(),
+        documents: plan.documents().map(v1::Document::from).collect(),
     }
 }
 
@@ -202,7 +207,7 @@ fn summary(summary: &Summary) -> v1::PlanSummary {
         plan_seconds: summary.plan_seconds,
         forward_bytes: summary.forward_bytes,
         backward_bytes: summary.backward_bytes,
-        tokens_imbalance: 0.0,
+        tokens_imbalance: summary.tokens_imbalance,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::{Coordinator, cuts, documents, geometry, in_place, join, patient, server, servers};
 use outboard_attention::{DType, Document, Span, StepPlan, TickPlan};
-use outboard_coordinator::{Handle, Options, ServerSpec, Submission, Terms};
+use outboard_coordinator::{Handle, Options, RankSpec, ServerSpec, Submission, Terms};
 use outboard_proto::{AssignedTask, ErrorKind, v1};
 
 const RANK_0: &[usize] = &[4000, 100, 33];
@@ -165,9 +165,12 @@ async fn bad_documents_are_refused_by_field_and_work_goes_on() {
         ("documents[0].id.rank is 1", v1::Document { id: id(1, 0), ..good() }),
         ("tokens is 0", v1::Document { tokens: 0, homes: vec![home(0, 0, 0)], ..good() }),
         ("home ranges do not add up", v1::Document { tokens: 9, ..good() }),
-        ("homes is empty; placement", v1::Document { homes: Vec::new(), ..good() }),
         (
-            "documents that span ranks are not supported",
+            "homes is empty, and the job does not declare placement",
+            v1::Document { homes: Vec::new(), ..good() },
+        ),
+        (
+            "homes name several ranks, and the job does not declare placement",
             v1::Document { homes: vec![home(0, 0, 4), home(1, 4, 8)], ..good() },
         ),
         ("homes name rank 2", v1::Document { homes: vec![home(2, 0, 8)], ..good() }),
@@ -284,12 +287,13 @@ async fn thousands_of_ranks_take_seconds_at_most() {
         slots: Vec::new(),
         min_servers: 64,
         rates: None,
+        placement: None,
     };
     let mut calls = tokio::task::JoinSet::new();
     for rank in 0..RANKS {
         let (handle, terms) = (handle.clone(), terms.clone());
         calls.spawn(async move {
-            let job = handle.join_job(rank, terms).await.unwrap().job;
+            let job = handle.join_job(RankSpec::of(rank), terms).await.unwrap().job;
             let documents = documents(rank, &[rank as usize + 1]).into_iter().map(|d| d.try_into().unwrap());
             let plan = handle.submit_step(Submission { job, rank, step: 0, documents: documents.collect() });
             plan.await.unwrap().tasks().count()

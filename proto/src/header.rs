@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use outboard_attention::{DType, Direction, HeadGeometry, Task};
+use outboard_attention::{DType, Direction, HeadGeometry, Span, Task};
+
+use crate::{KeyHome, KeyRange, LayerRef};
 
 /// Everything about a task but its tensors, validated. On the wire it is a [`crate::v1::TaskHeader`].
 #[derive(Clone, Debug, PartialEq)]
@@ -37,9 +39,25 @@ pub struct TaskHeader {
     pub result_dtype: DType,
     /// Time left for the task when sent.
     pub deadline: Option<Duration>,
+    /// Where K and V lie that the client does not send; a partition, in order, of tokens that cover the task's keys. None
+    /// when it sends them.
+    pub key_homes: Vec<KeyHome>,
 }
 
 impl TaskHeader {
+    /// The tokens whose keys the server fetches from their homes; `None` when the client sends them.
+    pub fn fetched_keys(&self) -> Option<Span> {
+        let (first, last) = (self.key_homes.first()?, self.key_homes.last()?);
+        Some(first.tokens.hull(last.tokens))
+    }
+
+    /// The keys of some tokens of the task's document, as their home knows them.
+    pub fn key_range(&self, tokens: Span) -> KeyRange {
+        let TaskHeader { job, step, layer, tick, task, .. } = self;
+        let layer = LayerRef { job: job.clone(), step: *step, layer: *layer, tick: *tick };
+        KeyRange { layer, document: task.document(), tokens, kv_heads: task.kv_heads() }
+    }
+
     /// Names the task for people: job, step, layer, direction, document.
     pub fn name(&self) -> String {
         let TaskHeader { job, step, layer, direction, task, .. } = self;

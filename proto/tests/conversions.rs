@@ -109,6 +109,7 @@ fn wire_task() -> impl Strategy<Value = WireTask> {
                     task,
                     result_dtype,
                     deadline: deadline.map(Duration::from_millis),
+                    key_homes: Vec::new(),
                 };
                 Some(WireTask { id, header, tensors })
             },
@@ -117,7 +118,7 @@ fn wire_task() -> impl Strategy<Value = WireTask> {
 
 fn document() -> impl Strategy<Value = Document> {
     let homes = prop::collection::vec((0..5u32, 1..100usize), 1..5);
-    (any::<[u32; 3]>(), homes).prop_flat_map(|([rank, index, tick], lengths)| {
+    (any::<[u32; 3]>(), homes, any::<bool>()).prop_flat_map(|([rank, index, tick], lengths, placed)| {
         let mut at = 0;
         let home = |(rank, len)| {
             at += len;
@@ -126,10 +127,12 @@ fn document() -> impl Strategy<Value = Document> {
         let homes: Vec<_> = lengths.into_iter().map(home).collect();
         let tokens = at;
         let mask = prop_oneof![Just(None), mask(tokens.max(6), 4).prop_map(Some)];
-        (Just((DocumentId { rank, index }, tokens, homes, tick)), mask).prop_filter_map(
+        let id = DocumentId { rank, index };
+        let document = if placed { Document::new(id, tokens, homes) } else { Document::unplaced(id, tokens) };
+        (Just((document, tick)), mask).prop_filter_map(
             "the mask lies within the document",
-            |((id, tokens, homes, tick), mask)| {
-                let document = Document::new(id, tokens, homes).ok()?.with_tick(tick);
+            move |((document, tick), mask)| {
+                let document = document.ok()?.with_tick(tick);
                 match mask {
                     None => Some(document),
                     // A slice without a cell would be dropped on the way.
@@ -272,6 +275,7 @@ fn header() -> v1::TaskHeader {
         task,
         result_dtype: DType::F32,
         deadline: None,
+        key_homes: Vec::new(),
     };
     let tensor =
         TensorRef { id: 5, kind: TensorKind::Q, tokens: Span::to(20), carried: true, last_use: true };

@@ -146,7 +146,7 @@ impl Pool {
             ..JobOptions::new(coordinator, setup.job.clone(), rank, setup.train.ranks, geometry)
         };
         let handler = in_place.as_ref().map(|service| Arc::new(service.engine()) as Arc<dyn TaskHandler>);
-        let attention = PoolAttention::join(options, runtime.handle().clone(), handler)?;
+        let attention = PoolAttention::join(options, runtime.handle().clone(), handler, None)?;
         say(&FromRank::Started { numerics_id: attention.numerics_id().to_owned() })?;
         Ok(Pool { attention: Arc::new(attention), in_place })
     }

@@ -85,7 +85,7 @@ impl Cluster {
             let service = servers.get(rank as usize).copied().flatten();
             let handler = service.map(|service| Arc::new(service.engine()) as Arc<dyn TaskHandler>);
             let runtime = self.runtime.handle().clone();
-            move || PoolAttention::join(options, runtime, handler).unwrap()
+            move || PoolAttention::join(options, runtime, handler, None).unwrap()
         };
         std::thread::scope(|scope| {
             let joining: Vec<_> = (0..ranks).map(|rank| scope.spawn(join(rank))).collect();

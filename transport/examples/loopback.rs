@@ -85,8 +85,9 @@ fn request(tokens: usize) -> Result<TaskRequest, Box<dyn Error>> {
         task,
         result_dtype: DType::F32,
         deadline: None,
+        key_homes: Vec::new(),
     };
-    Ok(TaskRequest { header, inputs })
+    Ok(TaskRequest::new(header, inputs))
 }
 
 fn runtime() -> Result<Runtime, std::io::Error> {
@@ -103,7 +104,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     config.streams = streams;
     let stop = CancellationToken::new();
     let server_config = ServerConfig { window_bytes: 512 << 20, ..ServerConfig::default() };
-    let router = router(Arc::new(Zeros(ByteBudget::new(8 << 30))), &server_config, stop.clone());
+    let router = router(
+        Arc::new(Zeros(ByteBudget::new(8 << 30))),
+        outboard_transport::Homes::default(),
+        &server_config,
+        stop.clone(),
+    );
     server.spawn(serve(router, listener, stop));
 
     let transport = GrpcTransport::new(config, client.handle().clone())?;

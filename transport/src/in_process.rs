@@ -1,14 +1,20 @@
 //! Tasks for the attention server in this process: tensors go by pointer.
 
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::sync::{Arc, OnceLock};
 
-use outboard_proto::{ErrorKind, TaskError};
+use outboard_attention::TensorSlice;
+use outboard_proto::{ErrorKind, TaskError, TaskHeader};
 use tokio::runtime::Handle;
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 
 use crate::guard::{Deadline, guard};
-use crate::sizes::{check, numerics_ids, refuse, result_bytes};
-use crate::{ArrivedTask, Origin, Pending, Reply, TaskHandler, TaskRequest, Traffic, Transport};
+use crate::home::{Fetched, deliver};
+use crate::sizes::{check, fetched_bytes, numerics_ids, refuse, result_bytes};
+use crate::{
+    ArrivedTask, ByteLease, GradientInputs, Homes, Keys, Origin, Pending, Reply, TaskHandler, TaskInputs,
+    TaskRequest, Traffic, Transport,
+};
 
 /// Most shipments that may wait for the server's memory at once.
 const MAX_WAITING: usize = 4096;
@@ -17,6 +23,7 @@ const MAX_WAITING: usize = 4096;
 #[derive(Clone)]
 pub struct InProcess {
     handler: Arc<dyn TaskHandler>,
+    homes: Homes,
     runtime: Handle,
     waiting: Arc<Semaphore>,
 }
@@ -24,7 +31,17 @@ pub struct InProcess {
 impl InProcess {
     /// Ships to `handler`; waits for its memory on `runtime`.
     pub fn new(handler: Arc<dyn TaskHandler>, runtime: Handle) -> InProcess {
-        InProcess { handler, runtime, waiting: Arc::new(Semaphore::new(MAX_WAITING)) }
+        InProcess {
+            handler,
+            homes: Homes::default(),
+            runtime,
+            waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+        }
+    }
+
+    /// The same, which fetches keys by `homes`.
+    pub fn with_homes(self, homes: Homes) -> InProcess {
+        InProcess { homes, ..self }
     }
 }
 
@@ -58,10 +75,16 @@ impl Transport for InProcess {
             pendings.push(pending);
             tasks.push((request, reply));
         }
-        let handler = Arc::clone(&self.handler);
+        let server = Server { handler: Arc::clone(&self.handler), homes: self.homes.clone() };
         self.runtime.spawn(async move {
+            // What tasks share is let go with the last of them, whoever still holds their requests.
+            let mut shared: HashMap<usize, Arc<FetchedKeys>> = HashMap::new();
             for (request, reply) in tasks {
-                submit(&*handler, request, reply).await;
+                let keys = match &request.keys {
+                    Keys::AtHomes(share) => Some(Arc::clone(shared.entry(share.identity()).or_default())),
+                    Keys::Here { .. } => None,
+                };
+                server.submit(request, keys, reply).await;
             }
             drop(permit);
         });
@@ -77,23 +100,100 @@ impl Transport for InProcess {
     }
 }
 
-/// Waits for room for the task's results, the only buffers that it takes here, and submits it.
-async fn submit(handler: &dyn TaskHandler, request: TaskRequest, mut reply: Reply) {
-    let TaskRequest { header, inputs } = request;
-    let fail = |reply: Reply, error: TaskError| {
-        handler.count_failed(&error);
-        reply.send(Err(error.context(header.name())));
-    };
-    if let Err(error) = refuse(handler, &header) {
-        return fail(reply, error);
+/// K and V that tasks of a shipment share, once they are fetched.
+#[derive(Debug, Default)]
+struct FetchedKeys {
+    cell: OnceCell<[TensorSlice; 2]>,
+    /// Their memory.
+    lease: OnceLock<ByteLease>,
+}
+
+/// What submitting takes.
+#[derive(Clone)]
+struct Server {
+    handler: Arc<dyn TaskHandler>,
+    homes: Homes,
+}
+
+impl Server {
+    /// Waits for room for all memory that the task takes here, its results and the keys that it is the first to fetch, and
+    /// submits it. One task after another: whoever waits for room waits for tasks that have theirs.
+    async fn submit(&self, request: TaskRequest, fetched: Option<Arc<FetchedKeys>>, mut reply: Reply) {
+        let TaskRequest { header, q, keys, gradient } = request;
+        if let Err(error) = refuse(&*self.handler, &header) {
+            return self.fail(&header, reply, error);
+        }
+        let first = fetched.as_ref().is_some_and(|keys| keys.lease.get().is_none());
+        let of_keys = if first { fetched_bytes(&header) } else { 0 };
+        let lease = tokio::select! {
+            biased;
+            lease = self.handler.budget().lease(result_bytes(&header).saturating_add(of_keys)) => lease,
+            () = reply.cancelled() => return,
+        };
+        let lease = match lease {
+            Ok(lease) => lease,
+            Err(error) => return self.fail(&header, reply, error),
+        };
+        match (keys, fetched) {
+            (Keys::AtHomes(_), Some(keys)) => {
+                // The keys' memory is counted for as long as any of their tasks holds them.
+                let _ = keys.lease.set(lease.clone());
+                let server = self.clone();
+                tokio::spawn(async move {
+                    server.submit_fetched(header, (q, gradient), keys, lease, reply).await
+                });
+            }
+            (Keys::Here { k, v }, _) => {
+                let inputs = TaskInputs { q, k, v, gradient };
+                self.handler.submit(ArrivedTask { header, inputs, origin: Origin::InPlace, lease, reply });
+            }
+            (Keys::AtHomes(_), None) => {
+                self.fail(&header, reply, TaskError::internal("nothing to fetch the task's keys into"));
+            }
+        }
     }
-    let lease = tokio::select! {
-        biased;
-        lease = handler.budget().lease(result_bytes(&header)) => lease,
-        () = reply.cancelled() => return,
-    };
-    match lease {
-        Ok(lease) => handler.submit(ArrivedTask { header, inputs, origin: Origin::InPlace, lease, reply }),
-        Err(error) => fail(reply, error),
+
+    /// Submits a task whose memory has been counted, once its keys are there; delivers their gradients.
+    async fn submit_fetched(
+        &self,
+        header: TaskHeader,
+        (q, gradient): (TensorSlice, Option<GradientInputs>),
+        keys: Arc<FetchedKeys>,
+        lease: ByteLease,
+        mut reply: Reply,
+    ) {
+        let fetch = async {
+            let tokens = header.fetched_keys().unwrap_or_default();
+            let Fetched { k, v, received } = self.homes.fetch(&header, tokens).await?;
+            self.handler.count_bytes(received, 0);
+            Ok([k, v])
+        };
+        let fetched = tokio::select! {
+            biased;
+            fetched = keys.cell.get_or_try_init(|| fetch) => fetched.cloned(),
+            () = reply.cancelled() => return,
+        };
+        let [k, v] = match fetched {
+            Ok(slices) => slices,
+            Err(error) => return self.fail(&header, reply, error),
+        };
+        let (inner, pending) = Pending::new();
+        let inputs = TaskInputs { q, k, v, gradient };
+        let task =
+            ArrivedTask { header: header.clone(), inputs, origin: Origin::InPlace, lease, reply: inner };
+        self.handler.submit(task);
+        let finish = async { deliver(&self.homes, &*self.handler, &header, pending.await?).await };
+        let outcome = tokio::select! {
+            biased;
+            outcome = finish => outcome,
+            () = reply.cancelled() => return,
+        };
+        drop(keys);
+        reply.send(outcome.map_err(|error| error.context(header.name())));
+    }
+
+    fn fail(&self, header: &TaskHeader, reply: Reply, error: TaskError) {
+        self.handler.count_failed(&error);
+        reply.send(Err(error.context(header.name())));
     }
 }

@@ -6,14 +6,16 @@ mod budget;
 pub mod grpc;
 mod guard;
 mod handler;
+mod home;
 mod in_process;
 mod sizes;
 mod task;
 
 pub use budget::{ByteBudget, ByteLease};
 pub use handler::{ArrivedTask, Origin, TaskHandler};
+pub use home::{HomeHandler, Homes, KeyGradient};
 pub use in_process::InProcess;
-pub use task::{GradientInputs, Pending, Reply, TaskInputs, TaskOutcome, TaskRequest};
+pub use task::{GradientInputs, KeyShare, Keys, Pending, Reply, TaskInputs, TaskOutcome, TaskRequest};
 
 /// Ships tasks to one attention server.
 pub trait Transport: Send + Sync {

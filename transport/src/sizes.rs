@@ -6,7 +6,7 @@ use std::fmt;
 use outboard_attention::{DType, Direction, Span, TensorSlice};
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind};
 
-use crate::{TaskHandler, TaskInputs, TaskRequest};
+use crate::{KeyShare, Keys, TaskHandler, TaskRequest};
 
 /// Bytes of credit that a task's header costs beyond its tensors and slices, so that no number of tiny tasks takes memory
 /// that is not counted.
@@ -26,26 +26,42 @@ pub(crate) fn input_kinds(direction: Direction) -> &'static [TensorKind] {
     }
 }
 
+/// A tensor that a task reads, where it is.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Input<'a> {
+    /// At the client.
+    Here(&'a TensorSlice),
+    /// At its homes.
+    AtHomes(&'a KeyShare),
+}
+
 /// The tensor of a kind that the task reads, `None` when it has none.
-pub(crate) fn input_of(inputs: &TaskInputs, kind: TensorKind) -> Option<&TensorSlice> {
-    let gradient = inputs.gradient.as_ref();
-    match kind {
-        TensorKind::Q => Some(&inputs.q),
-        TensorKind::K => Some(&inputs.k),
-        TensorKind::V => Some(&inputs.v),
-        TensorKind::DO => gradient.map(|g| &g.d_o),
-        TensorKind::Lse => gradient.map(|g| &g.lse),
-        TensorKind::D => gradient.map(|g| &g.d),
+pub(crate) fn input_of(request: &TaskRequest, kind: TensorKind) -> Option<Input<'_>> {
+    let gradient = request.gradient.as_ref();
+    let here = match (kind, &request.keys) {
+        (TensorKind::K | TensorKind::V, Keys::AtHomes(keys)) => return Some(Input::AtHomes(keys)),
+        (TensorKind::K, Keys::Here { k, .. }) => Some(k),
+        (TensorKind::V, Keys::Here { v, .. }) => Some(v),
+        (TensorKind::Q, _) => Some(&request.q),
+        (TensorKind::DO, _) => gradient.map(|g| &g.d_o),
+        (TensorKind::Lse, _) => gradient.map(|g| &g.lse),
+        (TensorKind::D, _) => gradient.map(|g| &g.d),
         _ => None,
-    }
+    };
+    here.map(Input::Here)
 }
 
 /// Checks at the caller that a task's tensors are all there and fit its header.
 pub(crate) fn check(request: &TaskRequest) -> Result<(), TaskError> {
     request.check()?;
     check_result_dtype(&request.header)?;
+    if matches!(request.keys, Keys::Here { .. }) && !request.header.key_homes.is_empty() {
+        return Err(TaskError::invalid(
+            "the task names homes of its keys, and holds the keys themselves; give one",
+        ));
+    }
     for &kind in input_kinds(request.header.direction) {
-        if input_of(&request.inputs, kind).is_none() {
+        if input_of(request, kind).is_none() {
             let direction = request.header.direction;
             return Err(TaskError::invalid(format!("a {direction} task needs {kind}, which is not given")));
         }
@@ -53,11 +69,19 @@ pub(crate) fn check(request: &TaskRequest) -> Result<(), TaskError> {
     Ok(())
 }
 
-/// The tensors that a task gives back, in wire order.
-pub(crate) fn result_kinds(direction: Direction) -> &'static [TensorKind] {
+/// The tensors that a task makes.
+pub(crate) fn made_kinds(direction: Direction) -> &'static [TensorKind] {
     match direction {
         Direction::Forward => &[TensorKind::O, TensorKind::Lse],
         Direction::Backward => &[TensorKind::DQ, TensorKind::DK, TensorKind::DV],
+    }
+}
+
+/// The tensors that a task gives back, in wire order: those that it makes, less what goes to the homes of its keys.
+pub(crate) fn result_kinds(header: &TaskHeader) -> &'static [TensorKind] {
+    match header.direction {
+        Direction::Backward if !header.key_homes.is_empty() => &[TensorKind::DQ],
+        direction => made_kinds(direction),
     }
 }
 
@@ -111,10 +135,10 @@ pub(crate) fn row_of(header: &TaskHeader, kind: TensorKind) -> Row {
     Row { heads, dim, dtype }
 }
 
-/// Bytes of the task's results.
+/// Bytes of what the task makes, wherever it goes.
 pub(crate) fn result_bytes(header: &TaskHeader) -> u64 {
     let bytes = |&kind: &TensorKind| row_of(header, kind).tensor_bytes(tokens_of(header, kind).len());
-    result_kinds(header.direction).iter().map(bytes).fold(0, u64::saturating_add)
+    made_kinds(header.direction).iter().map(bytes).fold(0, u64::saturating_add)
 }
 
 /// Bytes of credit that a task takes besides the elements of the tensors it carries.
@@ -175,4 +199,11 @@ pub(crate) fn refuse(handler: &dyn TaskHandler, header: &TaskHeader) -> Result<(
     check_result_dtype(header)?;
     check_numerics(handler, header)?;
     handler.admit(header)
+}
+
+/// Bytes of the K and V that a server fetches for a task; none when the client sends them.
+pub(crate) fn fetched_bytes(header: &TaskHeader) -> u64 {
+    let tokens = header.fetched_keys().map_or(0, |tokens| tokens.len());
+    let bytes = |kind| row_of(header, kind).tensor_bytes(tokens);
+    bytes(TensorKind::K).saturating_add(bytes(TensorKind::V))
 }

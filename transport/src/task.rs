@@ -36,29 +36,82 @@ pub struct TaskInputs {
     pub gradient: Option<GradientInputs>,
 }
 
+/// Where a task's K and V come from.
+#[derive(Clone, Debug)]
+pub enum Keys {
+    /// They are sent along.
+    Here {
+        /// Keys.
+        k: TensorSlice,
+        /// Values.
+        v: TensorSlice,
+    },
+    /// The server fetches them from the homes that the header names.
+    AtHomes(KeyShare),
+}
+
+/// What tasks of one shipment share that name the same homes: clones of one. A server fetches keys once for them.
+#[derive(Clone, Debug, Default)]
+pub struct KeyShare(Arc<()>);
+
+impl KeyShare {
+    /// The same for clones, and for nothing else while one of them is held.
+    pub(crate) fn identity(&self) -> usize {
+        Arc::as_ptr(&self.0).addr()
+    }
+}
+
 /// A task to ship. Tasks of one shipment that hold the same slice of the same storage send it once.
 #[derive(Clone, Debug)]
 pub struct TaskRequest {
     /// Everything but the tensors.
     pub header: TaskHeader,
-    /// The tensors.
-    pub inputs: TaskInputs,
+    /// Queries.
+    pub q: TensorSlice,
+    /// Keys and values.
+    pub keys: Keys,
+    /// For backward.
+    pub gradient: Option<GradientInputs>,
 }
 
 impl TaskRequest {
+    /// A task whose client sends all tensors.
+    pub fn new(header: TaskHeader, inputs: TaskInputs) -> TaskRequest {
+        let TaskInputs { q, k, v, gradient } = inputs;
+        TaskRequest { header, q, keys: Keys::Here { k, v }, gradient }
+    }
+
+    /// All its tensors, when the client sends them.
+    pub fn inputs(&self) -> Option<TaskInputs> {
+        let Keys::Here { k, v } = &self.keys else { return None };
+        let (q, gradient) = (self.q.clone(), self.gradient.clone());
+        Some(TaskInputs { q, k: k.clone(), v: v.clone(), gradient })
+    }
+
     /// Checks that the tensors fit the header: tokens held, heads, dims and element types.
     ///
     /// # Errors
     /// [`InvalidAttention`] naming the tensor at fault.
     pub fn check(&self) -> Result<(), InvalidAttention> {
-        let TaskRequest { header, inputs } = self;
+        let TaskRequest { header, q, keys, gradient } = self;
         let task = &header.task;
         task.check(&header.geometry)?;
         let (shapes, dtype) = (task.shapes(&header.geometry), header.geometry.dtype());
-        held("q", &inputs.q, task.q())?.expect("q", shapes.q, dtype)?;
-        held("k", &inputs.k, task.kv())?.expect("k", shapes.k, dtype)?;
-        held("v", &inputs.v, task.kv())?.expect("v", shapes.v, dtype)?;
-        if let Some(GradientInputs { d_o, lse, d }) = &inputs.gradient {
+        held("q", q, task.q())?.expect("q", shapes.q, dtype)?;
+        match keys {
+            Keys::Here { k, v } => {
+                held("k", k, task.kv())?.expect("k", shapes.k, dtype)?;
+                held("v", v, task.kv())?.expect("v", shapes.v, dtype)?;
+            }
+            Keys::AtHomes(_) => {
+                let bound = header.fetched_keys().unwrap_or_default();
+                if !bound.covers(task.kv()) {
+                    let (field, bound_name) = ("kv", "the tokens of the homes that the task names");
+                    return Err(InvalidAttention::OutsideSpan { field, span: task.kv(), bound_name, bound });
+                }
+            }
+        }
+        if let Some(GradientInputs { d_o, lse, d }) = gradient {
             held("d_o", d_o, task.q())?.expect("d_o", shapes.o, dtype)?;
             held("lse", lse, task.q())?.f32("lse")?.expect("lse", shapes.row)?;
             held("d", d, task.q())?.f32("d")?.expect("d", shapes.row)?;
@@ -80,7 +133,7 @@ fn held<'a>(
 /// A task's result and what it took.
 #[derive(Debug)]
 pub struct TaskOutcome {
-    /// O and LSE, or dQ, dK and dV.
+    /// O and LSE, or dQ, dK and dV; these two are empty where they went to their homes.
     pub results: Results,
     /// Who computed it.
     pub numerics_id: Arc<str>,

@@ -128,7 +128,7 @@ fn a_client_that_sends_no_more_still_gets_its_results() {
         }
         let (task, error) = failed.expect("half a task fails");
         assert_eq!((task, error.kind), (1, ErrorKind::Corrupt), "{error}");
-        let results = compute(&whole.request.header, &whole.request.inputs);
+        let results = compute(&whole.request.header, &whole.request.inputs().unwrap());
         assert_eq!(received, elements(results).iter().map(Vec::len).sum::<usize>());
         eventually("all memory is free", || handler.budget.used() == 0).await;
     });
@@ -153,7 +153,7 @@ fn credit_comes_back_as_tasks_end() {
         raw.send_all(&script(1)).await;
         // All that was spent comes back, in one grant or several.
         let bytes: u64 = script(1).chunks.iter().map(|chunk| chunk.data.len() as u64).sum();
-        let results = compute(&script(1).request.header, &script(1).request.inputs);
+        let results = compute(&script(1).request.header, &script(1).request.inputs().unwrap());
         // A header with one slice and three tensors.
         let header = 4096 + 256 + 3 * 256;
         let mut spent = header + bytes + elements(results).iter().map(|x| x.len() as u64).sum::<u64>();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::future::join_all;
 use outboard_attention::{DType, Direction, Elements, Span, TensorSlice};
 use outboard_proto::{ErrorKind, RetryHint};
-use outboard_transport::{Pending, TaskRequest, Transport};
+use outboard_transport::{Keys, Pending, TaskRequest, Transport};
 use support::*;
 
 macro_rules! scenarios {
@@ -56,7 +56,8 @@ const MIB: u64 = 1 << 20;
 /// Ships and awaits all, each equal to the direct computation.
 async fn check_all(transport: &dyn Transport, shipment: Vec<TaskRequest>) {
     let id = numerics_id(shipment[0].header.geometry.dtype());
-    let expected: Vec<_> = shipment.iter().map(|task| compute(&task.header, &task.inputs)).collect();
+    let expected: Vec<_> =
+        shipment.iter().map(|task| compute(&task.header, &task.inputs().unwrap())).collect();
     for (outcome, expected) in join_all(transport.ship(shipment)).await.into_iter().zip(expected) {
         let outcome = outcome.expect("the task succeeds");
         assert!(outcome.results == expected, "results differ from the direct computation");
@@ -179,7 +180,8 @@ async fn cancelled_tasks_leave_shared_tensors_to_others(kind: Kind) {
     for _ in 0..10 {
         let shape = Shape { tasks: 8, tokens: 3000, kv_heads: 1, ..kind.small(Direction::Forward) };
         let tasks = shipment(&mut rng, shape);
-        let expected: Vec<_> = tasks.iter().map(|task| compute(&task.header, &task.inputs)).collect();
+        let expected: Vec<_> =
+            tasks.iter().map(|task| compute(&task.header, &task.inputs().unwrap())).collect();
         let mut kept: Vec<(usize, Pending)> = Vec::new();
         for (n, pending) in bench.transport.ship(tasks).into_iter().enumerate() {
             if rng.between(0, 1) == 0 {
@@ -285,7 +287,8 @@ async fn errors_of_the_handler_reach_the_caller_and_leave_others_alone(kind: Kin
         // The first task carries what the others share.
         tasks[0].header.layer = ADMIT_FAILS;
         tasks[3].header.layer = COMPUTE_FAILS;
-        let expected: Vec<_> = tasks.iter().map(|task| compute(&task.header, &task.inputs)).collect();
+        let expected: Vec<_> =
+            tasks.iter().map(|task| compute(&task.header, &task.inputs().unwrap())).collect();
         for (n, outcome) in join_all(bench.transport.ship(tasks)).await.into_iter().enumerate() {
             match n {
                 0 => {
@@ -358,10 +361,11 @@ async fn tensors_that_do_not_fit_are_refused_at_the_caller(kind: Kind) {
         TensorSlice::contiguous("zeros", elements, like.tokens(), like.heads(), like.dim()).unwrap()
     };
     let other = if kind.dtype == DType::Bf16 { DType::F32 } else { DType::Bf16 };
-    tasks[0].inputs.q = tasks[0].inputs.k.clone();
-    tasks[1].inputs.gradient = None;
-    tasks[2].inputs.v = zeros(&tasks[2].inputs.v, other);
-    let gradient = tasks[3].inputs.gradient.as_mut().unwrap();
+    tasks[0].q = tasks[0].inputs().unwrap().k;
+    tasks[1].gradient = None;
+    let Keys::Here { v, .. } = &mut tasks[2].keys else { panic!("the client has the keys") };
+    *v = zeros(v, other);
+    let gradient = tasks[3].gradient.as_mut().unwrap();
     gradient.lse = zeros(&gradient.lse, DType::Bf16);
     let wrong_type = format!("v holds {other}; the geometry says {}", kind.dtype);
     let mut outcomes = join_all(bench.transport.ship(tasks)).await;

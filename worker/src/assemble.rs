@@ -5,6 +5,8 @@ use std::sync::Arc;
 use outboard_attention::kernel::Results;
 use outboard_attention::merge::{Corner, GradientPartial, OutputMerge, TensorViewMut, add_gradients};
 use outboard_attention::{InvalidAttention, Task, TensorView};
+use outboard_proto::{GradientHeader, KeyRange};
+use outboard_transport::KeyGradient;
 
 use crate::{Attended, LayerCall, QkvGradient};
 
@@ -13,8 +15,10 @@ use crate::{Attended, LayerCall, QkvGradient};
 pub(crate) struct Part {
     /// The task.
     pub(crate) task: Task,
-    /// Row of its document's first token.
-    pub(crate) first_row: usize,
+    /// Row of its first query.
+    pub(crate) q_row: usize,
+    /// Row of its first key; `None` where keys have homes of their own, to which their gradients are delivered.
+    pub(crate) kv_row: Option<usize>,
     /// Reduction group.
     pub(crate) group: u32,
     /// Place within the group.
@@ -44,23 +48,34 @@ pub(crate) fn merge_outputs(
     Ok(Attended { o, lse: Arc::new(lse) })
 }
 
-/// Sums the backward results of `finished` in plan order.
+/// Sums the backward results of `finished`, and the shares that were delivered, in plan order.
 pub(crate) fn sum_gradients(
     call: &LayerCall,
     finished: &[(Part, Results)],
+    delivered: &[KeyGradient],
 ) -> Result<QkvGradient, InvalidAttention> {
     let geometry = &call.geometry;
     let (mut of_q, mut of_k, mut of_v) = (Vec::new(), Vec::new(), Vec::new());
     for (part, results) in finished {
         if let Results::Backward { dq, dk, dv } = results {
             let shapes = part.task.shapes(geometry);
-            let (queries, keys) = (query_corner(call, part), key_corner(part));
             let partial =
                 |at, values| GradientPartial { group: part.group, position: part.position, at, values };
-            of_q.push(partial(queries, TensorView::contiguous("dq", dq, shapes.q)?));
-            of_k.push(partial(keys, TensorView::contiguous("dk", dk, shapes.k)?));
-            of_v.push(partial(keys, TensorView::contiguous("dv", dv, shapes.v)?));
+            of_q.push(partial(query_corner(call, part), TensorView::contiguous("dq", dq, shapes.q)?));
+            if let Some(row) = part.kv_row {
+                let keys = Corner { row, head: part.task.kv_heads().start() };
+                of_k.push(partial(keys, TensorView::contiguous("dk", dk, shapes.k)?));
+                of_v.push(partial(keys, TensorView::contiguous("dv", dv, shapes.v)?));
+            }
         }
+    }
+    for KeyGradient { header, dk, dv } in delivered {
+        let GradientHeader { range: KeyRange { document, tokens, kv_heads, .. }, group, position } = header;
+        let Some(row) = call.row_of(*document, *tokens) else { continue };
+        let (tokens, heads, at) = (tokens.len(), kv_heads.len(), Corner { row, head: kv_heads.start() });
+        let partial = |values| GradientPartial { group: *group, position: *position, at, values };
+        of_k.push(partial(TensorView::contiguous("dk", dk, [tokens, heads, geometry.head_dim()])?));
+        of_v.push(partial(TensorView::contiguous("dv", dv, [tokens, heads, geometry.v_head_dim()])?));
     }
     let sum = |name, heads: usize, dim: usize, partials| {
         let mut home = vec![0.0; call.rows() * heads * dim];
@@ -77,9 +92,5 @@ pub(crate) fn sum_gradients(
 
 fn query_corner(call: &LayerCall, part: &Part) -> Corner {
     let head = call.geometry.q_heads_of(part.task.kv_heads()).start();
-    Corner { row: part.first_row + part.task.q().start(), head }
-}
-
-fn key_corner(part: &Part) -> Corner {
-    Corner { row: part.first_row + part.task.kv().start(), head: part.task.kv_heads().start() }
+    Corner { row: part.q_row, head }
 }

@@ -66,7 +66,8 @@ impl LayerCall {
     /// [`InvalidAttention`] naming what does not fit.
     pub fn check(&self, qkv: &Qkv) -> Result<(), InvalidAttention> {
         let mut at = 0;
-        for PackedDocument { rows, .. } in self.documents.iter() {
+        for packed in self.documents.iter() {
+            let PackedDocument { rows, length, .. } = packed;
             if rows.start() != at || rows.is_empty() {
                 let bound = Span::at(at, rows.len());
                 let bound_name = "where the document before it ends";
@@ -76,6 +77,11 @@ impl LayerCall {
                     bound_name,
                     bound,
                 });
+            }
+            let (span, bound) = (packed.tokens(), Span::to(*length));
+            if !bound.covers(span) {
+                let (field, bound_name) = ("document tokens", "the whole document");
+                return Err(InvalidAttention::OutsideSpan { field, span, bound_name, bound });
             }
             at = rows.end();
         }
@@ -105,6 +111,13 @@ impl LayerCall {
         shape: [usize; 3],
     ) -> Result<(), InvalidAttention> {
         elements.contiguous(tensor, shape)?.expect(tensor, shape, self.geometry.dtype())
+    }
+
+    /// Row of the first of a document's tokens, when all of them are in one range here.
+    pub(crate) fn row_of(&self, document: DocumentId, tokens: Span) -> Option<usize> {
+        let of_document = self.documents.iter().filter(|packed| packed.id == document);
+        let packed = of_document.into_iter().find(|packed| packed.tokens().covers(tokens))?;
+        Some(packed.rows.start() + (tokens.start() - packed.first_token))
     }
 
     pub(crate) fn no_result(&self, task: &Task) -> WorkerError {

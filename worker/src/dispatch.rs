@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
 use outboard_attention::kernel::Results;
 use outboard_proto::{ErrorKind, RetryHint, TaskError};
 use outboard_transport::{Pending, TaskOutcome};
@@ -63,29 +63,34 @@ struct Flight {
 }
 
 impl Dispatch<'_> {
-    /// Ships all requests and returns their results in the same order.
+    /// Ships all requests and returns their results in the same order. Those whose keys servers fetch are shipped once
+    /// `gate` resolves: then all homes have them.
     pub(crate) async fn run(
         &self,
         call: &LayerCall,
         requests: Vec<PlacedRequest>,
+        gate: impl Future<Output = Result<(), WorkerError>>,
     ) -> Result<Dispatched, WorkerError> {
         let mut communication = Duration::ZERO;
         let mut results: Vec<Option<Results>> = requests.iter().map(|_| None).collect();
         let mut flights: FuturesUnordered<BoxFuture<'_, Landed>> = FuturesUnordered::new();
-        // Asked once: another thread may find a server lost, or back, meanwhile.
-        let (flying, grounded): (Vec<usize>, Vec<usize>) =
-            (0..requests.len()).partition(|&i| self.peer(&requests[i]).is_some());
-        for (flight, pending) in self.ship_all(&requests, flying) {
-            flights.push(Box::pin(land(flight, pending)));
-        }
-        // Tasks whose server was lost in an earlier call of the step never took off.
-        for index in grounded {
-            let request = &requests[index];
-            let tried = vec![(request.server, "lost earlier".to_owned())];
-            let flight = Flight { tried, ..Flight::new(index, request, self.other(request, &[])?) };
-            flights.push(Box::pin(self.send(request, flight, Duration::ZERO)));
-        }
-        while let Some((flight, outcome)) = flights.next().await {
+        let (at_homes, here): (Vec<usize>, Vec<usize>) =
+            (0..requests.len()).partition(|&i| requests[i].part.kv_row.is_none());
+        self.take_off(&requests, here, &mut flights)?;
+        let mut gate = Box::pin(gate.fuse());
+        let mut waiting = (!at_homes.is_empty()).then_some(at_homes);
+        loop {
+            let landed = tokio::select! {
+                biased;
+                open = &mut gate, if waiting.is_some() => {
+                    open?;
+                    self.take_off(&requests, waiting.take().unwrap_or_default(), &mut flights)?;
+                    continue;
+                }
+                landed = flights.next(), if !flights.is_empty() => landed,
+                else => break,
+            };
+            let Some((flight, outcome)) = landed else { continue };
             let request = &requests[flight.index];
             match outcome {
                 Ok(outcome) => {
@@ -108,6 +113,29 @@ impl Dispatch<'_> {
         };
         let results = requests.into_iter().zip(results).map(with_result).collect::<Result<_, _>>()?;
         Ok(Dispatched { results, communication })
+    }
+
+    /// Ships requests; those whose server is lost go to others.
+    fn take_off<'f>(
+        &'f self,
+        requests: &'f [PlacedRequest],
+        indices: Vec<usize>,
+        flights: &mut FuturesUnordered<BoxFuture<'f, Landed>>,
+    ) -> Result<(), WorkerError> {
+        // Asked once: another thread may find a server lost, or back, meanwhile.
+        let (flying, grounded): (Vec<usize>, Vec<usize>) =
+            indices.into_iter().partition(|&i| self.peer(&requests[i]).is_some());
+        for (flight, pending) in self.ship_all(requests, flying) {
+            flights.push(Box::pin(land(flight, pending)));
+        }
+        // Tasks whose server was lost in an earlier call of the step never took off.
+        for index in grounded {
+            let request = &requests[index];
+            let tried = vec![(request.server, "lost earlier".to_owned())];
+            let flight = Flight { tried, ..Flight::new(index, request, self.other(request, &[])?) };
+            flights.push(Box::pin(self.send(request, flight, Duration::ZERO)));
+        }
+        Ok(())
     }
 
     /// Ships each server's requests together, other machines first, so that transfer begins while this one computes.

@@ -1,5 +1,7 @@
 //! What can go wrong for a worker.
 
+use std::net::SocketAddr;
+
 use outboard_attention::kernel::KernelError;
 use outboard_attention::{DocumentId, InvalidAttention, Span};
 use outboard_proto::TaskError;
@@ -56,6 +58,38 @@ pub enum WorkerError {
         step: u64,
         /// How.
         message: String,
+    },
+    /// The rank's home cannot listen.
+    #[error("this rank's home cannot listen on {address}: {source}; choose another address")]
+    Home {
+        /// The address.
+        address: SocketAddr,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Options that do not go together.
+    #[error("job {job}, rank {rank}: {message}")]
+    Options {
+        /// The job.
+        job: String,
+        /// This rank.
+        rank: u32,
+        /// What does not fit, and what to do.
+        message: String,
+    },
+    /// Keys, or gradients of keys, of documents that ranks share did not come.
+    #[error("job {job}, rank {rank}, step {step}, layer {layer}: {source}")]
+    Shared {
+        /// The job.
+        job: String,
+        /// This rank.
+        rank: u32,
+        /// Training step.
+        step: u64,
+        /// Layer.
+        layer: u32,
+        /// What did not come, and from whom.
+        source: TaskError,
     },
     /// A step whose documents were never submitted.
     #[error(

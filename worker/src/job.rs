@@ -1,5 +1,6 @@
 //! A rank's place in a job: it joins, submits its documents, and gets its part of each step's plan.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use outboard_attention::Document;
@@ -7,10 +8,10 @@ use outboard_proto::v1::coordinator_service_client::CoordinatorServiceClient;
 use outboard_proto::v1::{
     JoinJobRequest, LeaveJobRequest, ReportStepRequest, ServerReport, SubmitStepRequest,
 };
-use outboard_proto::{PROTOCOL_VERSION, TaskError, describe};
+use outboard_proto::{ErrorKind, PROTOCOL_VERSION, TaskError, describe};
 use tonic::transport::{Channel, Endpoint};
 
-use crate::plan::RankPlan;
+use crate::plan::{RankPlan, Reading};
 use crate::{JobOptions, WorkerError};
 
 /// Largest answer taken from the coordinator, in bytes: far above the part of any plan that a rank may submit for.
@@ -29,6 +30,8 @@ pub(crate) struct Job {
     id: u64,
     numerics_id: String,
     slots: u32,
+    /// Where each rank's home listens; none without placement.
+    home_addresses: Arc<[String]>,
 }
 
 /// What a rank reports of a finished step.
@@ -42,7 +45,7 @@ pub(crate) struct StepReport {
 
 impl Job {
     /// Joins; returns when all ranks have.
-    pub(crate) async fn join(options: JobOptions) -> Result<Job, WorkerError> {
+    pub(crate) async fn join(options: JobOptions, home_address: String) -> Result<Job, WorkerError> {
         let failed = |source: TaskError| error(&options, "joining the job".into(), source);
         let endpoint = Endpoint::from_shared(options.coordinator.clone())
             .map_err(|e| failed(TaskError::invalid(format!("{e}; give it as http://host:port"))))?
@@ -67,11 +70,19 @@ impl Job {
             min_servers: options.min_servers,
             rates: options.rates,
             placement: options.placement,
-            home_address: String::new(),
+            home_address,
         };
         let joined = bounded(options.barrier_timeout, client.join_job(request)).await.map_err(failed)?;
-        let slots = joined.slots.len() as u32;
-        Ok(Job { client, options, id: joined.job_id, numerics_id: joined.numerics_id, slots })
+        let (homes, ranks) = (joined.home_addresses, options.ranks as usize);
+        if options.placement.is_some() && homes.len() != ranks {
+            let message = format!(
+                "the coordinator named the homes of {} of {ranks} ranks; run one version of Outboard on both sides",
+                homes.len()
+            );
+            return Err(failed(TaskError::new(ErrorKind::Unsupported, message)));
+        }
+        let (slots, numerics_id) = (joined.slots.len() as u32, joined.numerics_id);
+        Ok(Job { client, options, id: joined.job_id, numerics_id, slots, home_addresses: homes.into() })
     }
 
     pub(crate) fn options(&self) -> &JobOptions {
@@ -94,10 +105,14 @@ impl Job {
         let mut client = self.client.clone();
         let response = bounded(self.options.barrier_timeout, client.submit_step(request)).await;
         let response = response.map_err(|e| error(&self.options, format!("submitting step {step}"), e))?;
-        let (geometry, slots) = (self.options.geometry, self.slots);
+        let (geometry, slots, rank) = (self.options.geometry, self.slots, self.options.rank);
+        let homes = Arc::clone(&self.home_addresses);
         // Checking a long plan would hold up transfers on this runtime's few threads.
-        let checked =
-            tokio::task::spawn_blocking(move || RankPlan::new(response, documents, &geometry, slots)).await;
+        let checked = tokio::task::spawn_blocking(move || {
+            let reading = Reading { rank, geometry: &geometry, slots, home_addresses: &homes };
+            RankPlan::new(response, documents, reading)
+        })
+        .await;
         checked.unwrap_or_else(|e| Err(format!("checking it failed: {e}"))).map_err(|message| {
             WorkerError::BadPlan { job: self.options.job.clone(), rank: self.options.rank, step, message }
         })

@@ -7,6 +7,7 @@ mod assemble;
 mod attention;
 mod dispatch;
 mod error;
+mod home;
 mod job;
 mod local;
 mod options;
@@ -17,7 +18,9 @@ mod request;
 
 pub use attention::{Attended, CoreAttention, LayerCall, OutputGradient, PackedDocument, Qkv, QkvGradient};
 pub use error::WorkerError;
+pub use home::Home;
 pub use local::LocalAttention;
 pub use options::JobOptions;
 pub use outboard_proto::v1::{Placement, PlanSummary, Rates};
+pub use plan::Holding;
 pub use pool::{Placed, PoolAttention, StepStats};

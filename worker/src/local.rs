@@ -74,7 +74,7 @@ impl CoreAttention for LocalAttention {
         gradient: &OutputGradient,
     ) -> Result<QkvGradient, WorkerError> {
         let finished = self.run(call, qkv, Some(gradient))?;
-        sum_gradients(call, &finished).map_err(|source| call.invalid(source))
+        sum_gradients(call, &finished, &[]).map_err(|source| call.invalid(source))
     }
 }
 
@@ -83,10 +83,16 @@ fn whole_documents(call: &LayerCall) -> Result<Vec<Part>, InvalidAttention> {
     let kv_heads = call.geometry.kv_heads();
     let part = |group: usize| {
         let document = &call.documents[group];
+        if !document.is_whole() {
+            let (span, bound) = (document.tokens(), Span::to(document.length));
+            let bound_name = "the whole document, which is computed here or not at all";
+            return Err(InvalidAttention::OutsideSpan { field: "document tokens", span, bound_name, bound });
+        }
         let all = Span::to(document.rows.len());
         let mask = Mask::causal(all.len(), kv_heads);
         let task = Task::new(document.id, all, all, Span::to(kv_heads), &mask)?;
-        Ok(Part { task, first_row: document.rows.start(), group: group as u32, position: 0 })
+        let row = document.rows.start();
+        Ok(Part { task, q_row: row, kv_row: Some(row), group: group as u32, position: 0 })
     };
     (0..call.documents.len()).map(part).collect()
 }
@@ -100,11 +106,11 @@ fn operands<'a>(
     let shapes = part.task.shapes(&call.geometry);
     let view = |name, elements: &'a Elements, shape: [usize; 3]| {
         let stride = shape[1] * shape[2];
-        elements.view(name, part.first_row * stride, shape, stride)
+        elements.view(name, part.q_row * stride, shape, stride)
     };
     let row = |name, data: &'a [f32]| {
         let [_, heads, _] = shapes.row;
-        TensorView::new(name, data.get(part.first_row * heads..).unwrap_or_default(), shapes.row, heads)
+        TensorView::new(name, data.get(part.q_row * heads..).unwrap_or_default(), shapes.row, heads)
     };
     let q = view("q", &qkv.q, shapes.q)?;
     let k = view("k", &qkv.k, shapes.k)?;

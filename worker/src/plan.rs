@@ -2,65 +2,245 @@
 
 use std::collections::BTreeMap;
 
-use outboard_attention::{Document, DocumentId, HeadGeometry, Mask, PlannedTask, StepPlan, Task, TickPlan};
-use outboard_proto::AssignedTask;
+use outboard_attention::{
+    Document, DocumentId, HeadGeometry, HomeRange, Mask, PlannedTask, Span, StepPlan, Task, TickPlan,
+};
 use outboard_proto::v1::{PlanSummary, ServerInfo, SubmitStepResponse};
+use outboard_proto::{AssignedTask, KeyHome};
 
 use crate::{LayerCall, Placed};
 
-/// A task of this rank's documents and the server that computes it.
+/// Tokens of a document that a rank is home of, without a gap.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Holding {
+    /// The document.
+    pub document: DocumentId,
+    /// Positions in it.
+    pub tokens: Span,
+    /// Tokens of the whole document.
+    pub length: usize,
+    /// Its nano-batch.
+    pub tick: u32,
+}
+
+/// A task of this rank's rows and the server that computes it.
 #[derive(Clone, Debug)]
 pub(crate) struct PlacedTask {
     pub(crate) tick: u32,
     pub(crate) planned: PlannedTask,
     pub(crate) task: Task,
     pub(crate) server: u64,
+    /// Where its keys lie, when not all of them are here: an index of [`RankPlan::fetches`].
+    pub(crate) fetch: Option<usize>,
+}
+
+/// Keys that a server fetches for tasks of this rank: the hull of what those of one document and kv-head range need.
+#[derive(Clone, Debug)]
+pub(crate) struct Fetch {
+    pub(crate) tick: u32,
+    /// The homes of its tokens, in order.
+    pub(crate) homes: Vec<KeyHome>,
+}
+
+/// A task's share of the gradients of keys that this rank is home of, which the task's server delivers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Share {
+    pub(crate) document: DocumentId,
+    pub(crate) tokens: Span,
+    pub(crate) kv_heads: Span,
+    /// The task's queries, and their home, for messages.
+    pub(crate) q: Span,
+    pub(crate) owner: u32,
+}
+
+/// Names a share within a tick: its task's group and position, and the first of its tokens.
+pub(crate) type ShareKey = (u32, u32, usize);
+
+/// The shares of a rank, by tick.
+pub(crate) type Shares = BTreeMap<u32, BTreeMap<ShareKey, Share>>;
+
+/// What a plan is read with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Reading<'a> {
+    pub(crate) rank: u32,
+    pub(crate) geometry: &'a HeadGeometry,
+    pub(crate) slots: u32,
+    /// Where each rank's home listens; none in a job without placement.
+    pub(crate) home_addresses: &'a [String],
 }
 
 /// Everything a rank needs to know of a step's plan.
 #[derive(Clone, Debug)]
 pub(crate) struct RankPlan {
     pub(crate) epoch: u64,
-    /// What the rank submitted.
-    pub(crate) documents: Vec<Document>,
-    /// In plan order.
+    /// What the rank holds, in order of document and token.
+    pub(crate) holdings: Vec<Holding>,
+    /// Tasks whose queries it holds, in plan order.
     pub(crate) tasks: Vec<PlacedTask>,
+    pub(crate) fetches: Vec<Fetch>,
+    pub(crate) shares: Shares,
     /// Servers of the plan, and those that may take over.
     pub(crate) servers: BTreeMap<u64, ServerInfo>,
     pub(crate) summary: PlanSummary,
 }
 
+/// A document, its mask, and which rank holds what of it.
+struct Known {
+    document: Document,
+    mask: Mask,
+    runs: Vec<HomeRange>,
+}
+
+impl Known {
+    fn new(document: Document, geometry: &HeadGeometry) -> Known {
+        let mask = document.mask(geometry.kv_heads());
+        let runs = runs(&document);
+        Known { document, mask, runs }
+    }
+
+    /// The run that all of `tokens` lie in.
+    fn run_of(&self, tokens: Span) -> Option<HomeRange> {
+        self.runs.iter().find(|run| run.tokens.covers(tokens)).copied()
+    }
+
+    fn held_by(&self, rank: u32) -> impl Iterator<Item = Span> {
+        self.runs.iter().filter(move |run| run.rank == rank).map(|run| run.tokens)
+    }
+}
+
+/// The homes of a document, with neighbours of one rank as one.
+fn runs(document: &Document) -> Vec<HomeRange> {
+    let mut runs: Vec<HomeRange> = Vec::new();
+    for home in document.homes() {
+        match runs.last_mut() {
+            Some(run) if run.rank == home.rank => run.tokens = run.tokens.hull(home.tokens),
+            _ => runs.push(*home),
+        }
+    }
+    runs
+}
+
 impl RankPlan {
-    /// Reads a plan. It must compute every cell of `documents` exactly once, on servers that it lists.
+    /// Reads a plan. It must compute every cell of the rank's rows, and of the columns of its keys, exactly once, on
+    /// servers that it lists.
     pub(crate) fn new(
         response: SubmitStepResponse,
-        documents: Vec<Document>,
-        geometry: &HeadGeometry,
-        slots: u32,
+        submitted: Vec<Document>,
+        reading: Reading<'_>,
     ) -> Result<RankPlan, String> {
-        let servers: BTreeMap<_, _> = response.servers.into_iter().map(|s| (s.id, s)).collect();
-        let masks: BTreeMap<DocumentId, Mask> =
-            documents.iter().map(|d| (d.id(), d.mask(geometry.kv_heads()))).collect();
-        let mut tasks = Vec::with_capacity(response.tasks.len());
-        let mut ticks: BTreeMap<u32, TickPlan> = BTreeMap::new();
-        for wire in response.tasks {
+        let SubmitStepResponse { plan_epoch, tasks, servers, summary, documents } = response;
+        let documents = known(documents, submitted, reading)?;
+        let servers: BTreeMap<_, _> = servers.into_iter().map(|s| (s.id, s)).collect();
+        let holdings = documents.values().flat_map(|known| {
+            let (document, length, tick) =
+                (known.document.id(), known.document.tokens(), known.document.tick());
+            known.held_by(reading.rank).map(move |tokens| Holding { document, tokens, length, tick })
+        });
+        let mut plan = RankPlan {
+            epoch: plan_epoch,
+            holdings: holdings.collect(),
+            tasks: Vec::with_capacity(tasks.len()),
+            fetches: Vec::new(),
+            shares: Shares::new(),
+            servers,
+            summary: summary.ok_or("it has no summary")?,
+        };
+        let mut all = Vec::with_capacity(tasks.len());
+        for wire in tasks {
             let assigned = AssignedTask::try_from(wire).map_err(|e| e.message)?;
-            let AssignedTask { tick, server_id: server, task: planned } = assigned;
-            let document = planned.document;
-            let mask = masks.get(&document).ok_or(format!("document {document} was not submitted"))?;
-            let task = planned.task(mask).map_err(|e| format!("document {document}: {e}"))?;
-            if !servers.contains_key(&server) {
-                return Err(format!(
-                    "a task of document {document} is on server {server}, which is not listed"
-                ));
-            }
-            ticks.entry(tick).or_insert(TickPlan { tick, tasks: Vec::new() }).tasks.push(planned);
-            tasks.push(PlacedTask { tick, planned, task, server });
+            plan.take(assigned, &documents, reading)?;
+            all.push(assigned);
         }
-        let plan = StepPlan { ticks: ticks.into_values().collect(), slots };
-        plan.check(&documents, geometry).map_err(|e| e.to_string())?;
-        let summary = response.summary.ok_or("it has no summary")?;
-        Ok(RankPlan { epoch: response.plan_epoch, documents, tasks, servers, summary })
+        plan.find_fetches(&documents, reading)?;
+        plan.find_shares(&all, &documents, reading)?;
+        check(&all, &documents, reading)?;
+        Ok(plan)
+    }
+
+    /// Takes a task in, if this rank holds its queries.
+    fn take(
+        &mut self,
+        assigned: AssignedTask,
+        documents: &BTreeMap<DocumentId, Known>,
+        reading: Reading<'_>,
+    ) -> Result<(), String> {
+        let AssignedTask { tick, server_id: server, task: planned } = assigned;
+        let document = planned.document;
+        let known = documents.get(&document).ok_or(format!("document {document} was not submitted"))?;
+        if !self.servers.contains_key(&server) {
+            return Err(format!("a task of document {document} is on server {server}, which is not listed"));
+        }
+        let owner = known.run_of(planned.q).ok_or_else(|| {
+            format!("queries {} of document {document} are one task, and lie on several ranks", planned.q)
+        })?;
+        if owner.rank == reading.rank {
+            let task = planned.task(&known.mask).map_err(|e| format!("document {document}: {e}"))?;
+            self.tasks.push(PlacedTask { tick, planned, task, server, fetch: None });
+        }
+        Ok(())
+    }
+
+    /// Says for which tasks servers fetch which keys.
+    fn find_fetches(
+        &mut self,
+        documents: &BTreeMap<DocumentId, Known>,
+        reading: Reading<'_>,
+    ) -> Result<(), String> {
+        let mut hulls: BTreeMap<(u32, u64, DocumentId, Span), (Span, Vec<usize>)> = BTreeMap::new();
+        for (n, placed) in self.tasks.iter().enumerate() {
+            let PlannedTask { document, q, kv, kv_heads, .. } = placed.planned;
+            let here = documents[&document].run_of(q).is_some_and(|run| run.tokens.covers(kv));
+            if !here {
+                let key = (placed.tick, placed.server, document, kv_heads);
+                let (hull, tasks) = hulls.entry(key).or_insert_with(|| (kv, Vec::new()));
+                *hull = hull.hull(kv);
+                tasks.push(n);
+            }
+        }
+        for ((tick, _, document, _), (hull, tasks)) in hulls {
+            let home = |run: &HomeRange| {
+                let tokens = run.tokens.intersect(hull);
+                let address = reading.home_addresses.get(run.rank as usize).ok_or_else(|| {
+                    format!("document {document} has a home on rank {}, whose address is not known", run.rank)
+                });
+                (!tokens.is_empty())
+                    .then(|| Ok(KeyHome { tokens, rank: run.rank, address: address?.clone() }))
+            };
+            let homes = documents[&document].runs.iter().filter_map(home).collect::<Result<_, String>>()?;
+            tasks.into_iter().for_each(|n| self.tasks[n].fetch = Some(self.fetches.len()));
+            self.fetches.push(Fetch { tick, homes });
+        }
+        Ok(())
+    }
+
+    /// Lists the shares of gradients that servers will deliver here: of every task whose queries and keys do not all lie
+    /// in one run, for each run of this rank's keys among them.
+    fn find_shares(
+        &mut self,
+        tasks: &[AssignedTask],
+        documents: &BTreeMap<DocumentId, Known>,
+        reading: Reading<'_>,
+    ) -> Result<(), String> {
+        for AssignedTask { tick, task, .. } in tasks {
+            let PlannedTask { document, q, kv, kv_heads, group, position, .. } = *task;
+            let known = &documents[&document];
+            let Some(owner) = known.run_of(q) else { continue };
+            if owner.tokens.covers(kv) {
+                continue;
+            }
+            for run in known.held_by(reading.rank) {
+                let tokens = run.intersect(kv);
+                if tokens.is_empty() {
+                    continue;
+                }
+                let share = Share { document, tokens, kv_heads, q, owner: owner.rank };
+                let key = (group, position, tokens.start());
+                if self.shares.entry(*tick).or_default().insert(key, share).is_some() {
+                    return Err(format!("two tasks of tick {tick} are number {position} of group {group}"));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// How much of it each server has, in order of server.
@@ -73,28 +253,96 @@ impl RankPlan {
         cells.into_iter().map(|(server, cells)| Placed { server, rank: rank(server), cells }).collect()
     }
 
-    /// Checks that a call asks for what was submitted, no more and no less: then the plan computes all of it.
+    /// Checks that a call asks for what the rank holds, no more and no less: then the plan computes all of it.
     pub(crate) fn check_call(&self, call: &LayerCall) -> Result<(), String> {
-        let asked: BTreeMap<DocumentId, usize> =
-            call.documents.iter().map(|d| (d.id, d.rows.len())).collect();
+        let asked: BTreeMap<(DocumentId, usize), usize> =
+            call.documents.iter().map(|d| ((d.id, d.first_token), d.rows.len())).collect();
         if asked.len() != call.documents.len() {
-            return Err("the call names a document twice".to_owned());
+            return Err("the call names tokens twice".to_owned());
         }
-        let of_tick = self.documents.iter().filter(|d| d.tick() == call.tick);
-        let submitted: BTreeMap<DocumentId, usize> = of_tick.map(|d| (d.id(), d.tokens())).collect();
-        let differs = |&(id, tokens): &(&DocumentId, &usize)| asked.get(id) != Some(tokens);
-        if let Some((id, tokens)) = submitted.iter().find(differs) {
-            let asked = asked.get(id).map_or("none".to_owned(), usize::to_string);
+        let of_tick = self.holdings.iter().filter(|held| held.tick == call.tick);
+        let held: BTreeMap<(DocumentId, usize), usize> =
+            of_tick.map(|held| ((held.document, held.tokens.start()), held.tokens.len())).collect();
+        let differs = |&(at, tokens): &(&(DocumentId, usize), &usize)| asked.get(at) != Some(tokens);
+        if let Some(((id, first), tokens)) = held.iter().find(differs) {
+            let asked = asked.get(&(*id, *first)).map_or("none".to_owned(), usize::to_string);
             return Err(format!(
-                "document {id} was submitted with {tokens} tokens for tick {}, the call has {asked}",
+                "this rank holds {tokens} tokens of document {id} from token {first} in tick {}, the call has {asked}",
                 call.tick
             ));
         }
-        match asked.keys().find(|id| !submitted.contains_key(id)) {
-            Some(id) => {
-                Err(format!("the call has document {id}, which was not submitted for tick {}", call.tick))
-            }
+        match asked.keys().find(|at| !held.contains_key(at)) {
+            Some((id, first)) => Err(format!(
+                "the call has document {id} from token {first}, which this rank does not hold in tick {}",
+                call.tick
+            )),
             None => Ok(()),
         }
     }
+}
+
+/// The documents of a plan: as submitted, or, where the planner chooses homes, as it sent them.
+fn known(
+    documents: Vec<outboard_proto::v1::Document>,
+    submitted: Vec<Document>,
+    reading: Reading<'_>,
+) -> Result<BTreeMap<DocumentId, Known>, String> {
+    let known = |document: Document| (document.id(), Known::new(document, reading.geometry));
+    if reading.home_addresses.is_empty() {
+        return Ok(submitted.into_iter().map(known).collect());
+    }
+    let submitted: BTreeMap<DocumentId, Document> = submitted.into_iter().map(|d| (d.id(), d)).collect();
+    let placed = |wire| {
+        let document = Document::try_from(wire).map_err(|e: outboard_proto::TaskError| e.message)?;
+        let id = document.id();
+        if !document.is_placed() {
+            return Err(format!("document {id} came back without homes"));
+        }
+        let mine = id.rank == reading.rank;
+        let same = match submitted.get(&id) {
+            Some(before) => before.clone().with_homes(document.homes().to_vec()).is_ok_and(|b| b == document),
+            None => !mine,
+        };
+        if same {
+            Ok(known(document))
+        } else {
+            Err(format!("document {id} is not as this rank submitted it"))
+        }
+    };
+    documents.into_iter().map(placed).collect()
+}
+
+/// Checks that tasks compute every cell of the rank's rows once, and every cell of the columns of its keys.
+fn check(
+    tasks: &[AssignedTask],
+    documents: &BTreeMap<DocumentId, Known>,
+    reading: Reading<'_>,
+) -> Result<(), String> {
+    let spans = documents.values().flat_map(|known| {
+        let all = Span::to(known.document.tokens());
+        let runs: Vec<Span> = known.held_by(reading.rank).collect();
+        let rows = runs.iter().map(|run| (known, *run, all)).collect::<Vec<_>>();
+        // Whoever holds all rows has checked all columns.
+        let columns = runs.into_iter().filter(|run| *run != all).map(|run| (known, all, run));
+        rows.into_iter().chain(columns.collect::<Vec<_>>())
+    });
+    let mut by_document: BTreeMap<DocumentId, Vec<&AssignedTask>> = BTreeMap::new();
+    tasks.iter().for_each(|task| by_document.entry(task.task.document).or_default().push(task));
+    for (known, q, kv) in spans {
+        let heads = Span::to(reading.geometry.kv_heads());
+        let document = known.document.clone().with_mask(known.mask.clip(q, kv, heads));
+        let document = document.map_err(|e| e.to_string())?;
+        let mut ticks: BTreeMap<u32, Vec<PlannedTask>> = BTreeMap::new();
+        for assigned in by_document.get(&document.id()).into_iter().flatten() {
+            let PlannedTask { q: rows, kv: keys, kv_heads, .. } = assigned.task;
+            let (q, kv) = (rows.intersect(q), keys.intersect(kv));
+            if known.mask.clip(q, kv, kv_heads).cells() > 0 {
+                ticks.entry(assigned.tick).or_default().push(PlannedTask { q, kv, ..assigned.task });
+            }
+        }
+        let ticks = ticks.into_iter().map(|(tick, tasks)| TickPlan { tick, tasks }).collect();
+        let plan = StepPlan { ticks, slots: reading.slots };
+        plan.check(&[document], reading.geometry).map_err(|e| e.to_string())?;
+    }
+    Ok(())
 }

@@ -5,20 +5,22 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use futures::future::try_join_all;
 use outboard_attention::Document;
 use outboard_attention::kernel::Results;
-use outboard_proto::TaskError;
 use outboard_proto::v1::{PlanSummary, ServerInfo};
+use outboard_proto::{KeyHome, LayerRef, TaskError};
 use outboard_transport::grpc::{ClientConfig, GrpcTransport};
-use outboard_transport::{InProcess, TaskHandler, Traffic, Transport};
+use outboard_transport::{Homes, InProcess, KeyGradient, TaskHandler, Traffic, Transport};
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::assemble::{Part, merge_outputs, sum_gradients};
 use crate::dispatch::{Dispatch, DispatchCounters};
+use crate::home::{Home, Member};
 use crate::job::{Job, StepReport};
 use crate::peers::{Peer, Peers};
-use crate::plan::RankPlan;
+use crate::plan::{Holding, RankPlan};
 use crate::request::{Shipping, requests};
 use crate::{Attended, CoreAttention, JobOptions, LayerCall, OutputGradient, Qkv, QkvGradient, WorkerError};
 
@@ -32,6 +34,8 @@ pub struct PoolAttention {
     job: Job,
     runtime: Handle,
     in_place: Option<Arc<dyn TaskHandler>>,
+    /// In a job with placement, and the way to the other ranks'.
+    home: Option<(Home, Homes)>,
     peers: Peers,
     counters: DispatchCounters,
     submissions: mpsc::Sender<Submission>,
@@ -67,6 +71,8 @@ struct PlannedStep {
 #[derive(Clone, Copy, Default)]
 struct Totals {
     traffic: Traffic,
+    /// Bytes that the rank's home gave out and took.
+    at_home: u64,
     resent: u64,
 }
 
@@ -91,7 +97,7 @@ pub struct StepStats {
     pub tasks_resent: u64,
     /// Ids of the servers that this rank found lost since the step before ended.
     pub servers_lost: Vec<u64>,
-    /// Tensor bytes that left and entered this rank as a client.
+    /// Tensor bytes that left and entered this rank as a client, and as a home of keys.
     pub bytes_moved: u64,
     /// Wall time inside attention calls.
     pub attention: Duration,
@@ -113,22 +119,37 @@ pub struct Placed {
 }
 
 impl PoolAttention {
-    /// Joins a job; returns when all its ranks have. `in_place` is the handler of the server that shares this process.
+    /// Joins a job; returns when all its ranks have. `in_place` is the handler of the server that shares this process,
+    /// `home` the rank's own in a job with placement, and only there.
     ///
     /// # Errors
-    /// [`WorkerError::Coordinator`] when the coordinator cannot be reached or refuses, or ranks or servers are missing.
+    /// [`WorkerError::Options`] for a home without placement or the other way round, [`WorkerError::Coordinator`] when the coordinator cannot be reached or refuses, or ranks or servers are missing.
     pub fn join(
         options: JobOptions,
         runtime: Handle,
         in_place: Option<Arc<dyn TaskHandler>>,
+        home: Option<Home>,
     ) -> Result<PoolAttention, WorkerError> {
-        let job = runtime.block_on(Job::join(options))?;
+        if options.placement.is_some() != home.is_some() {
+            let message = "a job with placement needs a home on every rank, and no other job does".to_owned();
+            return Err(WorkerError::Options { job: options.job, rank: options.rank, message });
+        }
+        if let Some(home) = &home {
+            let JobOptions { job, rank, geometry, .. } = &options;
+            home.store.begin(Member { job: job.clone(), rank: *rank, geometry: *geometry });
+        }
+        let address = home.as_ref().map_or_else(String::new, |home| home.address().to_owned());
+        let job = runtime.block_on(Job::join(options, address))?;
         let (submissions, queue) = mpsc::channel(MAX_STEPS_AHEAD);
         runtime.spawn(submit_in_order(job.clone(), queue));
         Ok(PoolAttention {
             job,
             runtime,
             in_place,
+            home: home.map(|home| {
+                let homes = home.homes();
+                (home, homes)
+            }),
             submissions,
             peers: Peers::default(),
             counters: DispatchCounters::default(),
@@ -141,7 +162,8 @@ impl PoolAttention {
         self.job.numerics_id()
     }
 
-    /// Submits this rank's documents of a step, best one step before it is used. Does not wait for the plan.
+    /// Submits this rank's documents of a step, best one step before it is used. Does not wait for the plan. With placement
+    /// one rank may submit the whole global batch, the others none; documents may come without homes.
     ///
     /// # Errors
     /// [`WorkerError::BadPlan`] when more steps than a few are outstanding.
@@ -168,7 +190,18 @@ impl PoolAttention {
         Ok(self.planned(step)?.plan.summary)
     }
 
-    /// Ends a step: reports it and says what its attention took. `seconds` is the step's wall time on this rank.
+    /// What this rank holds of a step's documents, in order of document and token, once the step is planned. With
+    /// placement it is this that the rank loads.
+    ///
+    /// # Errors
+    /// [`WorkerError::NotSubmitted`], or why there is no plan.
+    pub fn holdings(&self, step: u64) -> Result<Vec<Holding>, WorkerError> {
+        Ok(self.planned(step)?.plan.holdings.clone())
+    }
+
+    /// Ends a step: reports it and says what its attention took. `seconds` is the step's wall time on this rank. With
+    /// placement the rank gives out its keys of the step until now: end it once all ranks have their gradients, as they
+    /// have when these were added up.
     ///
     /// # Errors
     /// [`WorkerError::NotSubmitted`], or when the report does not reach the coordinator.
@@ -180,6 +213,9 @@ impl PoolAttention {
             steps.remove(&step);
             newest + 1
         };
+        if let Some((home, _)) = &self.home {
+            home.store.finish(step);
+        }
         let (now, start) = (self.totals(), planned.at_start);
         let times = *planned.times.lock().unwrap_or_else(PoisonError::into_inner);
         let report = StepReport {
@@ -189,7 +225,7 @@ impl PoolAttention {
             servers: self.peers.take_reports(next_step),
         };
         self.runtime.block_on(self.job.report(report))?;
-        let bytes = |t: Traffic| t.sent + t.received;
+        let bytes = |t: Totals| t.traffic.sent + t.traffic.received + t.at_home;
         Ok(StepStats {
             summary: planned.plan.summary,
             placed: planned.plan.placed(),
@@ -198,7 +234,7 @@ impl PoolAttention {
             servers_lost: std::mem::take(
                 &mut *self.counters.servers_lost.lock().unwrap_or_else(PoisonError::into_inner),
             ),
-            bytes_moved: bytes(now.traffic) - bytes(start.traffic),
+            bytes_moved: bytes(now) - bytes(start),
             attention: times.attention,
             exposed: times.exposed,
             communication: times.communication,
@@ -229,6 +265,9 @@ impl PoolAttention {
             return Err(self.bad_plan(call.step, message));
         }
         step.plan.check_call(call).map_err(|message| self.bad_plan(call.step, message))?;
+        if let (Some((home, _)), None) = (&self.home, gradient) {
+            home.store.publish(call, qkv);
+        }
         let busy_before = self.device_busy();
         let shipping = Shipping { options, numerics_id: self.job.numerics_id(), plan: &step.plan };
         let requests = requests(shipping, call, qkv, gradient).map_err(|e| call.invalid(e))?;
@@ -240,7 +279,11 @@ impl PoolAttention {
             counters: &self.counters,
             deadline: started + options.task_timeout,
         };
-        let dispatched = self.runtime.block_on(dispatch.run(call, requests))?;
+        // Backward, every home has given its keys out already.
+        let elsewhere =
+            if gradient.is_none() { self.homes_elsewhere(&step.plan, call.tick) } else { Vec::new() };
+        let gate = self.await_keys(call, elsewhere);
+        let dispatched = self.runtime.block_on(dispatch.run(call, requests, gate))?;
         let elapsed = started.elapsed();
         let busy = self.device_busy().saturating_sub(busy_before);
         let mut times = step.times.lock().unwrap_or_else(PoisonError::into_inner);
@@ -249,6 +292,37 @@ impl PoolAttention {
         times.exposed += elapsed.saturating_sub(busy);
         times.communication += dispatched.communication;
         Ok(dispatched.results)
+    }
+
+    /// The other ranks that servers fetch keys from for this rank's tasks of a tick.
+    fn homes_elsewhere(&self, plan: &RankPlan, tick: u32) -> Vec<KeyHome> {
+        let fetched = plan.fetches.iter().filter(|fetch| fetch.tick == tick).flat_map(|fetch| &fetch.homes);
+        let own = self.job.options().rank;
+        let by_rank: BTreeMap<u32, &KeyHome> =
+            fetched.filter(|home| home.rank != own).map(|home| (home.rank, home)).collect();
+        by_rank.into_values().cloned().collect()
+    }
+
+    /// Waits until ranks have the keys of a call's layer: only then are tasks shipped that read them, so that no server
+    /// waits for a rank.
+    async fn await_keys(&self, call: &LayerCall, homes: Vec<KeyHome>) -> Result<(), WorkerError> {
+        let JobOptions { job, task_timeout, .. } = self.job.options();
+        let Some((_, way)) = &self.home else { return Ok(()) };
+        let layer = LayerRef { job: job.clone(), step: call.step, layer: call.layer, tick: call.tick };
+        let waits = homes.iter().map(|home| way.await_keys(home, &layer, *task_timeout));
+        try_join_all(waits).await.map(drop).map_err(|source| self.shared(call, source))
+    }
+
+    /// The gradients of this rank's keys that servers deliver for one call.
+    fn delivered(&self, call: &LayerCall) -> Result<Vec<KeyGradient>, WorkerError> {
+        let Some((home, _)) = &self.home else { return Ok(Vec::new()) };
+        let delivered = home.store.delivered(call, self.job.options().task_timeout);
+        self.runtime.block_on(delivered).map_err(|source| self.shared(call, source))
+    }
+
+    fn shared(&self, call: &LayerCall, source: TaskError) -> WorkerError {
+        let JobOptions { job, rank, .. } = self.job.options();
+        WorkerError::Shared { job: job.clone(), rank: *rank, step: call.step, layer: call.layer, source }
     }
 
     /// The plan of a submitted step, awaited if need be.
@@ -272,9 +346,12 @@ impl PoolAttention {
             }
         };
         let cut_off = |_| Err(self.bad_plan(step, "its submission was cut off".to_owned()));
-        let plan = self.runtime.block_on(waiting).unwrap_or_else(cut_off).inspect_err(|error| {
+        let mut plan = self.runtime.block_on(waiting).unwrap_or_else(cut_off).inspect_err(|error| {
             self.lock_steps().insert(step, Step::Failed(error.to_string()));
         })?;
+        if let Some((home, _)) = &self.home {
+            home.store.expect(step, std::mem::take(&mut plan.shares));
+        }
         let meet = |info: &ServerInfo| {
             let peer = self.peers.meet(info.id, || self.peer(info));
             let failed = |e: TaskError| self.bad_plan(step, format!("server {}: {e}", info.id));
@@ -293,7 +370,10 @@ impl PoolAttention {
         let JobOptions { job, rank, task_timeout, connect_timeout, .. } = self.job.options();
         let handler = self.in_place.as_ref().filter(|_| info.job == *job && info.rank == Some(*rank));
         let transport: Box<dyn Transport> = match handler {
-            Some(handler) => Box::new(InProcess::new(Arc::clone(handler), self.runtime.clone())),
+            Some(handler) => {
+                let homes = self.home.as_ref().map(|(_, homes)| homes.clone()).unwrap_or_default();
+                Box::new(InProcess::new(Arc::clone(handler), self.runtime.clone()).with_homes(homes))
+            }
             None => {
                 let config = ClientConfig {
                     job: job.clone(),
@@ -317,7 +397,9 @@ impl PoolAttention {
     }
 
     fn totals(&self) -> Totals {
-        Totals { traffic: self.peers.traffic(), resent: self.counters.resent.load(Ordering::Relaxed) }
+        let at_home = self.home.as_ref().map_or(0, |(home, _)| home.store.traffic());
+        let resent = self.counters.resent.load(Ordering::Relaxed);
+        Totals { traffic: self.peers.traffic(), at_home, resent }
     }
 
     fn bad_plan(&self, step: u64, message: String) -> WorkerError {
@@ -351,6 +433,7 @@ impl CoreAttention for PoolAttention {
         gradient: &OutputGradient,
     ) -> Result<QkvGradient, WorkerError> {
         let finished = self.run(call, qkv, Some(gradient))?;
-        sum_gradients(call, &finished).map_err(|e| call.invalid(e))
+        let delivered = self.delivered(call)?;
+        sum_gradients(call, &finished, &delivered).map_err(|e| call.invalid(e))
     }
 }

@@ -271,8 +271,9 @@ fn request(n: u32, fate: Fate) -> TaskRequest {
         task,
         result_dtype: DType::F32,
         deadline: None,
+        key_homes: Vec::new(),
     };
-    TaskRequest { header, inputs }
+    TaskRequest::new(header, inputs)
 }
 
 fn ship(engine: &Engine, fates: &[Fate]) -> Vec<Pending> {

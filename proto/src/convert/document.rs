@@ -32,8 +32,11 @@ impl TryFrom<v1::Document> for Document {
         };
         let homes =
             document.homes.into_iter().enumerate().map(home).collect::<Result<Vec<_>, _>>().map_err(name)?;
-        let causal =
-            Document::new(id, tokens, homes).map_err(|error| name(error.into()))?.with_tick(document.tick);
+        let causal = match homes.is_empty() {
+            true => Document::unplaced(id, tokens),
+            false => Document::new(id, tokens, homes),
+        };
+        let causal = causal.map_err(|error| name(error.into()))?.with_tick(document.tick);
         if document.mask.is_empty() {
             return Ok(causal);
         }

@@ -1,11 +1,13 @@
 //! Domain <-> wire. From the wire everything is checked; an error names the field and its values.
 
 mod document;
+mod home;
 mod plan;
 mod task;
 mod tensor;
 mod types;
 
+pub use home::{GradientHeader, KeyHome, KeyRange, LayerRef};
 pub use plan::AssignedTask;
 pub use task::WireTask;
 pub use tensor::{TensorKind, TensorRef};

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use outboard_attention::{InvalidAttention, Mask, Span, Task};
 
+use super::home::key_homes;
 use super::types::{direction, dtype, mask, slices};
 use super::{TensorRef, check_name, check_protocol_version, convert};
 use crate::{ErrorKind, PROTOCOL_VERSION, TaskError, TaskHeader, v1};
@@ -76,6 +77,7 @@ fn parse(wire: v1::TaskHeader) -> Result<WireTask, TaskError> {
         task,
         result_dtype,
         deadline: (wire.deadline_ms > 0).then(|| Duration::from_millis(wire.deadline_ms.into())),
+        key_homes: key_homes(wire.key_homes, kv)?,
     };
     Ok(WireTask { id: wire.task, header, tensors })
 }
@@ -152,7 +154,7 @@ impl From<&WireTask> for v1::TaskHeader {
             tensors: tensors.iter().map(v1::TensorRef::from).collect(),
             keep_lease_ms: 0,
             deadline_ms: header.deadline.map_or(0, millis),
-            key_homes: Vec::new(),
+            key_homes: header.key_homes.iter().map(Into::into).collect(),
         }
     }
 }

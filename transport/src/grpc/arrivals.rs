@@ -49,7 +49,22 @@ struct Tensor {
 #[derive(Debug)]
 enum Content {
     Arriving(Destination),
+    /// On its way from its homes.
+    Fetching,
     Whole(TensorSlice),
+}
+
+/// K and V to fetch for the tasks that name them.
+#[derive(Debug)]
+pub(super) struct Fetch {
+    /// The task that carries them.
+    pub(super) header: TaskHeader,
+    /// Ids of K and V.
+    pub(super) ids: [u64; 2],
+    /// The tokens that they hold.
+    pub(super) tokens: Span,
+    /// Their memory.
+    pub(super) lease: ByteLease,
 }
 
 /// A task whose tensors are all there.
@@ -85,6 +100,10 @@ impl DeadTensors {
             self.ids.remove(&oldest);
         }
     }
+}
+
+fn is_key(kind: TensorKind) -> bool {
+    matches!(kind, TensorKind::K | TensorKind::V)
 }
 
 /// What a checked task spends: first itself and its results, then each tensor it carries, which may outlive it.
@@ -142,6 +161,15 @@ impl Arrivals {
                 )));
             }
         }
+        if let Some(tokens) = task.header.fetched_keys() {
+            let keys = task.tensors.iter().filter(|tensor| is_key(tensor.kind));
+            let carried = keys.clone().filter(|tensor| tensor.carried).count();
+            if carried == 1 || keys.clone().any(|tensor| tensor.tokens != tokens) {
+                return Err(TaskError::invalid(format!(
+                    "key_homes names tokens {tokens}; K and V must hold these, and be carried both or neither"
+                )));
+            }
+        }
         for (n, tensor) in task.tensors.iter().enumerate() {
             let check = self.check_tensor(task, &task.tensors[..n], tensor);
             check.map_err(|error| error.context(format_args!("tensor {} ({})", tensor.id, tensor.kind)))?;
@@ -190,30 +218,103 @@ impl Arrivals {
         }
     }
 
-    /// Takes in a task that was checked and has spent its [`costs`]. Gives it back at once when all is there already.
-    pub(super) fn announce(&mut self, task: WireTask, leases: Vec<ByteLease>) -> Option<WholeTask> {
+    /// Takes in a task that was checked and has spent its [`costs`]. Says what is to be fetched for it, and gives it back at
+    /// once when all is there already.
+    pub(super) fn announce(
+        &mut self,
+        task: WireTask,
+        leases: Vec<ByteLease>,
+    ) -> (Option<Fetch>, Option<WholeTask>) {
         let WireTask { id, header, tensors } = task;
         let mut leases = leases.into_iter();
-        let results = leases.next()?;
-        let mut missing = 0;
+        let Some(results) = leases.next() else { return (None, None) };
+        let (mut missing, mut fetched) = (0, Vec::new());
         for tensor in &tensors {
             if tensor.carried {
                 let row = row_of(&header, tensor.kind);
                 let bytes = row.tensor_bytes(tensor.tokens.len()) as usize;
-                let content = Content::Arriving(Destination::new(row.dtype, bytes));
+                let Some(lease) = leases.next() else { return (None, None) };
+                let at_homes = is_key(tensor.kind) && !header.key_homes.is_empty();
+                let content = if at_homes {
+                    fetched.push((tensor.kind, tensor.id, lease.clone()));
+                    Content::Fetching
+                } else {
+                    Content::Arriving(Destination::new(row.dtype, bytes))
+                };
                 let (tokens, users) = (tensor.tokens, Vec::new());
-                let new =
-                    Tensor { carrier: id, tokens, row, content, lease: leases.next()?, users, open: true };
+                let new = Tensor { carrier: id, tokens, row, content, lease, users, open: true };
                 self.tensors.insert(tensor.id, new);
             }
             if let Some(known) = self.tensors.get_mut(&tensor.id) {
                 known.users.push(id);
                 known.open &= !tensor.last_use;
-                missing += usize::from(matches!(known.content, Content::Arriving(_)));
+                missing += usize::from(!matches!(known.content, Content::Whole(_)));
             }
         }
+        let id_of = |kind| fetched.iter().find(|(k, ..)| *k == kind).map(|(_, id, _)| *id);
+        let fetch = match (id_of(TensorKind::K), id_of(TensorKind::V), header.fetched_keys()) {
+            (Some(k), Some(v), Some(tokens)) => {
+                let lease = ByteLease::joined(fetched.into_iter().map(|(_, _, lease)| lease).collect());
+                Some(Fetch { header: header.clone(), ids: [k, v], tokens, lease })
+            }
+            _ => None,
+        };
         self.tasks.insert(id, Waiting { header, tensors, missing, results });
-        if missing == 0 { self.complete(id) } else { None }
+        (fetch, if missing == 0 { self.complete(id) } else { None })
+    }
+
+    /// Takes in K and V that were fetched, and gives back the tasks that have become whole by it. What nobody waits for any
+    /// more is dropped.
+    ///
+    /// # Errors
+    /// The tasks that cannot go on without them.
+    pub(super) fn fetched(
+        &mut self,
+        ids: [u64; 2],
+        outcome: Result<[TensorSlice; 2], TaskError>,
+    ) -> Result<Vec<WholeTask>, Vec<Failed>> {
+        let slices = outcome.map_err(|error| {
+            let mut failed = Vec::new();
+            for id in ids {
+                let users = self.tensors.remove(&id).map(|tensor| tensor.users).unwrap_or_default();
+                failed.extend(self.fail_users(users, &error));
+            }
+            failed
+        })?;
+        let mut whole = Vec::new();
+        for (id, slice) in ids.into_iter().zip(slices) {
+            let Some(tensor) = self.tensors.get_mut(&id) else { continue };
+            tensor.content = Content::Whole(slice);
+            let users = tensor.users.clone();
+            whole.extend(self.arrived(users));
+        }
+        Ok(whole)
+    }
+
+    /// Notes that a tensor of these tasks is whole; gives back those that are too.
+    fn arrived(&mut self, users: Vec<u64>) -> Vec<WholeTask> {
+        let mut whole = Vec::new();
+        for user in users {
+            if let Some(waiting) = self.tasks.get_mut(&user) {
+                waiting.missing = waiting.missing.saturating_sub(1);
+                if waiting.missing == 0 {
+                    whole.extend(self.complete(user));
+                }
+            }
+        }
+        whole
+    }
+
+    /// Gives up the tasks of a tensor that will not come.
+    fn fail_users(&mut self, users: Vec<u64>, error: &TaskError) -> Vec<Failed> {
+        let mut failed = Vec::new();
+        for user in users {
+            if let Some(waiting) = self.tasks.get(&user) {
+                failed.push((user, error.clone().context(waiting.header.name())));
+                self.cancel(user);
+            }
+        }
+        failed
     }
 
     /// Takes in a chunk, and gives back the tasks that have become whole by it.
@@ -235,8 +336,14 @@ impl Arrivals {
             let carrier = tensor.carrier;
             return fail(format!("a chunk of tensor {id} names task {task}, and task {carrier} carries it"));
         }
-        let Content::Arriving(destination) = &mut tensor.content else {
-            return fail(format!("a chunk of task {task} comes after tensor {id} was whole"));
+        let destination = match &mut tensor.content {
+            Content::Arriving(destination) => destination,
+            Content::Whole(_) => {
+                return fail(format!("a chunk of task {task} comes after tensor {id} was whole"));
+            }
+            Content::Fetching => {
+                return fail(format!("a chunk of task {task} comes for tensor {id}, which its homes send"));
+            }
         };
         if let Err(error) = destination.put(chunk) {
             return Err(self.give_up_tensor(id, task, &error));
@@ -250,16 +357,8 @@ impl Arrivals {
             Ok(slice) => tensor.content = Content::Whole(slice),
             Err(error) => return Err(self.give_up_tensor(id, task, &error.into())),
         }
-        let mut whole = Vec::new();
-        for user in tensor.users.clone() {
-            if let Some(waiting) = self.tasks.get_mut(&user) {
-                waiting.missing = waiting.missing.saturating_sub(1);
-                if waiting.missing == 0 {
-                    whole.extend(self.complete(user));
-                }
-            }
-        }
-        Ok(whole)
+        let users = tensor.users.clone();
+        Ok(self.arrived(users))
     }
 
     /// Forgets a waiting task. Its tensors stay as long as others may name them. False when it does not wait.
@@ -287,13 +386,7 @@ impl Arrivals {
     fn give_up_tensor(&mut self, id: u64, carrier: u64, error: &TaskError) -> Vec<Failed> {
         self.dead.insert(id);
         let users = self.tensors.remove(&id).map(|tensor| tensor.users).unwrap_or_default();
-        let mut failed = Vec::new();
-        for user in users {
-            if let Some(waiting) = self.tasks.get(&user) {
-                failed.push((user, error.clone().context(waiting.header.name())));
-                self.cancel(user);
-            }
-        }
+        let mut failed = self.fail_users(users, error);
         if failed.is_empty() {
             failed.push((carrier, error.clone()));
         }

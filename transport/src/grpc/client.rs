@@ -12,7 +12,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use super::ClientConfig;
 use super::link::{Link, Shared, Shipped, connect, endpoint, run};
 use crate::guard::{Deadline, guard};
-use crate::sizes::{check, input_kinds, input_of, task_bytes};
+use crate::sizes::{Input, check, input_kinds, input_of, task_bytes};
 use crate::{Pending, TaskRequest, Traffic, Transport};
 
 /// A [`Transport`] to an attention server elsewhere.
@@ -108,9 +108,12 @@ impl GrpcTransport {
 }
 
 fn bytes_of(request: &TaskRequest) -> u64 {
-    let inputs =
-        input_kinds(request.header.direction).iter().filter_map(|&kind| input_of(&request.inputs, kind));
-    inputs.map(|slice| slice.bytes() as u64).fold(task_bytes(&request.header), u64::saturating_add)
+    let inputs = input_kinds(request.header.direction).iter().filter_map(|&kind| input_of(request, kind));
+    let bytes = |input: Input<'_>| match input {
+        Input::Here(slice) => slice.bytes() as u64,
+        Input::AtHomes(_) => 0,
+    };
+    inputs.map(bytes).fold(task_bytes(&request.header), u64::saturating_add)
 }
 
 impl Transport for GrpcTransport {

@@ -373,9 +373,9 @@ impl State {
         let outgoing = |(n, tensor): (usize, SharedTensor)| {
             let users: Vec<u64> = tensor.users.iter().map(|&user| first_task + user as u64).collect();
             let carrier = users.first().copied().unwrap_or_default();
-            (carrier, first_tensor + n as u64, Outgoing::new(tensor.slice), users)
+            Some((carrier, first_tensor + n as u64, Outgoing::new(tensor.slice?), users))
         };
-        Packed { headers, tensors: tensors.into_iter().map(outgoing).collect() }
+        Packed { headers, tensors: tensors.into_iter().filter_map(outgoing).collect() }
     }
 }
 

@@ -77,8 +77,19 @@ fn packed(view: AnyTensor<'_>, start: usize, end: usize) -> Bytes {
     bytes.freeze()
 }
 
+/// Copies a whole view, as it travels, to memory of its size.
+pub(super) fn copy_memory(view: AnyTensor<'_>, to: &mut [u8]) {
+    let ([_, heads, dim], element) = (view.shape(), view.dtype().bytes());
+    let (row, stride) = (heads * dim * element, view.stride() * element);
+    let from = memory(view);
+    for (token, to) in to.chunks_exact_mut(row).enumerate() {
+        to.copy_from_slice(&from[token * stride..][..row]);
+    }
+    turn(to, element);
+}
+
 /// Turns elements of `size` bytes from this machine's order to that of the wire, or back.
-fn turn(bytes: &mut [u8], size: usize) {
+pub(super) fn turn(bytes: &mut [u8], size: usize) {
     if cfg!(target_endian = "big") {
         bytes.chunks_exact_mut(size).for_each(<[u8]>::reverse);
     }
@@ -108,35 +119,11 @@ impl Destination {
     /// # Errors
     /// [`ErrorKind::Corrupt`] when it is not the next one, reaches beyond the tensor, or fails its checksum.
     pub(super) fn put(&mut self, chunk: &Chunk) -> Result<(), TaskError> {
-        let Chunk { tensor, offset, data, .. } = chunk;
-        let (bytes, received, length) = (self.bytes, self.received, data.len());
-        let corrupt =
-            |what: String| Err(TaskError::new(ErrorKind::Corrupt, format!("tensor {tensor}: {what}")));
-        if data.is_empty() || length > MAX_CHUNK_BYTES {
-            return corrupt(format!("a chunk has {length} bytes; it must have 1 to {MAX_CHUNK_BYTES}"));
-        }
-        if *offset != received as u64 {
-            let what = if *offset < received as u64 { "overlaps what has come" } else { "leaves a gap" };
-            return corrupt(format!("a chunk at byte {offset} {what}; byte {received} is next"));
-        }
-        let end = received + length;
-        if end > bytes {
-            let dtype = self.data.dtype();
-            return corrupt(format!(
-                "a chunk ends at byte {end}, beyond the tensor's {bytes} bytes of {dtype}"
-            ));
-        }
-        let crc = crc32c::crc32c(data);
-        if crc != chunk.crc32c {
-            let said = chunk.crc32c;
-            return corrupt(format!(
-                "the chunk at byte {offset} has CRC-32C {crc:#010x}, its header says {said:#010x}; send the task again"
-            ));
-        }
+        let end = check_next(chunk, self.received, self.bytes, self.data.dtype())?;
         if self.data.is_empty() {
-            zero(&mut self.data, bytes);
+            self.data = zeroed(self.data.dtype(), self.bytes);
         }
-        memory_mut(&mut self.data)[received..end].copy_from_slice(data);
+        memory_mut(&mut self.data)[self.received..end].copy_from_slice(&chunk.data);
         self.received = end;
         Ok(())
     }
@@ -149,18 +136,55 @@ impl Destination {
     }
 }
 
-/// Takes zeros for `bytes` from the allocator, which often has them without writing any.
-fn zero(elements: &mut Elements, bytes: usize) {
-    let count = bytes / elements.dtype().bytes();
-    match elements {
+/// Checks that a chunk is the next one of a tensor of `bytes`, of which `received` have come. Gives back how many have
+/// come with it.
+///
+/// # Errors
+/// [`ErrorKind::Corrupt`] when it is not, reaches beyond the tensor, or fails its checksum.
+pub(super) fn check_next(
+    chunk: &Chunk,
+    received: usize,
+    bytes: usize,
+    dtype: DType,
+) -> Result<usize, TaskError> {
+    let Chunk { tensor, offset, data, .. } = chunk;
+    let length = data.len();
+    let corrupt = |what: String| Err(TaskError::new(ErrorKind::Corrupt, format!("tensor {tensor}: {what}")));
+    if data.is_empty() || length > MAX_CHUNK_BYTES {
+        return corrupt(format!("a chunk has {length} bytes; it must have 1 to {MAX_CHUNK_BYTES}"));
+    }
+    if *offset != received as u64 {
+        let what = if *offset < received as u64 { "overlaps what has come" } else { "leaves a gap" };
+        return corrupt(format!("a chunk at byte {offset} {what}; byte {received} is next"));
+    }
+    let end = received + length;
+    if end > bytes {
+        return corrupt(format!("a chunk ends at byte {end}, beyond the tensor's {bytes} bytes of {dtype}"));
+    }
+    let crc = crc32c::crc32c(data);
+    if crc != chunk.crc32c {
+        let said = chunk.crc32c;
+        return corrupt(format!(
+            "the chunk at byte {offset} has CRC-32C {crc:#010x}, its header says {said:#010x}; send the task again"
+        ));
+    }
+    Ok(end)
+}
+
+/// Zeros of `bytes` from the allocator, which often has them without writing any.
+pub(super) fn zeroed(dtype: DType, bytes: usize) -> Elements {
+    let count = bytes / dtype.bytes();
+    let mut elements = Elements::empty(dtype);
+    match &mut elements {
         Elements::F32(data) => *data = Arc::new(bytemuck::zeroed_vec(count)),
         Elements::Bf16(data) => *data = Arc::new(bytemuck::zeroed_vec(count)),
         Elements::F16(data) => *data = Arc::new(bytemuck::zeroed_vec(count)),
     }
+    elements
 }
 
 /// The memory of elements that nobody else holds yet.
-fn memory_mut(elements: &mut Elements) -> &mut [u8] {
+pub(super) fn memory_mut(elements: &mut Elements) -> &mut [u8] {
     match elements {
         Elements::F32(data) => bytemuck::cast_slice_mut(Arc::make_mut(data).as_mut_slice()),
         Elements::Bf16(data) => bytemuck::cast_slice_mut(Arc::make_mut(data).as_mut_slice()),

@@ -2,10 +2,13 @@
 
 mod account;
 mod arrivals;
+mod assembly;
 mod client;
 mod config;
 mod connection;
 mod elements;
+pub(crate) mod home_client;
+mod home_service;
 mod link;
 mod parcel;
 mod results;
@@ -15,5 +18,6 @@ mod writer;
 
 pub use client::{GrpcTransport, server_stats};
 pub use config::{ClientConfig, LinkConfig, ServerConfig};
+pub use home_service::serve_home;
 pub use server::{router, serve};
 pub use tokio_util::sync::CancellationToken;

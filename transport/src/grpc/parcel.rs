@@ -7,7 +7,7 @@ use outboard_attention::{Span, TensorIdentity, TensorSlice};
 use outboard_proto::{TaskError, TensorKind, TensorRef};
 
 use crate::TaskRequest;
-use crate::sizes::{input_kinds, input_of, task_bytes, tokens_of};
+use crate::sizes::{Input, input_kinds, input_of, row_of, task_bytes, tokens_of};
 
 /// Tasks sent together: the first of a shipment, as many as the server can hold at once.
 #[derive(Debug)]
@@ -25,7 +25,8 @@ pub(super) struct Parcel {
 /// A tensor and the tasks that read it.
 #[derive(Debug)]
 pub(super) struct SharedTensor {
-    pub(super) slice: TensorSlice,
+    /// `None` when the server fetches it.
+    pub(super) slice: Option<TensorSlice>,
     /// Indices of tasks of the parcel, in order; the first carries it.
     pub(super) users: Vec<usize>,
 }
@@ -35,7 +36,24 @@ struct Use<'a> {
     task: usize,
     kind: TensorKind,
     needed: Span,
-    slice: &'a TensorSlice,
+    input: Input<'a>,
+}
+
+/// The memory that a tensor is in, here or at its homes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+enum Identity {
+    Here(TensorIdentity),
+    /// By the address of what its tasks share.
+    AtHomes(usize, TensorKind),
+}
+
+impl Use<'_> {
+    fn identity(&self) -> Identity {
+        match self.input {
+            Input::Here(slice) => Identity::Here(slice.identity()),
+            Input::AtHomes(keys) => Identity::AtHomes(keys.identity(), self.kind),
+        }
+    }
 }
 
 /// A run of tokens that tasks read of one tensor, without a gap.
@@ -68,8 +86,8 @@ pub(super) fn pack(tasks: &[&TaskRequest], limit: u64) -> Result<Option<Parcel>,
 pub(super) fn bytes_of(tasks: &[&TaskRequest]) -> u64 {
     let (uses, runs) = runs_of(tasks);
     let run_bytes = |run: &Run| {
-        let slice = uses[run.uses.start].slice;
-        (run.tokens.len() * slice.heads() * slice.dim() * slice.dtype().bytes()) as u64
+        let Use { task, kind, .. } = uses[run.uses.start];
+        row_of(&tasks[task].header, kind).tensor_bytes(run.tokens.len())
     };
     let own = tasks.iter().map(|task| task_bytes(&task.header));
     own.chain(runs.iter().map(run_bytes)).fold(0, u64::saturating_add)
@@ -88,11 +106,13 @@ fn parcel(tasks: &[&TaskRequest]) -> Result<Parcel, TaskError> {
             let (carried, last_use) = (n == 0, n == last);
             references[task].push(TensorRef { id: id as u64, kind, tokens: run.tokens, carried, last_use });
         }
-        let slice = uses[run.uses.start].slice.with_tokens(run.tokens);
         let missing =
             || TaskError::internal(format!("a tensor does not hold the tokens {} that it said", run.tokens));
-        let users = users.into_iter().map(|(task, _)| task).collect();
-        tensors.push(SharedTensor { slice: slice.ok_or_else(missing)?, users });
+        let slice = match uses[run.uses.start].input {
+            Input::Here(slice) => Some(slice.with_tokens(run.tokens).ok_or_else(missing)?),
+            Input::AtHomes(_) => None,
+        };
+        tensors.push(SharedTensor { slice, users: users.into_iter().map(|(task, _)| task).collect() });
     }
     for named in &mut references {
         named.sort_by_key(|tensor| place_of(tensor.kind));
@@ -109,14 +129,20 @@ fn place_of(kind: TensorKind) -> usize {
 /// that they form. Only what tasks need is in a run, not all that their slices hold.
 fn runs_of<'a>(tasks: &[&'a TaskRequest]) -> (Vec<Use<'a>>, Vec<Run>) {
     // Memory addresses differ from run to run of the program: order by first appearance.
-    let mut order: HashMap<TensorIdentity, usize> = HashMap::new();
+    let mut order: HashMap<Identity, usize> = HashMap::new();
     let mut uses = Vec::new();
     for (task, request) in tasks.iter().enumerate() {
         for &kind in input_kinds(request.header.direction) {
-            let Some(slice) = input_of(&request.inputs, kind) else { continue };
-            let next = order.len();
-            let rank = *order.entry(slice.identity()).or_insert(next);
-            uses.push((rank, Use { task, kind, needed: tokens_of(&request.header, kind), slice }));
+            let Some(input) = input_of(request, kind) else { continue };
+            let own = tokens_of(&request.header, kind);
+            // What is fetched is fetched whole.
+            let needed = match input {
+                Input::Here(_) => own,
+                Input::AtHomes(_) => request.header.fetched_keys().unwrap_or(own),
+            };
+            let (next, of_tensor) = (order.len(), Use { task, kind, needed, input });
+            let rank = *order.entry(of_tensor.identity()).or_insert(next);
+            uses.push((rank, of_tensor));
         }
     }
     uses.sort_by_key(|(rank, u)| (*rank, u.needed));

@@ -35,7 +35,7 @@ pub(super) fn outgoing(
         _ => return Err(TaskError::internal(format!("the server computed no {} result", header.direction))),
     };
     let mut tensors = Vec::with_capacity(data.len());
-    for (&kind, data) in result_kinds(header.direction).iter().zip(data) {
+    for (&kind, data) in result_kinds(header).iter().zip(data) {
         let Row { heads, dim, .. } = row_of(header, kind);
         let slice = TensorSlice::contiguous("result", data, tokens_of(header, kind), heads, dim);
         let unfit = |error| {
@@ -49,7 +49,7 @@ pub(super) fn outgoing(
     };
     let header = ResultHeader {
         task: id,
-        tensors: result_kinds(header.direction).iter().enumerate().map(reference).collect(),
+        tensors: result_kinds(header).iter().enumerate().map(reference).collect(),
         result_dtype: DType::from(&header.result_dtype) as i32,
         numerics_id: numerics_id.to_string(),
         queued_seconds: queued.as_secs_f32(),
@@ -79,7 +79,7 @@ impl IncomingResult {
         if result.result_dtype != DType::F32 as i32 {
             return Err(corrupt(format!("has result_dtype {}, and f32 was asked for", result.result_dtype)));
         }
-        let kinds = result_kinds(task.direction);
+        let kinds = result_kinds(task);
         if result.tensors.len() != kinds.len() {
             return Err(corrupt(format!(
                 "names {} tensors; there must be {}",

@@ -15,17 +15,22 @@ use tonic::{Request, Response, Status, Streaming};
 use super::ServerConfig;
 use super::config::FRAME_BYTES;
 use super::session::{Shared, attend};
-use crate::TaskHandler;
+use crate::{Homes, TaskHandler};
 
 /// Messages that wait for the connection, of at most a chunk each.
 const MAX_MESSAGES: usize = 4;
 
 struct Edge(Shared);
 
-/// AttentionService over `handler`, in a router that may get further services. Once `drain` is cancelled, clients are told
+/// AttentionService over `handler`, which fetches keys by `homes`, in a router that may get further services. Once `drain` is cancelled, clients are told
 /// to end their streams when they have no task left; refusing new tasks meanwhile is the handler's part.
-pub fn router(handler: Arc<dyn TaskHandler>, config: &ServerConfig, drain: CancellationToken) -> Router {
-    let shared = Shared { handler, config: config.clone(), drain };
+pub fn router(
+    handler: Arc<dyn TaskHandler>,
+    homes: Homes,
+    config: &ServerConfig,
+    drain: CancellationToken,
+) -> Router {
+    let shared = Shared { handler, homes, config: config.clone(), drain };
     let link = &config.link;
     tonic::transport::Server::builder()
         .initial_stream_window_size(link.window_bytes)

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures::FutureExt;
 use futures::future::{BoxFuture, Fuse, FusedFuture};
+use outboard_attention::TensorSlice;
 use outboard_proto::v1::attend_request::Message;
 use outboard_proto::v1::attend_response::Message as Answer;
 use outboard_proto::v1::{self, AttendRequest, ClientGreeting, Failure, ServerGreeting, TaskFailure};
@@ -18,11 +19,12 @@ use tonic::{Code, Status, Streaming};
 
 use super::ServerConfig;
 use super::account::Account;
-use super::arrivals::{Arrivals, Failed, WholeTask, costs};
+use super::arrivals::{Arrivals, Failed, Fetch, WholeTask, costs};
 use super::results::outgoing;
 use super::writer::{FinishedTask, Outbound, Writer, write};
+use crate::home::{Fetched, deliver};
 use crate::sizes::{numerics_ids, refuse};
-use crate::{ArrivedTask, Origin, Pending, TaskHandler};
+use crate::{ArrivedTask, Homes, Origin, Pending, TaskHandler};
 
 /// Most failures that wait to be read; then no more requests are read.
 const MAX_FAILURES: usize = 256;
@@ -36,6 +38,7 @@ const LAST_WORD: Duration = Duration::from_secs(10);
 #[derive(Clone)]
 pub(super) struct Shared {
     pub(super) handler: Arc<dyn TaskHandler>,
+    pub(super) homes: Homes,
     pub(super) config: ServerConfig,
     pub(super) drain: CancellationToken,
 }
@@ -50,6 +53,8 @@ struct Reader {
     /// Tasks at the handler, or whose results wait to be sent. Dropping the set cancels them.
     tasks: JoinSet<u64>,
     running: HashMap<u64, AbortHandle>,
+    /// Keys on their way from their homes, each with the tensors that they fill.
+    fetches: JoinSet<([u64; 2], Result<[TensorSlice; 2], TaskError>)>,
     granting: Fuse<BoxFuture<'static, Result<(), TaskError>>>,
 }
 
@@ -108,6 +113,7 @@ async fn serve(
         results,
         tasks: JoinSet::new(),
         running: HashMap::new(),
+        fetches: JoinSet::new(),
         granting: Fuse::terminated(),
     };
     let writing = write(writer);
@@ -165,6 +171,10 @@ impl Reader {
                     }
                 }
                 Some(ended) = self.tasks.join_next() => self.ended(ended),
+                Some(fetched) = self.fetches.join_next() => {
+                    heard = Instant::now();
+                    self.fetched(fetched).await?;
+                }
                 granted = &mut self.granting, if !self.granting.is_terminated() => granted?,
                 () = self.shared.drain.cancelled(), if !drained => {
                     drained = true;
@@ -174,7 +184,7 @@ impl Reader {
                     let _ = self.control.send(Answer::Drain(v1::Drain {})).await;
                 }
                 () = sleep_until(idle_since + linger), if idle && drained => return Ok(()),
-                () = sleep_until(heard + stall_timeout), if reading && !self.arrivals.is_empty() => {
+                () = sleep_until(heard + stall_timeout), if reading && !self.arrivals.is_empty() && self.fetches.is_empty() => {
                     return Err(TaskError::deadline("sending the tensors of the stream's tasks", stall_timeout));
                 }
             }
@@ -236,6 +246,38 @@ impl Reader {
         }
     }
 
+    fn fetch(&mut self, fetch: Fetch) {
+        let (homes, handler) = (self.shared.homes.clone(), Arc::clone(&self.shared.handler));
+        self.fetches.spawn(async move {
+            let Fetch { header, ids, tokens, lease } = fetch;
+            let fetched = homes.fetch(&header, tokens).await;
+            // The memory is in use for as long as it is filled, whoever gives the tasks up meanwhile.
+            drop(lease);
+            let slices = fetched.map(|Fetched { k, v, received }| {
+                handler.count_bytes(received, 0);
+                [k, v]
+            });
+            (ids, slices)
+        });
+    }
+
+    async fn fetched(
+        &mut self,
+        fetched: Result<([u64; 2], Result<[TensorSlice; 2], TaskError>), JoinError>,
+    ) -> Result<(), TaskError> {
+        let (ids, slices) =
+            fetched.map_err(|error| TaskError::internal(format!("fetching keys failed: {error}")))?;
+        match self.arrivals.fetched(ids, slices) {
+            Ok(whole) => whole.into_iter().for_each(|task| self.submit(task)),
+            Err(failed) => {
+                for failed in failed {
+                    self.fail(failed).await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn announce(&mut self, wire: v1::TaskHeader) -> Result<Option<WholeTask>, TaskError> {
         let id = wire.task;
         // The client may know of their ends already.
@@ -257,19 +299,30 @@ impl Reader {
         let refused = room.and_then(|()| refuse(&*self.shared.handler, &task.header));
         // Even a refused task spends its credit, which comes back to the client, and its tensors are taken in where later
         // tasks may name them.
-        let whole = self.arrivals.announce(task, leases);
-        refused.map_err(|error| {
+        let (fetch, whole) = self.arrivals.announce(task, leases);
+        if let Err(error) = refused {
             self.arrivals.cancel(id);
-            named(error)
-        })?;
+            // Later tasks may name what this one carries.
+            fetch.into_iter().for_each(|fetch| self.fetch(fetch));
+            return Err(named(error));
+        }
+        fetch.into_iter().for_each(|fetch| self.fetch(fetch));
         Ok(whole)
     }
 
     fn submit(&mut self, task: WholeTask) {
         let WholeTask { id, header, inputs, lease, results } = task;
         let (reply, pending) = Pending::new();
-        let forward =
-            forward(id, header.clone(), pending, results, self.control.clone(), self.results.clone());
+        let sending = Sending {
+            id,
+            header: header.clone(),
+            lease: results,
+            homes: self.shared.homes.clone(),
+            handler: Arc::clone(&self.shared.handler),
+            control: self.control.clone(),
+            results: self.results.clone(),
+        };
+        let forward = forward(sending, pending);
         self.running.insert(id, self.tasks.spawn(forward));
         self.shared.handler.submit(ArrivedTask { header, inputs, origin: Origin::Remote, lease, reply });
     }
@@ -310,22 +363,28 @@ impl Reader {
     }
 }
 
-/// Awaits a task's end at the handler and passes it on. Dropping this cancels the task.
-async fn forward(
+/// What passing a task's result on takes.
+struct Sending {
     id: u64,
     header: TaskHeader,
-    pending: Pending,
     lease: crate::ByteLease,
+    homes: Homes,
+    handler: Arc<dyn TaskHandler>,
     control: mpsc::Sender<Answer>,
     results: mpsc::Sender<FinishedTask>,
-) -> u64 {
-    let named = |error: TaskError| error.context(header.name());
-    let outcome =
-        pending.await.map_err(named).and_then(|outcome| outgoing(id, &header, outcome).map_err(named));
-    match outcome {
+}
+
+/// Awaits a task's end at the handler and passes it on. Dropping this cancels the task.
+async fn forward(sending: Sending, pending: Pending) -> u64 {
+    let Sending { id, header, lease, homes, handler, control, results } = sending;
+    let finish = async {
+        let outcome = deliver(&homes, &*handler, &header, pending.await?).await?;
+        outgoing(id, &header, outcome)
+    };
+    match finish.await {
         // The queues are gone only when the client is.
         Ok(result) => drop(results.send(FinishedTask { result, _lease: lease }).await),
-        Err(error) => send_failure(&control, id, &error).await,
+        Err(error) => send_failure(&control, id, &error.context(header.name())).await,
     }
     id
 }

@@ -72,7 +72,8 @@ impl Server {
             runtime.spawn(async move {
                 let listener = TcpListener::bind(&address).await.unwrap();
                 tell.send(listener.local_addr().unwrap()).unwrap();
-                serve(router(handler, &config, stop.clone()), listener, stop).await.unwrap();
+                let homes = outboard_transport::Homes::default();
+                serve(router(handler, homes, &config, stop.clone()), listener, stop).await.unwrap();
                 ended.send(()).ok();
             });
             (served, told.await.unwrap())

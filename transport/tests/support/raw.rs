@@ -85,7 +85,7 @@ impl Raw {
     /// The same for several tasks, which may end in any order.
     pub async fn check_results(&mut self, scripts: &[&Script]) {
         let expected = |script: &&Script| {
-            let results = compute(&script.request.header, &script.request.inputs);
+            let results = compute(&script.request.header, &script.request.inputs().unwrap());
             (script.header.task, elements(results))
         };
         let mut expected: HashMap<u64, Vec<Vec<u8>>> = scripts.iter().map(expected).collect();
@@ -168,7 +168,7 @@ pub fn script_of(id: u64, dtype: DType) -> Script {
     let small = Shape::small(Direction::Forward);
     let shape = Shape { tasks: 1, tokens: 300, head_dim: 64, v_head_dim: 64, dtype, ..small };
     let request = shipment(&mut Rng(id), shape).remove(0);
-    let inputs = &request.inputs;
+    let inputs = request.inputs().unwrap();
     let (mut tensors, mut chunks) = (Vec::new(), Vec::new());
     for (n, (kind, slice)) in
         [(TensorKind::Q, &inputs.q), (TensorKind::K, &inputs.k), (TensorKind::V, &inputs.v)]

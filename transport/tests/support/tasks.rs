@@ -118,8 +118,9 @@ pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
             task,
             result_dtype: DType::F32,
             deadline: None,
+            key_homes: Vec::new(),
         };
-        TaskRequest { header, inputs }
+        TaskRequest::new(header, inputs)
     };
     (0..tasks).map(|n| piece(rng, n)).collect()
 }

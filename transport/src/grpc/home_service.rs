@@ -1,0 +1,141 @@
+//! A rank's home on the network.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::StreamExt;
+use futures::stream::BoxStream;
+use outboard_attention::DType;
+use outboard_proto::v1::deliver_gradient_request::Message;
+use outboard_proto::v1::home_service_server::{HomeService, HomeServiceServer};
+use outboard_proto::v1::{self, Chunk, DeliverGradientRequest};
+use outboard_proto::{
+    ErrorKind, GradientHeader, KeyRange, LayerRef, MAX_CHUNK_BYTES, TaskError, check_protocol_version,
+};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::server::TcpIncoming;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::LinkConfig;
+use super::config::FRAME_BYTES;
+use super::elements::{Destination, Outgoing};
+use crate::{HomeHandler, KeyGradient};
+
+/// How long a server may be silent while it delivers.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+/// Calls of one connection that are served at once; more wait.
+const MAX_CALLS: u32 = 1024;
+
+struct Edge(Arc<dyn HomeHandler>);
+
+/// Serves `handler` on `listener` until `stop` is cancelled. Dropping the future cuts all calls.
+///
+/// # Errors
+/// [`ErrorKind::Unavailable`] when the listener fails.
+pub async fn serve_home(
+    listener: TcpListener,
+    handler: Arc<dyn HomeHandler>,
+    link: LinkConfig,
+    stop: CancellationToken,
+) -> Result<(), TaskError> {
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let router = tonic::transport::Server::builder()
+        .initial_stream_window_size(link.window_bytes)
+        .initial_connection_window_size(link.window_bytes)
+        .max_frame_size(FRAME_BYTES)
+        .max_concurrent_streams(MAX_CALLS)
+        .http2_keepalive_interval(Some(link.keep_alive_interval))
+        .http2_keepalive_timeout(Some(link.keep_alive_timeout))
+        .add_service(HomeServiceServer::new(Edge(handler)));
+    let served = router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await;
+    served.map_err(|error| TaskError::unavailable(format!("serving failed: {error}")))
+}
+
+fn required<W, D: TryFrom<W, Error = TaskError>>(field: &str, value: Option<W>) -> Result<D, TaskError> {
+    let missing = || TaskError::invalid(format!("{field} is missing; it must be given"));
+    value.ok_or_else(missing)?.try_into().map_err(|error: TaskError| error.context(field))
+}
+
+#[tonic::async_trait]
+impl HomeService for Edge {
+    type FetchKeysStream = BoxStream<'static, Result<Chunk, Status>>;
+
+    async fn await_keys(
+        &self,
+        request: Request<v1::AwaitKeysRequest>,
+    ) -> Result<Response<v1::AwaitKeysResponse>, Status> {
+        let v1::AwaitKeysRequest { protocol_version, layer, limit_ms } = request.into_inner();
+        check_protocol_version(protocol_version)?;
+        let layer: LayerRef = required("layer", layer)?;
+        self.0.await_keys(layer, Duration::from_millis(limit_ms.into())).await?;
+        Ok(Response::new(v1::AwaitKeysResponse {}))
+    }
+
+    async fn fetch_keys(
+        &self,
+        request: Request<v1::FetchKeysRequest>,
+    ) -> Result<Response<Self::FetchKeysStream>, Status> {
+        let v1::FetchKeysRequest { protocol_version, range } = request.into_inner();
+        check_protocol_version(protocol_version)?;
+        let range: KeyRange = required("range", range)?;
+        let tensors = self.0.keys(&range)?.map(Outgoing::new);
+        let handler = Arc::clone(&self.0);
+        let chunks = tensors.into_iter().zip(0..).flat_map(|(tensor, id)| {
+            (0..).step_by(MAX_CHUNK_BYTES).map_while(move |offset| tensor.chunk(0, id, offset))
+        });
+        let counted = chunks.map(move |chunk| {
+            handler.count_bytes(0, chunk.data.len() as u64);
+            Ok(chunk)
+        });
+        Ok(Response::new(tokio_stream::iter(counted).boxed()))
+    }
+
+    async fn deliver_gradient(
+        &self,
+        request: Request<Streaming<DeliverGradientRequest>>,
+    ) -> Result<Response<v1::DeliverGradientResponse>, Status> {
+        take(&*self.0, request.into_inner()).await?;
+        Ok(Response::new(v1::DeliverGradientResponse {}))
+    }
+}
+
+async fn take(
+    handler: &dyn HomeHandler,
+    mut inbound: Streaming<DeliverGradientRequest>,
+) -> Result<(), TaskError> {
+    let Some(Message::Header(header)) = next(&mut inbound).await? else {
+        return Err(TaskError::invalid(
+            "the first message must be the header; send GradientHeader, then chunks",
+        ));
+    };
+    check_protocol_version(header.protocol_version)?;
+    let header = GradientHeader::try_from(header)?;
+    let tokens = header.range.tokens.len();
+    let room = |elements: usize| {
+        Destination::new(DType::F32, elements.saturating_mul(tokens).saturating_mul(DType::F32.bytes()))
+    };
+    let mut tensors = handler.expected(&header)?.map(room);
+    while let Some(message) = next(&mut inbound).await? {
+        let Message::Chunk(chunk) = message else {
+            return Err(TaskError::invalid("a second header; a stream has one"));
+        };
+        handler.count_bytes(chunk.data.len() as u64, 0);
+        let unknown = || TaskError::new(ErrorKind::Corrupt, format!("a chunk names tensor {}", chunk.tensor));
+        let tensor = usize::try_from(chunk.tensor).ok().and_then(|n| tensors.get_mut(n));
+        tensor.ok_or_else(unknown)?.put(&chunk)?;
+    }
+    if !tensors.iter().all(Destination::is_whole) {
+        return Err(TaskError::new(ErrorKind::Corrupt, "the stream ended before dK and dV were whole"));
+    }
+    let [dk, dv] = tensors.map(|tensor| tensor.into_elements().into_f32().unwrap_or_default());
+    handler.take_gradient(KeyGradient { header, dk, dv })
+}
+
+async fn next(inbound: &mut Streaming<DeliverGradientRequest>) -> Result<Option<Message>, TaskError> {
+    let late = |_| TaskError::deadline("the next message of a delivery", STALL_TIMEOUT);
+    let message = tokio::time::timeout(STALL_TIMEOUT, inbound.message()).await.map_err(late)??;
+    let unknown =
+        || TaskError::invalid("a message of no known kind; run one version of Outboard on both sides");
+    message.map(|message| message.message.ok_or_else(unknown)).transpose()
+}

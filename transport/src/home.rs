@@ -1,0 +1,231 @@
+//! Keys at home: what servers fetch from ranks that share a document, and what they deliver to them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::BoxFuture;
+use outboard_attention::kernel::Results;
+use outboard_attention::{AnyTensor, Span, TensorSlice};
+use outboard_proto::{GradientHeader, KeyHome, KeyRange, LayerRef, TaskError, TaskHeader, TensorKind};
+
+use crate::grpc::home_client::{HomeLink, fetch};
+use crate::sizes::row_of;
+use crate::{TaskHandler, TaskOutcome};
+
+/// Most connections to homes that are kept. All are given up when there would be more.
+const MAX_LINKS: usize = 4096;
+
+/// What a rank plugs in: the keys that it is home of, and their gradients.
+pub trait HomeHandler: Send + Sync + 'static {
+    /// Resolves once the rank has the keys of a layer.
+    ///
+    /// # Errors
+    /// When they do not come within `limit`, or will not come any more.
+    fn await_keys(&self, layer: LayerRef, limit: Duration) -> BoxFuture<'_, Result<(), TaskError>>;
+
+    /// K and V of a range, each holding the range's tokens.
+    ///
+    /// # Errors
+    /// When the rank does not have them, or not yet.
+    fn keys(&self, range: &KeyRange) -> Result<[TensorSlice; 2], TaskError>;
+
+    /// Elements of dK and of dV for one token of a share that the rank awaits. Asked before memory is taken for it.
+    ///
+    /// # Errors
+    /// When the rank awaits no such share.
+    fn expected(&self, header: &GradientHeader) -> Result<[usize; 2], TaskError>;
+
+    /// Takes a share. The same once more is no error, and changes nothing.
+    ///
+    /// # Errors
+    /// When the rank awaits no such share, or it has another size.
+    fn take_gradient(&self, gradient: KeyGradient) -> Result<(), TaskError>;
+
+    /// Counts tensor bytes as they cross the network.
+    fn count_bytes(&self, received: u64, sent: u64);
+}
+
+/// One task's share of the gradients of a range of keys.
+#[derive(Clone, Debug)]
+pub struct KeyGradient {
+    /// Which task, and of what.
+    pub header: GradientHeader,
+    /// dK `[tokens, kv heads, head_dim]`.
+    pub dk: Vec<f32>,
+    /// dV `[tokens, kv heads, v_head_dim]`.
+    pub dv: Vec<f32>,
+}
+
+/// A process's way to the homes of keys. Clones share its connections.
+#[derive(Clone, Debug, Default)]
+pub struct Homes(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    local: Option<Local>,
+    links: Mutex<HashMap<String, HomeLink>>,
+}
+
+/// The home in this process, whose tensors go by pointer.
+struct Local {
+    address: String,
+    handler: Arc<dyn HomeHandler>,
+}
+
+impl std::fmt::Debug for Inner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let local = self.local.as_ref().map(|local| &local.address);
+        f.debug_struct("Homes").field("local", &local).finish_non_exhaustive()
+    }
+}
+
+/// K and V of a task, and the bytes of them that came over the network.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) k: TensorSlice,
+    pub(crate) v: TensorSlice,
+    pub(crate) received: u64,
+}
+
+/// Where one home's part of some keys comes from.
+pub(crate) enum Source {
+    Here([TensorSlice; 2]),
+    There(HomeLink, KeyRange),
+}
+
+impl Homes {
+    /// The way to homes from the process of a rank whose own home listens at `address`.
+    pub fn beside(address: String, handler: Arc<dyn HomeHandler>) -> Homes {
+        Homes(Arc::new(Inner { local: Some(Local { address, handler }), links: Mutex::default() }))
+    }
+
+    /// Resolves once a home has the keys of a layer.
+    ///
+    /// # Errors
+    /// When they do not come within `limit`, naming the rank.
+    pub async fn await_keys(
+        &self,
+        home: &KeyHome,
+        layer: &LayerRef,
+        limit: Duration,
+    ) -> Result<(), TaskError> {
+        let waited = match self.local(home) {
+            Some(handler) => handler.await_keys(layer.clone(), limit).await,
+            None => self.link(home)?.await_keys(layer, limit).await,
+        };
+        waited.map_err(|error| named(error, home, &format!("waiting for its keys of {layer}")))
+    }
+
+    /// Fetches K and V of a task that names their homes; memory for them has been counted.
+    pub(crate) async fn fetch(&self, header: &TaskHeader, tokens: Span) -> Result<Fetched, TaskError> {
+        let mut sources = Vec::with_capacity(header.key_homes.len());
+        for home in &header.key_homes {
+            let range = header.key_range(home.tokens);
+            let source = match self.local(home) {
+                Some(handler) => Source::Here(handler.keys(&range).map_err(|e| named(e, home, "its keys"))?),
+                None => Source::There(self.link(home)?, range),
+            };
+            sources.push((home, source));
+        }
+        if let [(_, Source::Here([k, v]))] = &sources[..] {
+            return Ok(Fetched { k: k.clone(), v: v.clone(), received: 0 });
+        }
+        fetch(header, tokens, sources).await
+    }
+
+    /// Delivers a backward task's dK and dV, `[the task's keys, kv heads, dim]`, each home its tokens. Gives back the bytes
+    /// that went over the network.
+    pub(crate) async fn deliver(
+        &self,
+        header: &TaskHeader,
+        dk: Vec<f32>,
+        dv: Vec<f32>,
+    ) -> Result<u64, TaskError> {
+        let (kv, row) = (header.task.kv(), |kind| row_of(header, kind));
+        let whole = |name, kind, values| {
+            TensorSlice::contiguous(name, values, kv, row(kind).heads, row(kind).dim).map_err(TaskError::from)
+        };
+        let whole = [whole("dk", TensorKind::DK, dk)?, whole("dv", TensorKind::DV, dv)?];
+        let deliveries = header.key_homes.iter().filter_map(|home| {
+            let tokens = home.tokens.intersect(kv);
+            let part = |whole: &TensorSlice| whole.with_tokens(tokens);
+            let parts = [part(&whole[0])?, part(&whole[1])?];
+            let (group, position) = (header.group, header.position);
+            let named_by = GradientHeader { range: header.key_range(tokens), group, position };
+            (!tokens.is_empty()).then(|| self.deliver_part(home, named_by, parts))
+        });
+        let sent = futures::future::try_join_all(deliveries).await?;
+        Ok(sent.iter().sum())
+    }
+
+    async fn deliver_part(
+        &self,
+        home: &KeyHome,
+        header: GradientHeader,
+        parts: [TensorSlice; 2],
+    ) -> Result<u64, TaskError> {
+        let failed = |error| named(error, home, "taking gradients of its keys");
+        let Some(handler) = self.local(home) else {
+            let bytes = parts.iter().map(|part| part.bytes() as u64).sum();
+            self.link(home)?.deliver(header, parts).await.map_err(failed)?;
+            return Ok(bytes);
+        };
+        let [dk, dv] = parts.map(|part| values(&part));
+        handler.take_gradient(KeyGradient { header, dk, dv }).map(|()| 0).map_err(failed)
+    }
+
+    fn local(&self, home: &KeyHome) -> Option<&Arc<dyn HomeHandler>> {
+        self.0.local.as_ref().filter(|local| local.address == home.address).map(|local| &local.handler)
+    }
+
+    fn link(&self, home: &KeyHome) -> Result<HomeLink, TaskError> {
+        let mut links = self.0.links.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(link) = links.get(&home.address) {
+            return Ok(link.clone());
+        }
+        if links.len() >= MAX_LINKS {
+            links.clear();
+        }
+        let link = HomeLink::new(&home.address).map_err(|error| named(error, home, "reaching it"))?;
+        links.insert(home.address.clone(), link.clone());
+        Ok(link)
+    }
+}
+
+/// Sends the gradients of keys that have homes of their own there; the rest is for the task's client.
+pub(crate) async fn deliver(
+    homes: &Homes,
+    handler: &dyn TaskHandler,
+    header: &TaskHeader,
+    mut outcome: TaskOutcome,
+) -> Result<TaskOutcome, TaskError> {
+    if let (false, Results::Backward { dk, dv, .. }) = (header.key_homes.is_empty(), &mut outcome.results) {
+        let sent = homes.deliver(header, std::mem::take(dk), std::mem::take(dv)).await?;
+        handler.count_bytes(0, sent);
+    }
+    Ok(outcome)
+}
+
+/// The elements of an f32 tensor.
+fn values(part: &TensorSlice) -> Vec<f32> {
+    match part.view() {
+        AnyTensor::F32(view) => {
+            (0..part.tokens().len()).flat_map(|token| view.token(token)).copied().collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+/// What went wrong at a home, which says nothing about the server that found out: another may try, unless the home
+/// itself will never have what is asked.
+pub(crate) fn named(error: TaskError, home: &KeyHome, doing: &str) -> TaskError {
+    use outboard_proto::{ErrorKind, RetryHint};
+    let retry = match error.kind {
+        ErrorKind::Invalid | ErrorKind::NotFound | ErrorKind::Unsupported => RetryHint::Never,
+        _ => RetryHint::Elsewhere,
+    };
+    let KeyHome { rank, address, .. } = home;
+    let message = format!("rank {rank}, home of keys at {address}: {doing}: {}", error.message);
+    TaskError { kind: ErrorKind::Aborted, message, retry }
+}
