@@ -30,6 +30,6 @@ pub use exchange::{Exchange, ExchangeConfig, ExchangeError};
 pub use init::{Parameter, Parameters};
 pub use model::{Forward, Model};
 pub use optimizer::{AdamW, Update, global_norm, learning_rate};
-pub use packing::{DocumentRange, PackedFile, Packer, RangeError, StepPacking};
+pub use packing::{PackedFile, Packer, RangeError, StepPacking};
 pub use threads::{LAUNCH_ENVIRONMENT, require_one_thread};
 pub use trainer::{StepOutcome, Trainer};

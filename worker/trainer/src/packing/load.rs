@@ -5,21 +5,10 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use outboard_attention::{DocumentId, Span};
-use outboard_worker::PackedDocument;
+use outboard_worker::{Holding, PackedDocument};
 
 use super::{PackedFile, Packer, StepPacking};
 use crate::{CorpusFile, PackedBatch, TrainerError};
-
-/// Tokens of a document of the [global batch](StepPacking::global_batch) that a rank holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DocumentRange {
-    /// The document.
-    pub document: DocumentId,
-    /// Its tokens here.
-    pub tokens: Span,
-    /// Tokens of the whole document.
-    pub length: usize,
-}
 
 /// Why a rank cannot load a range.
 #[derive(Debug, thiserror::Error)]
@@ -104,7 +93,7 @@ impl Packer {
         &self,
         packing: &StepPacking,
         rank: u32,
-        ranges: &[DocumentRange],
+        ranges: &[Holding],
     ) -> Result<PackedBatch, TrainerError> {
         let global: Vec<PackedFile> = packing.global_batch().map(|(_, file)| file).collect();
         let mut batch = PackedBatch {
@@ -156,11 +145,11 @@ fn find(global: &[PackedFile], document: DocumentId) -> Result<&PackedFile, Rang
 fn load_range(
     path: &Path,
     file: &PackedFile,
-    range: &DocumentRange,
+    range: &Holding,
     into: &mut Vec<u8>,
 ) -> Result<Option<u8>, RangeError> {
     let path_buf = || path.to_path_buf();
-    let DocumentRange { tokens, length, .. } = *range;
+    let Holding { tokens, length, .. } = *range;
     if length != file.tokens {
         return Err(RangeError::OtherLength { path: path_buf(), packed: file.tokens, length });
     }

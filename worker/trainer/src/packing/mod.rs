@@ -14,7 +14,7 @@ use outboard_attention::DocumentId;
 use crate::rng::Rng;
 use crate::{Corpus, TrainConfig, TrainerError};
 
-pub use load::{DocumentRange, RangeError};
+pub use load::RangeError;
 
 /// A document of a packing: the first `tokens` bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

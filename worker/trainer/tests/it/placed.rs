@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use outboard_attention::Span;
 use outboard_trainer::{
-    Corpus, DocumentRange, Exchange, Model, PackedBatch, Packer, Parameters, StepPacking, TrainConfig,
-    Trainer,
+    Corpus, Exchange, Model, PackedBatch, Packer, Parameters, StepPacking, TrainConfig, Trainer,
 };
-use outboard_worker::CoreAttention;
+use outboard_worker::{CoreAttention, Holding};
 use proptest::prelude::*;
 
 use crate::shared::SharedAttention;
@@ -26,17 +25,18 @@ fn packer(folder: &Folder, lengths: &[usize], ranks: u32, tokens: usize) -> Pack
 }
 
 /// All documents, each whole.
-fn whole(packing: &StepPacking) -> Vec<DocumentRange> {
-    let range = |(document, file): (_, outboard_trainer::PackedFile)| DocumentRange {
+fn whole(packing: &StepPacking) -> Vec<Holding> {
+    let range = |(document, file): (_, outboard_trainer::PackedFile)| Holding {
         document,
         tokens: Span::to(file.tokens),
         length: file.tokens,
+        tick: 0,
     };
     packing.global_batch().map(range).collect()
 }
 
 /// Cuts every document anywhere, and deals the ranges to the first `owners` of `ranks` ranks.
-fn cut(packing: &StepPacking, ranks: usize, owners: usize, seed: u64) -> Vec<Vec<DocumentRange>> {
+fn cut(packing: &StepPacking, ranks: usize, owners: usize, seed: u64) -> Vec<Vec<Holding>> {
     let mut state = seed;
     let mut below = |bound: usize| {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -48,7 +48,7 @@ fn cut(packing: &StepPacking, ranks: usize, owners: usize, seed: u64) -> Vec<Vec
         while at < range.length {
             let left = range.length - at;
             let taken = if below(3) == 0 { 1 } else { 1 + below(left) };
-            held[below(owners)].push(DocumentRange { tokens: Span::at(at, taken), ..range });
+            held[below(owners)].push(Holding { tokens: Span::at(at, taken), ..range });
             at += taken;
         }
     }

@@ -4,9 +4,8 @@ use std::fs;
 use std::sync::Arc;
 
 use outboard_attention::{DocumentId, Span};
-use outboard_trainer::{
-    Corpus, DocumentRange, PackedBatch, Packer, RangeError, StepPacking, TrainConfig, TrainerError,
-};
+use outboard_trainer::{Corpus, PackedBatch, Packer, RangeError, StepPacking, TrainConfig, TrainerError};
+use outboard_worker::Holding;
 
 use crate::support::Folder;
 
@@ -20,9 +19,9 @@ fn one_file(folder: &Folder, tokens: usize) -> (Packer, StepPacking) {
     (packer, packing)
 }
 
-fn range(start: usize, end: usize, length: usize) -> DocumentRange {
+fn range(start: usize, end: usize, length: usize) -> Holding {
     let document = DocumentId { rank: 0, index: 0 };
-    DocumentRange { document, tokens: Span::new(start, end).unwrap(), length }
+    Holding { document, tokens: Span::new(start, end).unwrap(), length, tick: 0 }
 }
 
 #[test]
@@ -90,7 +89,7 @@ fn only_the_range_and_one_byte_more_are_read() {
 fn a_range_that_cannot_be_loaded_is_named() {
     let folder = Folder::new();
     let (packer, packing) = one_file(&folder, 13);
-    let fails = |range: DocumentRange, parts: &[&str]| {
+    let fails = |range: Holding, parts: &[&str]| {
         let error = packer.load_ranges(&packing, 2, &[range]).unwrap_err();
         assert!(matches!(error, TrainerError::Range { step: 0, rank: 2, .. }), "{error:?}");
         let said = error.to_string();
@@ -102,7 +101,7 @@ fn a_range_that_cannot_be_loaded_is_named() {
     };
     let whole = range(0, 13, 13);
     for document in [DocumentId { rank: 0, index: 1 }, DocumentId { rank: 1, index: 0 }] {
-        fails(DocumentRange { document, ..whole }, &["the step has 1 documents"]);
+        fails(Holding { document, ..whole }, &["the step has 1 documents"]);
     }
     fails(range(0, 13, 20), &["0000", "13 tokens, not of 20"]);
     fails(range(5, 14, 13), &["0000", "the 13 tokens"]);
@@ -115,7 +114,7 @@ fn a_range_that_cannot_be_loaded_is_named() {
 fn batches_whose_ranges_do_not_fit_together_are_refused() {
     let folder = Folder::new();
     let (packer, packing) = one_file(&folder, 20);
-    let loaded = |ranges: &[DocumentRange]| packer.load_ranges(&packing, 0, ranges).unwrap();
+    let loaded = |ranges: &[Holding]| packer.load_ranges(&packing, 0, ranges).unwrap();
     let fails = |batch: &PackedBatch, field: &str, part: &str| {
         let error = batch.check().unwrap_err();
         let TrainerError::BadBatch { field: found, .. } = &error else { panic!("{error}") };
