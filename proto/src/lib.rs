@@ -11,7 +11,7 @@ mod status;
 
 pub use convert::{
     AssignedTask, GradientHeader, KeyHome, KeyRange, LayerRef, MAX_NAME_BYTES, MAX_SLICES, TensorKind,
-    TensorRef, WireTask, check_protocol_version,
+    TensorRef, WireTask, check_key_homes, check_protocol_version,
 };
 pub use describe::describe;
 pub use error::{ErrorKind, RetryHint, TaskError};

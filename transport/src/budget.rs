@@ -66,6 +66,32 @@ impl ByteBudget {
         Ok(ByteLease::holding(bytes, permit))
     }
 
+    /// Takes room for two things at once, with a lease for each.
+    ///
+    /// # Errors
+    /// As [`ByteBudget::lease`].
+    pub(crate) async fn lease_both(&self, first: u64, second: u64) -> Result<[ByteLease; 2], TaskError> {
+        let permit = self.take(Self::sum(first, second)).await?;
+        Ok(Self::halves(permit, first, second))
+    }
+
+    /// The same if there is room now; `None` when there is not.
+    pub(crate) fn try_lease_both(&self, first: u64, second: u64) -> Option<[ByteLease; 2]> {
+        let units = self.units_of(Self::sum(first, second)).ok()?;
+        let permit = Arc::clone(&self.requests).try_acquire_many_owned(units).ok()?;
+        Some(Self::halves(permit, first, second))
+    }
+
+    /// Bytes whose units are those of two things.
+    fn sum(first: u64, second: u64) -> u64 {
+        first.div_ceil(UNIT).saturating_mul(UNIT).saturating_add(second)
+    }
+
+    fn halves(mut permit: OwnedSemaphorePermit, first: u64, second: u64) -> [ByteLease; 2] {
+        let other = permit.split(Self::units(second));
+        [ByteLease::holding(first, permit), ByteLease::holding(second, other)]
+    }
+
     /// Takes `bytes` if they are free now; `None` when they are not.
     pub fn try_lease(&self, bytes: u64) -> Option<ByteLease> {
         let units = self.units_of(bytes).ok()?;

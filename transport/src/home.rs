@@ -5,12 +5,16 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::BoxFuture;
+use futures::stream::{self, StreamExt, TryStreamExt};
 use outboard_attention::kernel::Results;
-use outboard_attention::{AnyTensor, Span, TensorSlice};
-use outboard_proto::{GradientHeader, KeyHome, KeyRange, LayerRef, TaskError, TaskHeader, TensorKind};
+use outboard_attention::{Span, TensorSlice};
+use outboard_proto::{
+    ErrorKind, GradientHeader, KeyHome, KeyRange, LayerRef, RetryHint, TaskError, TaskHeader, TensorKind,
+};
 
-use crate::grpc::home_client::{HomeLink, fetch};
-use crate::sizes::row_of;
+use crate::grpc::LinkConfig;
+use crate::grpc::home_client::{HomeLink, MAX_PARTS, fetch};
+use crate::sizes::{Row, fetched_bytes, row_of};
 use crate::{TaskHandler, TaskOutcome};
 
 /// Most connections to homes that are kept. All are given up when there would be more.
@@ -24,7 +28,7 @@ pub trait HomeHandler: Send + Sync + 'static {
     /// When they do not come within `limit`, or will not come any more.
     fn await_keys(&self, layer: LayerRef, limit: Duration) -> BoxFuture<'_, Result<(), TaskError>>;
 
-    /// K and V of a range, each holding the range's tokens.
+    /// K and V of a range, each holding exactly the range's tokens and heads.
     ///
     /// # Errors
     /// When the rank does not have them, or not yet.
@@ -33,7 +37,7 @@ pub trait HomeHandler: Send + Sync + 'static {
     /// Elements of dK and of dV for one token of a share that the rank awaits. Asked before memory is taken for it.
     ///
     /// # Errors
-    /// When the rank awaits no such share.
+    /// When the rank awaits no such share, for one because it is not home of all its tokens.
     fn expected(&self, header: &GradientHeader) -> Result<[usize; 2], TaskError>;
 
     /// Takes a share. The same once more is no error, and changes nothing.
@@ -64,10 +68,12 @@ pub struct Homes(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     local: Option<Local>,
+    config: LinkConfig,
     links: Mutex<HashMap<String, HomeLink>>,
 }
 
 /// The home in this process, whose tensors go by pointer.
+#[derive(Clone)]
 struct Local {
     address: String,
     handler: Arc<dyn HomeHandler>,
@@ -97,7 +103,12 @@ pub(crate) enum Source {
 impl Homes {
     /// The way to homes from the process of a rank whose own home listens at `address`.
     pub fn beside(address: String, handler: Arc<dyn HomeHandler>) -> Homes {
-        Homes(Arc::new(Inner { local: Some(Local { address, handler }), links: Mutex::default() }))
+        Homes(Arc::new(Inner { local: Some(Local { address, handler }), ..Inner::default() }))
+    }
+
+    /// The same, with connections of its own by `config`.
+    pub fn with_link(self, config: LinkConfig) -> Homes {
+        Homes(Arc::new(Inner { local: self.0.local.clone(), config, links: Mutex::default() }))
     }
 
     /// Resolves once a home has the keys of a layer.
@@ -117,13 +128,24 @@ impl Homes {
         waited.map_err(|error| named(error, home, &format!("waiting for its keys of {layer}")))
     }
 
+    /// Memory that fetching a task's K and V takes here: none where they go by pointer.
+    pub(crate) fn fetched_bytes(&self, header: &TaskHeader) -> u64 {
+        match &header.key_homes[..] {
+            [home] if self.local(home).is_some() => 0,
+            _ => fetched_bytes(header),
+        }
+    }
+
     /// Fetches K and V of a task that names their homes; memory for them has been counted.
     pub(crate) async fn fetch(&self, header: &TaskHeader, tokens: Span) -> Result<Fetched, TaskError> {
         let mut sources = Vec::with_capacity(header.key_homes.len());
         for home in &header.key_homes {
             let range = header.key_range(home.tokens);
             let source = match self.local(home) {
-                Some(handler) => Source::Here(handler.keys(&range).map_err(|e| named(e, home, "its keys"))?),
+                Some(handler) => {
+                    let keys = handler.keys(&range).and_then(|keys| fit(header, &range, keys));
+                    Source::Here(keys.map_err(|error| named(error, home, "its keys"))?)
+                }
                 None => Source::There(self.link(home)?, range),
             };
             sources.push((home, source));
@@ -142,21 +164,28 @@ impl Homes {
         dk: Vec<f32>,
         dv: Vec<f32>,
     ) -> Result<u64, TaskError> {
-        let (kv, row) = (header.task.kv(), |kind| row_of(header, kind));
-        let whole = |name, kind, values| {
-            TensorSlice::contiguous(name, values, kv, row(kind).heads, row(kind).dim).map_err(TaskError::from)
+        let kv = header.task.kv();
+        let whole = |kind, values| {
+            let Row { heads, dim, .. } = row_of(header, kind);
+            let unfit =
+                |error| TaskError::internal(format!("the server computed a {kind} that is none: {error}"));
+            TensorSlice::contiguous("gradient", values, kv, heads, dim).map_err(unfit)
         };
-        let whole = [whole("dk", TensorKind::DK, dk)?, whole("dv", TensorKind::DV, dv)?];
-        let deliveries = header.key_homes.iter().filter_map(|home| {
+        let whole = [whole(TensorKind::DK, dk)?, whole(TensorKind::DV, dv)?];
+        let mut deliveries = Vec::new();
+        for home in &header.key_homes {
             let tokens = home.tokens.intersect(kv);
-            let part = |whole: &TensorSlice| whole.with_tokens(tokens);
-            let parts = [part(&whole[0])?, part(&whole[1])?];
+            if tokens.is_empty() {
+                continue;
+            }
+            let missing = || TaskError::internal(format!("a gradient does not hold tokens {tokens}"));
+            let part = |whole: &TensorSlice| whole.with_tokens(tokens).ok_or_else(missing);
             let (group, position) = (header.group, header.position);
             let named_by = GradientHeader { range: header.key_range(tokens), group, position };
-            (!tokens.is_empty()).then(|| self.deliver_part(home, named_by, parts))
-        });
-        let sent = futures::future::try_join_all(deliveries).await?;
-        Ok(sent.iter().sum())
+            deliveries.push(self.deliver_part(home, named_by, [part(&whole[0])?, part(&whole[1])?]));
+        }
+        let sent = stream::iter(deliveries).buffer_unordered(MAX_PARTS);
+        sent.try_fold(0, async |sum, bytes| Ok(sum + bytes)).await
     }
 
     async fn deliver_part(
@@ -167,11 +196,9 @@ impl Homes {
     ) -> Result<u64, TaskError> {
         let failed = |error| named(error, home, "taking gradients of its keys");
         let Some(handler) = self.local(home) else {
-            let bytes = parts.iter().map(|part| part.bytes() as u64).sum();
-            self.link(home)?.deliver(header, parts).await.map_err(failed)?;
-            return Ok(bytes);
+            return self.link(home)?.deliver(header, parts).await.map_err(failed);
         };
-        let [dk, dv] = parts.map(|part| values(&part));
+        let [dk, dv] = [values(&parts[0])?, values(&parts[1])?];
         handler.take_gradient(KeyGradient { header, dk, dv }).map(|()| 0).map_err(failed)
     }
 
@@ -187,7 +214,8 @@ impl Homes {
         if links.len() >= MAX_LINKS {
             links.clear();
         }
-        let link = HomeLink::new(&home.address).map_err(|error| named(error, home, "reaching it"))?;
+        let link = HomeLink::new(&home.address, &self.0.config)
+            .map_err(|error| named(error, home, "reaching it"))?;
         links.insert(home.address.clone(), link.clone());
         Ok(link)
     }
@@ -207,20 +235,31 @@ pub(crate) async fn deliver(
     Ok(outcome)
 }
 
-/// The elements of an f32 tensor.
-fn values(part: &TensorSlice) -> Vec<f32> {
-    match part.view() {
-        AnyTensor::F32(view) => {
-            (0..part.tokens().len()).flat_map(|token| view.token(token)).copied().collect()
+/// K and V as a home gave them out, if they are what the task reads.
+fn fit(header: &TaskHeader, range: &KeyRange, keys: [TensorSlice; 2]) -> Result<[TensorSlice; 2], TaskError> {
+    for (kind, slice) in [TensorKind::K, TensorKind::V].into_iter().zip(&keys) {
+        let (tokens, row, expected) = (slice.tokens(), Row::of(slice), row_of(header, kind));
+        if tokens != range.tokens || row != expected {
+            return Err(TaskError::internal(format!(
+                "it has {kind} of tokens {tokens} as {row}, and {range} are to be {expected}"
+            )));
         }
-        _ => Vec::new(),
     }
+    Ok(keys)
+}
+
+/// The elements of an f32 tensor.
+fn values(part: &TensorSlice) -> Result<Vec<f32>, TaskError> {
+    let view = part.view().f32("gradient")?;
+    let tokens = 0..part.tokens().len();
+    let mut values = Vec::with_capacity(tokens.len() * part.heads() * part.dim());
+    tokens.for_each(|token| values.extend_from_slice(view.token(token)));
+    Ok(values)
 }
 
 /// What went wrong at a home, which says nothing about the server that found out: another may try, unless the home
 /// itself will never have what is asked.
 pub(crate) fn named(error: TaskError, home: &KeyHome, doing: &str) -> TaskError {
-    use outboard_proto::{ErrorKind, RetryHint};
     let retry = match error.kind {
         ErrorKind::Invalid | ErrorKind::NotFound | ErrorKind::Unsupported => RetryHint::Never,
         _ => RetryHint::Elsewhere,

@@ -1,7 +1,7 @@
 //! Tasks for the attention server in this process: tensors go by pointer.
 
 use std::collections::HashMap;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Weak};
 
 use outboard_attention::TensorSlice;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader};
@@ -10,10 +10,10 @@ use tokio::sync::{OnceCell, Semaphore};
 
 use crate::guard::{Deadline, guard};
 use crate::home::{Fetched, deliver};
-use crate::sizes::{check, fetched_bytes, numerics_ids, refuse, result_bytes};
+use crate::sizes::{check, numerics_ids, refuse, result_bytes};
 use crate::{
-    ArrivedTask, ByteLease, GradientInputs, Homes, Keys, Origin, Pending, Reply, TaskHandler, TaskInputs,
-    TaskRequest, Traffic, Transport,
+    ArrivedTask, ByteBudget, ByteLease, GradientInputs, Homes, Keys, Origin, Pending, Reply, TaskHandler,
+    TaskInputs, TaskRequest, Traffic, Transport,
 };
 
 /// Most shipments that may wait for the server's memory at once.
@@ -61,8 +61,9 @@ impl Transport for InProcess {
         };
         let mut pendings = Vec::with_capacity(shipment.len());
         let mut tasks = Vec::with_capacity(shipment.len());
-        for request in shipment {
-            if let Err(error) = check(&request) {
+        let checked = check(&shipment);
+        for (request, checked) in shipment.into_iter().zip(checked) {
+            if let Err(error) = checked {
                 pendings.push(Pending::failed(error.context(request.header.name())));
                 continue;
             }
@@ -77,14 +78,9 @@ impl Transport for InProcess {
         }
         let server = Server { handler: Arc::clone(&self.handler), homes: self.homes.clone() };
         self.runtime.spawn(async move {
-            // What tasks share is let go with the last of them, whoever still holds their requests.
-            let mut shared: HashMap<usize, Arc<FetchedKeys>> = HashMap::new();
+            let mut shared = SharedKeys::default();
             for (request, reply) in tasks {
-                let keys = match &request.keys {
-                    Keys::AtHomes(share) => Some(Arc::clone(shared.entry(share.identity()).or_default())),
-                    Keys::Here { .. } => None,
-                };
-                server.submit(request, keys, reply).await;
+                server.submit(request, &mut shared, reply).await;
             }
             drop(permit);
         });
@@ -100,12 +96,65 @@ impl Transport for InProcess {
     }
 }
 
-/// K and V that tasks of a shipment share, once they are fetched.
-#[derive(Debug, Default)]
+/// K and V that tasks of a shipment share.
+#[derive(Debug)]
 struct FetchedKeys {
-    cell: OnceCell<[TensorSlice; 2]>,
+    /// Once they are fetched, or lost.
+    cell: OnceCell<Result<[TensorSlice; 2], TaskError>>,
     /// Their memory.
-    lease: OnceLock<ByteLease>,
+    lease: ByteLease,
+}
+
+/// The fetched keys of a shipment, by what their tasks share.
+#[derive(Debug, Default)]
+struct SharedKeys {
+    known: HashMap<usize, Weak<FetchedKeys>>,
+    /// Keeps them for tasks to come.
+    kept: Vec<Arc<FetchedKeys>>,
+}
+
+/// The memory that a task takes here: its results', and the keys that it reads.
+type Room = (ByteLease, Option<Arc<FetchedKeys>>);
+
+impl SharedKeys {
+    /// Takes `results` bytes for a task, and `fetched` for its keys where they are not here already. Whoever waits holds
+    /// nothing meanwhile, so that it waits for tasks that have all of theirs; it may be that keys are fetched again then.
+    async fn room(
+        &mut self,
+        budget: &ByteBudget,
+        keys: &Keys,
+        results: u64,
+        fetched: u64,
+    ) -> Result<Room, TaskError> {
+        let share = match keys {
+            Keys::AtHomes(share) => Some(share.identity()),
+            Keys::Here { .. } => None,
+        };
+        let fetched = if share.is_some() { fetched } else { 0 };
+        let known = share.and_then(|share| self.get(share));
+        let now = budget.try_lease_both(results, if known.is_some() { 0 } else { fetched });
+        let (own, of_keys, known) = match now {
+            Some([own, of_keys]) => (own, of_keys, known),
+            None => {
+                drop(known);
+                self.kept.clear();
+                let [own, of_keys] = budget.lease_both(results, fetched).await?;
+                (own, of_keys, share.and_then(|share| self.get(share)))
+            }
+        };
+        let Some(share) = share else { return Ok((own, None)) };
+        let keys = known.unwrap_or_else(|| {
+            let new = Arc::new(FetchedKeys { cell: OnceCell::new(), lease: of_keys });
+            self.known.insert(share, Arc::downgrade(&new));
+            self.kept.push(Arc::clone(&new));
+            new
+        });
+        Ok((own, Some(keys)))
+    }
+
+    fn get(&self, share: usize) -> Option<Arc<FetchedKeys>> {
+        self.known.get(&share).and_then(Weak::upgrade)
+    }
 }
 
 /// What submitting takes.
@@ -116,38 +165,31 @@ struct Server {
 }
 
 impl Server {
-    /// Waits for room for all memory that the task takes here, its results and the keys that it is the first to fetch, and
-    /// submits it. One task after another: whoever waits for room waits for tasks that have theirs.
-    async fn submit(&self, request: TaskRequest, fetched: Option<Arc<FetchedKeys>>, mut reply: Reply) {
+    /// Waits for room for all memory that the task takes here and submits it.
+    async fn submit(&self, request: TaskRequest, shared: &mut SharedKeys, mut reply: Reply) {
         let TaskRequest { header, q, keys, gradient } = request;
         if let Err(error) = refuse(&*self.handler, &header) {
             return self.fail(&header, reply, error);
         }
-        let first = fetched.as_ref().is_some_and(|keys| keys.lease.get().is_none());
-        let of_keys = if first { fetched_bytes(&header) } else { 0 };
-        let lease = tokio::select! {
+        let (results, fetched) = (result_bytes(&header), self.homes.fetched_bytes(&header));
+        let room = tokio::select! {
             biased;
-            lease = self.handler.budget().lease(result_bytes(&header).saturating_add(of_keys)) => lease,
+            room = shared.room(self.handler.budget(), &keys, results, fetched) => room,
             () = reply.cancelled() => return,
         };
-        let lease = match lease {
-            Ok(lease) => lease,
-            Err(error) => return self.fail(&header, reply, error),
-        };
-        match (keys, fetched) {
-            (Keys::AtHomes(_), Some(keys)) => {
-                // The keys' memory is counted for as long as any of their tasks holds them.
-                let _ = keys.lease.set(lease.clone());
+        match (room, keys) {
+            (Err(error), _) => self.fail(&header, reply, error),
+            (Ok((lease, _)), Keys::Here { k, v }) => {
+                let inputs = TaskInputs { q, k, v, gradient };
+                self.handler.submit(ArrivedTask { header, inputs, origin: Origin::InPlace, lease, reply });
+            }
+            (Ok((lease, Some(keys))), Keys::AtHomes(_)) => {
                 let server = self.clone();
                 tokio::spawn(async move {
                     server.submit_fetched(header, (q, gradient), keys, lease, reply).await
                 });
             }
-            (Keys::Here { k, v }, _) => {
-                let inputs = TaskInputs { q, k, v, gradient };
-                self.handler.submit(ArrivedTask { header, inputs, origin: Origin::InPlace, lease, reply });
-            }
-            (Keys::AtHomes(_), None) => {
+            (Ok((_, None)), Keys::AtHomes(_)) => {
                 self.fail(&header, reply, TaskError::internal("nothing to fetch the task's keys into"));
             }
         }
@@ -159,10 +201,11 @@ impl Server {
         header: TaskHeader,
         (q, gradient): (TensorSlice, Option<GradientInputs>),
         keys: Arc<FetchedKeys>,
-        lease: ByteLease,
+        results: ByteLease,
         mut reply: Reply,
     ) {
-        let fetch = async {
+        // When the task that fetches is cancelled, the next one fetches in its place.
+        let fetch = async || {
             let tokens = header.fetched_keys().unwrap_or_default();
             let Fetched { k, v, received } = self.homes.fetch(&header, tokens).await?;
             self.handler.count_bytes(received, 0);
@@ -170,7 +213,7 @@ impl Server {
         };
         let fetched = tokio::select! {
             biased;
-            fetched = keys.cell.get_or_try_init(|| fetch) => fetched.cloned(),
+            fetched = keys.cell.get_or_init(fetch) => fetched.clone(),
             () = reply.cancelled() => return,
         };
         let [k, v] = match fetched {
@@ -179,16 +222,21 @@ impl Server {
         };
         let (inner, pending) = Pending::new();
         let inputs = TaskInputs { q, k, v, gradient };
-        let task =
-            ArrivedTask { header: header.clone(), inputs, origin: Origin::InPlace, lease, reply: inner };
-        self.handler.submit(task);
-        let finish = async { deliver(&self.homes, &*self.handler, &header, pending.await?).await };
+        let lease = ByteLease::joined(vec![results.clone(), keys.lease.clone()]);
+        let origin = Origin::InPlace;
+        self.handler.submit(ArrivedTask { header: header.clone(), inputs, origin, lease, reply: inner });
+        let finish = async {
+            let outcome = pending.await;
+            drop(keys);
+            deliver(&self.homes, &*self.handler, &header, outcome?).await
+        };
         let outcome = tokio::select! {
             biased;
             outcome = finish => outcome,
             () = reply.cancelled() => return,
         };
-        drop(keys);
+        // Until here they were delivered from.
+        drop(results);
         reply.send(outcome.map_err(|error| error.context(header.name())));
     }
 

@@ -1,10 +1,12 @@
 //! Which tensors a task reads and gives back, how large they are, and what any transport refuses. Both ends count
 //! credits by these sizes.
 
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fmt;
 
 use outboard_attention::{DType, Direction, Span, TensorSlice};
-use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind};
+use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind, check_key_homes};
 
 use crate::{KeyShare, Keys, TaskHandler, TaskRequest};
 
@@ -15,6 +17,8 @@ const HEADER_BYTES: u64 = 4096;
 const SLICE_BYTES: u64 = 256;
 /// The same for each tensor that it names.
 pub(crate) const TENSOR_BYTES: u64 = 256;
+/// The same for each home of its keys.
+const HOME_BYTES: u64 = 256;
 
 /// The tensors that a task reads, in wire order.
 pub(crate) fn input_kinds(direction: Direction) -> &'static [TensorKind] {
@@ -51,14 +55,46 @@ pub(crate) fn input_of(request: &TaskRequest, kind: TensorKind) -> Option<Input<
     here.map(Input::Here)
 }
 
-/// Checks at the caller that a task's tensors are all there and fit its header.
-pub(crate) fn check(request: &TaskRequest) -> Result<(), TaskError> {
+/// Checks at the caller that the tensors of each task are all there and fit its header, and that tasks which share keys
+/// name the same ones. One answer for each task.
+pub(crate) fn check(shipment: &[TaskRequest]) -> Vec<Result<(), TaskError>> {
+    let mut shared: HashMap<usize, &TaskHeader> = HashMap::new();
+    let check = |request| {
+        check_task(request)?;
+        let TaskRequest { header, keys: Keys::AtHomes(share), .. } = request else { return Ok(()) };
+        match shared.entry(share.identity()) {
+            Entry::Occupied(first) if !same_keys(first.get(), header) => Err(TaskError::invalid(format!(
+                "the task shares its keys with another, {}, which names others; share only what is the same",
+                first.get().name()
+            ))),
+            Entry::Occupied(_) => Ok(()),
+            Entry::Vacant(place) => {
+                place.insert(header);
+                Ok(())
+            }
+        }
+    };
+    shipment.iter().map(check).collect()
+}
+
+/// True when two tasks name the same keys, of the same form, at the same homes.
+fn same_keys(one: &TaskHeader, other: &TaskHeader) -> bool {
+    let form = |header| [TensorKind::K, TensorKind::V].map(|kind| row_of(header, kind));
+    let range = |header: &TaskHeader| header.key_range(Span::default());
+    form(one) == form(other) && range(one) == range(other) && one.key_homes == other.key_homes
+}
+
+fn check_task(request: &TaskRequest) -> Result<(), TaskError> {
     request.check()?;
     check_result_dtype(&request.header)?;
-    if matches!(request.keys, Keys::Here { .. }) && !request.header.key_homes.is_empty() {
-        return Err(TaskError::invalid(
-            "the task names homes of its keys, and holds the keys themselves; give one",
-        ));
+    match request.keys {
+        Keys::AtHomes(_) => check_key_homes(&request.header.key_homes, request.header.task.kv())?,
+        Keys::Here { .. } if request.header.key_homes.is_empty() => {}
+        Keys::Here { .. } => {
+            return Err(TaskError::invalid(
+                "the task names homes of its keys, and holds the keys themselves; give one",
+            ));
+        }
     }
     for &kind in input_kinds(request.header.direction) {
         if input_of(request, kind).is_none() {
@@ -102,6 +138,10 @@ pub(crate) struct Row {
 }
 
 impl Row {
+    pub(crate) fn of(slice: &TensorSlice) -> Row {
+        Row { heads: slice.heads(), dim: slice.dim(), dtype: slice.dtype() }
+    }
+
     /// Bytes of a tensor of so many tokens. Saturates.
     pub(crate) fn tensor_bytes(self, tokens: usize) -> u64 {
         [self.heads, self.dim, self.dtype.bytes()]
@@ -145,10 +185,12 @@ pub(crate) fn result_bytes(header: &TaskHeader) -> u64 {
 pub(crate) fn task_bytes(header: &TaskHeader) -> u64 {
     let slices = header.task.mask().parts().len() as u64;
     let tensors = input_kinds(header.direction).len() as u64;
+    let homes = header.key_homes.len() as u64;
     result_bytes(header)
         .saturating_add(HEADER_BYTES)
         .saturating_add(slices.saturating_mul(SLICE_BYTES))
         .saturating_add(tensors.saturating_mul(TENSOR_BYTES))
+        .saturating_add(homes.saturating_mul(HOME_BYTES))
 }
 
 /// Refuses element types of results that no transport carries yet.

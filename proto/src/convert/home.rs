@@ -5,8 +5,8 @@ use outboard_attention::{DocumentId, InvalidAttention, Span};
 use super::{check_name, convert, not_empty};
 use crate::{TaskError, v1};
 
-/// Most homes that a task may name.
-const MAX_HOMES: usize = 1 << 16;
+/// Most homes that a task may name. With the longest addresses its header still is a message that peers read.
+const MAX_HOMES: usize = 8192;
 
 /// Where the keys of some tokens lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,15 +72,32 @@ impl std::fmt::Display for KeyRange {
 
 /// The homes of a task's keys: none, or a partition, in order, of tokens that cover its own.
 pub(super) fn key_homes(homes: Vec<v1::KeyHome>, kv: Span) -> Result<Vec<KeyHome>, TaskError> {
+    let home =
+        |(n, home)| KeyHome::try_from(home).map_err(|e: TaskError| e.context(format_args!("key_homes[{n}]")));
+    let homes = homes.into_iter().enumerate().map(home).collect::<Result<Vec<_>, _>>()?;
+    if !homes.is_empty() {
+        check_key_homes(&homes, kv)?;
+    }
+    Ok(homes)
+}
+
+/// Checks that homes partition, in order, tokens that cover the keys `kv` of a task.
+///
+/// # Errors
+/// [`crate::ErrorKind::Invalid`], naming what does not follow what.
+pub fn check_key_homes(homes: &[KeyHome], kv: Span) -> Result<(), TaskError> {
     if homes.len() > MAX_HOMES {
         let count = homes.len();
         return Err(TaskError::invalid(format!(
             "key_homes holds {count} homes; at most {MAX_HOMES} are allowed"
         )));
     }
-    let home =
-        |(n, home)| KeyHome::try_from(home).map_err(|e: TaskError| e.context(format_args!("key_homes[{n}]")));
-    let homes = homes.into_iter().enumerate().map(home).collect::<Result<Vec<_>, _>>()?;
+    let (Some(first), Some(last)) = (homes.first(), homes.last()) else {
+        return Err(TaskError::invalid("key_homes is empty; name the homes of the task's keys"));
+    };
+    for (n, home) in homes.iter().enumerate() {
+        home.check().map_err(|e| e.context(format_args!("key_homes[{n}]")))?;
+    }
     for pair in homes.windows(2) {
         if let [before, after] = pair
             && before.tokens.end() != after.tokens.start()
@@ -91,14 +108,23 @@ pub(super) fn key_homes(homes: Vec<v1::KeyHome>, kv: Span) -> Result<Vec<KeyHome
             )));
         }
     }
-    if let (Some(first), Some(last)) = (homes.first(), homes.last()) {
-        let bound = first.tokens.hull(last.tokens);
-        if !bound.covers(kv) {
-            let (field, bound_name) = ("kv", "the tokens of key_homes");
-            return Err(InvalidAttention::OutsideSpan { field, span: kv, bound_name, bound }.into());
-        }
+    let bound = first.tokens.hull(last.tokens);
+    if !bound.covers(kv) {
+        let (field, bound_name) = ("kv", "the tokens of key_homes");
+        return Err(InvalidAttention::OutsideSpan { field, span: kv, bound_name, bound }.into());
     }
-    Ok(homes)
+    Ok(())
+}
+
+impl KeyHome {
+    fn check(&self) -> Result<(), TaskError> {
+        let KeyHome { tokens, rank, address } = self;
+        check_name("address", address)?;
+        if address.is_empty() {
+            return Err(TaskError::invalid(format!("address of rank {rank} is empty; give \"host:port\"")));
+        }
+        not_empty("tokens", *tokens).map(drop)
+    }
 }
 
 impl TryFrom<v1::KeyHome> for KeyHome {
@@ -106,11 +132,9 @@ impl TryFrom<v1::KeyHome> for KeyHome {
 
     fn try_from(home: v1::KeyHome) -> Result<KeyHome, TaskError> {
         let v1::KeyHome { tokens, rank, address } = home;
-        check_name("address", &address)?;
-        if address.is_empty() {
-            return Err(TaskError::invalid(format!("address of rank {rank} is empty; give \"host:port\"")));
-        }
-        Ok(KeyHome { tokens: not_empty("tokens", convert("tokens", tokens)?)?, rank, address })
+        let home = KeyHome { tokens: convert("tokens", tokens)?, rank, address };
+        home.check()?;
+        Ok(home)
     }
 }
 

@@ -1,10 +1,12 @@
 //! What a server's stream has been told of and not yet handed on: tasks, and the tensors they wait for.
 
 use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
 
 use outboard_attention::{Span, TensorSlice};
 use outboard_proto::v1::Chunk;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind, TensorRef, WireTask};
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::elements::Destination;
 use crate::sizes::{Row, TENSOR_BYTES, input_kinds, row_of, task_bytes, tokens_of};
@@ -22,6 +24,8 @@ pub(super) struct Arrivals {
     tasks: HashMap<u64, Waiting>,
     tensors: HashMap<u64, Tensor>,
     dead: DeadTensors,
+    /// How many fetches there have been.
+    fetches: u64,
 }
 
 #[derive(Debug)]
@@ -50,21 +54,35 @@ struct Tensor {
 enum Content {
     Arriving(Destination),
     /// On its way from its homes.
-    Fetching,
+    Fetching(Fetching),
     Whole(TensorSlice),
+    /// Its homes did not give it.
+    Lost(TaskError),
+}
+
+/// A fetch that is under way.
+#[derive(Clone, Debug)]
+struct Fetching {
+    number: u64,
+    /// Gives the fetch up once no tensor of it is wanted.
+    _wanted: Arc<DropGuard>,
 }
 
 /// K and V to fetch for the tasks that name them.
 #[derive(Debug)]
 pub(super) struct Fetch {
+    /// Unlike that of any other of the stream.
+    number: u64,
     /// The task that carries them.
     pub(super) header: TaskHeader,
     /// Ids of K and V.
-    pub(super) ids: [u64; 2],
+    ids: [u64; 2],
     /// The tokens that they hold.
     pub(super) tokens: Span,
-    /// Their memory.
-    pub(super) lease: ByteLease,
+    /// Their memory, in use for as long as it is filled, whoever gives the tasks up meanwhile.
+    _lease: ByteLease,
+    /// Cancelled once nobody wants them any more.
+    pub(super) given_up: CancellationToken,
 }
 
 /// A task whose tensors are all there.
@@ -118,7 +136,7 @@ pub(super) fn costs(task: &WireTask) -> Vec<u64> {
 impl Arrivals {
     pub(super) fn new(max_tasks: usize) -> Arrivals {
         let (tasks, tensors, dead) = (HashMap::new(), HashMap::new(), DeadTensors::default());
-        Arrivals { max_tasks, tasks, tensors, dead }
+        Arrivals { max_tasks, tasks, tensors, dead, fetches: 0 }
     }
 
     /// True when no task waits for a tensor.
@@ -218,6 +236,19 @@ impl Arrivals {
         }
     }
 
+    /// Refuses a task that names a tensor which its homes did not give.
+    ///
+    /// # Errors
+    /// Why they did not.
+    pub(super) fn check_given(&self, task: &WireTask) -> Result<(), TaskError> {
+        let content = |tensor: &TensorRef| self.tensors.get(&tensor.id).map(|tensor| &tensor.content);
+        let lost = task.tensors.iter().find_map(|tensor| match content(tensor) {
+            Some(Content::Lost(error)) => Some(error.clone()),
+            _ => None,
+        });
+        lost.map_or(Ok(()), Err)
+    }
+
     /// Takes in a task that was checked and has spent its [`costs`]. Says what is to be fetched for it, and gives it back at
     /// once when all is there already.
     pub(super) fn announce(
@@ -228,6 +259,9 @@ impl Arrivals {
         let WireTask { id, header, tensors } = task;
         let mut leases = leases.into_iter();
         let Some(results) = leases.next() else { return (None, None) };
+        let given_up = CancellationToken::new();
+        let wanted = Arc::new(given_up.clone().drop_guard());
+        let fetching = Fetching { number: self.fetches, _wanted: wanted };
         let (mut missing, mut fetched) = (0, Vec::new());
         for tensor in &tensors {
             if tensor.carried {
@@ -237,7 +271,7 @@ impl Arrivals {
                 let at_homes = is_key(tensor.kind) && !header.key_homes.is_empty();
                 let content = if at_homes {
                     fetched.push((tensor.kind, tensor.id, lease.clone()));
-                    Content::Fetching
+                    Content::Fetching(fetching.clone())
                 } else {
                     Content::Arriving(Destination::new(row.dtype, bytes))
                 };
@@ -254,8 +288,10 @@ impl Arrivals {
         let id_of = |kind| fetched.iter().find(|(k, ..)| *k == kind).map(|(_, id, _)| *id);
         let fetch = match (id_of(TensorKind::K), id_of(TensorKind::V), header.fetched_keys()) {
             (Some(k), Some(v), Some(tokens)) => {
+                self.fetches += 1;
                 let lease = ByteLease::joined(fetched.into_iter().map(|(_, _, lease)| lease).collect());
-                Some(Fetch { header: header.clone(), ids: [k, v], tokens, lease })
+                let (number, header) = (fetching.number, header.clone());
+                Some(Fetch { number, header, ids: [k, v], tokens, _lease: lease, given_up })
             }
             _ => None,
         };
@@ -270,25 +306,35 @@ impl Arrivals {
     /// The tasks that cannot go on without them.
     pub(super) fn fetched(
         &mut self,
-        ids: [u64; 2],
+        fetch: &Fetch,
         outcome: Result<[TensorSlice; 2], TaskError>,
     ) -> Result<Vec<WholeTask>, Vec<Failed>> {
         let slices = outcome.map_err(|error| {
             let mut failed = Vec::new();
-            for id in ids {
-                let users = self.tensors.remove(&id).map(|tensor| tensor.users).unwrap_or_default();
+            for id in fetch.ids {
+                let Some(tensor) = self.awaiting(fetch, id) else { continue };
+                // Later tasks may name it, and are told why they cannot have it.
+                tensor.content = Content::Lost(error.clone());
+                tensor.lease = ByteLease::joined(Vec::new());
+                let users = tensor.users.clone();
                 failed.extend(self.fail_users(users, &error));
             }
             failed
         })?;
         let mut whole = Vec::new();
-        for (id, slice) in ids.into_iter().zip(slices) {
-            let Some(tensor) = self.tensors.get_mut(&id) else { continue };
+        for (id, slice) in fetch.ids.into_iter().zip(slices) {
+            let Some(tensor) = self.awaiting(fetch, id) else { continue };
             tensor.content = Content::Whole(slice);
             let users = tensor.users.clone();
             whole.extend(self.arrived(users));
         }
         Ok(whole)
+    }
+
+    /// The tensor that a fetch is to fill. Its id may be another's by now.
+    fn awaiting(&mut self, fetch: &Fetch, id: u64) -> Option<&mut Tensor> {
+        let is_own = |content: &Content| matches!(content, Content::Fetching(f) if f.number == fetch.number);
+        self.tensors.get_mut(&id).filter(|tensor| is_own(&tensor.content))
     }
 
     /// Notes that a tensor of these tasks is whole; gives back those that are too.
@@ -341,7 +387,7 @@ impl Arrivals {
             Content::Whole(_) => {
                 return fail(format!("a chunk of task {task} comes after tensor {id} was whole"));
             }
-            Content::Fetching => {
+            Content::Fetching(_) | Content::Lost(_) => {
                 return fail(format!("a chunk of task {task} comes for tensor {id}, which its homes send"));
             }
         };
@@ -377,10 +423,19 @@ impl Arrivals {
         }
     }
 
-    /// Gives up every waiting task, each with its header.
-    pub(super) fn drain(&mut self) -> Vec<(u64, TaskHeader)> {
-        self.tensors.clear();
-        self.tasks.drain().map(|(id, waiting)| (id, waiting.header)).collect()
+    /// Gives up the tasks that wait for chunks, each with its header, and what only later tasks could name: nothing more
+    /// comes from the client.
+    pub(super) fn end(&mut self) -> Vec<(u64, TaskHeader)> {
+        let arriving = |tensor: &Tensor| matches!(tensor.content, Content::Arriving(_));
+        let waits = |named: &TensorRef| self.tensors.get(&named.id).is_some_and(arriving);
+        let waiting = self.tasks.extract_if(|_, task| task.tensors.iter().any(waits));
+        let given_up: Vec<_> = waiting.collect();
+        for (id, task) in &given_up {
+            task.tensors.iter().for_each(|tensor| self.leave(tensor.id, *id));
+        }
+        self.tensors.values_mut().for_each(|tensor| tensor.open = false);
+        self.tensors.retain(|_, tensor| !tensor.users.is_empty());
+        given_up.into_iter().map(|(id, task)| (id, task.header)).collect()
     }
 
     fn give_up_tensor(&mut self, id: u64, carrier: u64, error: &TaskError) -> Vec<Failed> {

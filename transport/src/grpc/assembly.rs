@@ -55,9 +55,9 @@ impl Assembly {
     /// # Errors
     /// [`ErrorKind::Internal`] when it is of another shape.
     pub(super) fn fill(&mut self, part: usize, slice: &TensorSlice) -> Result<(), TaskError> {
-        let unfit = || TaskError::internal("the keys of the home in this process do not fit the task");
+        let unfit = || TaskError::internal(format!("keys that do not fit part {part} of the tensor"));
         let Part { base, bytes, received } = self.parts.get_mut(part).ok_or_else(unfit)?;
-        if slice.bytes() != *bytes || slice.dtype() != self.row.dtype {
+        if slice.bytes() != *bytes || self.row != Row::of(slice) {
             return Err(unfit());
         }
         copy_memory(slice.view(), &mut memory_mut(&mut self.data)[*base..*base + *bytes]);
@@ -65,16 +65,26 @@ impl Assembly {
         Ok(())
     }
 
+    /// Checks that all of a part has come.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Corrupt`] when it has not.
+    pub(super) fn check_whole(&self, part: usize) -> Result<(), TaskError> {
+        match self.parts.get(part) {
+            Some(Part { bytes, received, .. }) if received < bytes => {
+                let message = format!("{received} of {bytes} bytes came");
+                Err(TaskError::new(ErrorKind::Corrupt, message))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The tensor, once every part is whole.
     ///
     /// # Errors
     /// [`ErrorKind::Corrupt`] when one is not.
     pub(super) fn into_slice(mut self) -> Result<TensorSlice, TaskError> {
-        if let Some(part) = self.parts.iter().find(|part| part.received < part.bytes) {
-            let Part { bytes, received, .. } = part;
-            let message = format!("its home sent {received} of {bytes} bytes");
-            return Err(TaskError::new(ErrorKind::Corrupt, message));
-        }
+        (0..self.parts.len()).try_for_each(|part| self.check_whole(part))?;
         turn(memory_mut(&mut self.data), self.row.dtype.bytes());
         Ok(TensorSlice::contiguous("keys", self.data, self.tokens, self.row.heads, self.row.dim)?)
     }

@@ -82,10 +82,9 @@ impl GrpcTransport {
         Ok(GrpcTransport { shared, streams, runtime, tasks })
     }
 
-    /// Checks a task and makes its two ends.
+    /// Makes the two ends of a task that was checked.
     fn prepare(&self, stream: &Stream, request: TaskRequest) -> Result<(Shipped, Pending), TaskError> {
         let name = || request.header.name();
-        check(&request).map_err(|error| error.context(name()))?;
         // What a server would refuse unread is refused here, before it costs credit.
         let wire = WireTask { id: 0, header: request.header.clone(), tensors: Vec::new() };
         WireTask::try_from(v1::TaskHeader::from(&wire))?;
@@ -123,8 +122,10 @@ impl Transport for GrpcTransport {
         let Some(stream) = idlest else { return Vec::new() };
         let mut shipped = Vec::with_capacity(shipment.len());
         let mut pendings = Vec::with_capacity(shipment.len());
-        for request in shipment {
-            match self.prepare(stream, request) {
+        let checked = check(&shipment);
+        for (request, checked) in shipment.into_iter().zip(checked) {
+            let checked = checked.map_err(|error| error.context(request.header.name()));
+            match checked.and_then(|()| self.prepare(stream, request)) {
                 Ok((task, pending)) => {
                     shipped.push(task);
                     pendings.push(pending);

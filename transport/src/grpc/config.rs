@@ -18,6 +18,8 @@ pub struct LinkConfig {
     pub keep_alive_interval: Duration,
     /// How long the answer to a ping may take before the connection counts as dead.
     pub keep_alive_timeout: Duration,
+    /// How long a home, or a server that delivers to one, may take for an answer or for the next MiB of a tensor.
+    pub stall_timeout: Duration,
 }
 
 impl Default for LinkConfig {
@@ -26,6 +28,7 @@ impl Default for LinkConfig {
             window_bytes: 4 << 20,
             keep_alive_interval: Duration::from_secs(10),
             keep_alive_timeout: Duration::from_secs(10),
+            stall_timeout: Duration::from_secs(30),
         }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::BoxStream;
-use outboard_attention::DType;
+use outboard_attention::{DType, TensorSlice};
 use outboard_proto::v1::deliver_gradient_request::Message;
 use outboard_proto::v1::home_service_server::{HomeService, HomeServiceServer};
 use outboard_proto::v1::{self, Chunk, DeliverGradientRequest};
@@ -22,12 +22,13 @@ use super::config::FRAME_BYTES;
 use super::elements::{Destination, Outgoing};
 use crate::{HomeHandler, KeyGradient};
 
-/// How long a server may be silent while it delivers.
-const STALL_TIMEOUT: Duration = Duration::from_secs(60);
 /// Calls of one connection that are served at once; more wait.
 const MAX_CALLS: u32 = 1024;
 
-struct Edge(Arc<dyn HomeHandler>);
+struct Edge {
+    handler: Arc<dyn HomeHandler>,
+    stall_timeout: Duration,
+}
 
 /// Serves `handler` on `listener` until `stop` is cancelled. Dropping the future cuts all calls.
 ///
@@ -47,7 +48,7 @@ pub async fn serve_home(
         .max_concurrent_streams(MAX_CALLS)
         .http2_keepalive_interval(Some(link.keep_alive_interval))
         .http2_keepalive_timeout(Some(link.keep_alive_timeout))
-        .add_service(HomeServiceServer::new(Edge(handler)));
+        .add_service(HomeServiceServer::new(Edge { handler, stall_timeout: link.stall_timeout }));
     let served = router.serve_with_incoming_shutdown(incoming, stop.cancelled_owned()).await;
     served.map_err(|error| TaskError::unavailable(format!("serving failed: {error}")))
 }
@@ -68,7 +69,7 @@ impl HomeService for Edge {
         let v1::AwaitKeysRequest { protocol_version, layer, limit_ms } = request.into_inner();
         check_protocol_version(protocol_version)?;
         let layer: LayerRef = required("layer", layer)?;
-        self.0.await_keys(layer, Duration::from_millis(limit_ms.into())).await?;
+        self.handler.await_keys(layer, Duration::from_millis(limit_ms.into())).await?;
         Ok(Response::new(v1::AwaitKeysResponse {}))
     }
 
@@ -79,8 +80,12 @@ impl HomeService for Edge {
         let v1::FetchKeysRequest { protocol_version, range } = request.into_inner();
         check_protocol_version(protocol_version)?;
         let range: KeyRange = required("range", range)?;
-        let tensors = self.0.keys(&range)?.map(Outgoing::new);
-        let handler = Arc::clone(&self.0);
+        let tensors = self.handler.keys(&range)?;
+        for tensor in &tensors {
+            check_given_out(&range, tensor)?;
+        }
+        let tensors = tensors.map(Outgoing::new);
+        let handler = Arc::clone(&self.handler);
         let chunks = tensors.into_iter().zip(0..).flat_map(|(tensor, id)| {
             (0..).step_by(MAX_CHUNK_BYTES).map_while(move |offset| tensor.chunk(0, id, offset))
         });
@@ -95,16 +100,31 @@ impl HomeService for Edge {
         &self,
         request: Request<Streaming<DeliverGradientRequest>>,
     ) -> Result<Response<v1::DeliverGradientResponse>, Status> {
-        take(&*self.0, request.into_inner()).await?;
+        let inbound = Inbound { stream: request.into_inner(), stall_timeout: self.stall_timeout };
+        take(&*self.handler, inbound).await?;
         Ok(Response::new(v1::DeliverGradientResponse {}))
     }
 }
 
-async fn take(
-    handler: &dyn HomeHandler,
-    mut inbound: Streaming<DeliverGradientRequest>,
-) -> Result<(), TaskError> {
-    let Some(Message::Header(header)) = next(&mut inbound).await? else {
+/// Refuses a tensor of other tokens or heads than were asked for.
+fn check_given_out(range: &KeyRange, tensor: &TensorSlice) -> Result<(), TaskError> {
+    let (tokens, heads) = (tensor.tokens(), tensor.heads());
+    if tokens == range.tokens && heads == range.kv_heads.len() {
+        return Ok(());
+    }
+    Err(TaskError::internal(format!(
+        "the rank gave out tokens {tokens} of {heads} heads where {range} were asked for"
+    )))
+}
+
+/// What a server sends with a delivery.
+struct Inbound {
+    stream: Streaming<DeliverGradientRequest>,
+    stall_timeout: Duration,
+}
+
+async fn take(handler: &dyn HomeHandler, mut inbound: Inbound) -> Result<(), TaskError> {
+    let Some(Message::Header(header)) = inbound.next().await? else {
         return Err(TaskError::invalid(
             "the first message must be the header; send GradientHeader, then chunks",
         ));
@@ -116,7 +136,7 @@ async fn take(
         Destination::new(DType::F32, elements.saturating_mul(tokens).saturating_mul(DType::F32.bytes()))
     };
     let mut tensors = handler.expected(&header)?.map(room);
-    while let Some(message) = next(&mut inbound).await? {
+    while let Some(message) = inbound.next().await? {
         let Message::Chunk(chunk) = message else {
             return Err(TaskError::invalid("a second header; a stream has one"));
         };
@@ -132,10 +152,13 @@ async fn take(
     handler.take_gradient(KeyGradient { header, dk, dv })
 }
 
-async fn next(inbound: &mut Streaming<DeliverGradientRequest>) -> Result<Option<Message>, TaskError> {
-    let late = |_| TaskError::deadline("the next message of a delivery", STALL_TIMEOUT);
-    let message = tokio::time::timeout(STALL_TIMEOUT, inbound.message()).await.map_err(late)??;
-    let unknown =
-        || TaskError::invalid("a message of no known kind; run one version of Outboard on both sides");
-    message.map(|message| message.message.ok_or_else(unknown)).transpose()
+impl Inbound {
+    async fn next(&mut self) -> Result<Option<Message>, TaskError> {
+        let Inbound { stream, stall_timeout } = self;
+        let late = |_| TaskError::deadline("the next message of a delivery", *stall_timeout);
+        let message = tokio::time::timeout(*stall_timeout, stream.message()).await.map_err(late)??;
+        let unknown =
+            || TaskError::invalid("a message of no known kind; run one version of Outboard on both sides");
+        message.map(|message| message.message.ok_or_else(unknown)).transpose()
+    }
 }

@@ -22,8 +22,9 @@ const MAX_MESSAGES: usize = 4;
 
 struct Edge(Shared);
 
-/// AttentionService over `handler`, which fetches keys by `homes`, in a router that may get further services. Once `drain` is cancelled, clients are told
-/// to end their streams when they have no task left; refusing new tasks meanwhile is the handler's part.
+/// AttentionService over `handler`, which fetches keys by `homes`, in a router that may get further services. Once
+/// `drain` is cancelled, clients are told to end their streams when they have no task left; refusing new tasks meanwhile
+/// is the handler's part.
 pub fn router(
     handler: Arc<dyn TaskHandler>,
     homes: Homes,

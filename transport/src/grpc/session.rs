@@ -43,6 +43,9 @@ pub(super) struct Shared {
     pub(super) drain: CancellationToken,
 }
 
+/// K and V that were fetched, or why not.
+type FetchEnd = (Fetch, Result<[TensorSlice; 2], TaskError>);
+
 /// The reading half of a stream.
 struct Reader {
     shared: Shared,
@@ -53,8 +56,8 @@ struct Reader {
     /// Tasks at the handler, or whose results wait to be sent. Dropping the set cancels them.
     tasks: JoinSet<u64>,
     running: HashMap<u64, AbortHandle>,
-    /// Keys on their way from their homes, each with the tensors that they fill.
-    fetches: JoinSet<([u64; 2], Result<[TensorSlice; 2], TaskError>)>,
+    /// Keys on their way from their homes; nothing comes of fetches that were given up.
+    fetches: JoinSet<Option<FetchEnd>>,
     granting: Fuse<BoxFuture<'static, Result<(), TaskError>>>,
 }
 
@@ -161,7 +164,7 @@ impl Reader {
                         Ok(Some(AttendRequest { message })) => self.take(message).await?,
                         Ok(None) => {
                             reading = false;
-                            self.give_up_waiting().await?;
+                            self.give_up_arriving().await?;
                         }
                         Err(status) if matches!(status.code(), Code::OutOfRange | Code::Internal) => {
                             return Err(TaskError::invalid(format!("a message cannot be read: {}", status.message())));
@@ -249,25 +252,24 @@ impl Reader {
     fn fetch(&mut self, fetch: Fetch) {
         let (homes, handler) = (self.shared.homes.clone(), Arc::clone(&self.shared.handler));
         self.fetches.spawn(async move {
-            let Fetch { header, ids, tokens, lease } = fetch;
-            let fetched = homes.fetch(&header, tokens).await;
-            // The memory is in use for as long as it is filled, whoever gives the tasks up meanwhile.
-            drop(lease);
+            let fetched = tokio::select! {
+                biased;
+                () = fetch.given_up.cancelled() => return None,
+                fetched = homes.fetch(&fetch.header, fetch.tokens) => fetched,
+            };
             let slices = fetched.map(|Fetched { k, v, received }| {
                 handler.count_bytes(received, 0);
                 [k, v]
             });
-            (ids, slices)
+            Some((fetch, slices))
         });
     }
 
-    async fn fetched(
-        &mut self,
-        fetched: Result<([u64; 2], Result<[TensorSlice; 2], TaskError>), JoinError>,
-    ) -> Result<(), TaskError> {
-        let (ids, slices) =
+    async fn fetched(&mut self, fetched: Result<Option<FetchEnd>, JoinError>) -> Result<(), TaskError> {
+        let fetched =
             fetched.map_err(|error| TaskError::internal(format!("fetching keys failed: {error}")))?;
-        match self.arrivals.fetched(ids, slices) {
+        let Some((fetch, slices)) = fetched else { return Ok(()) };
+        match self.arrivals.fetched(&fetch, slices) {
             Ok(whole) => whole.into_iter().for_each(|task| self.submit(task)),
             Err(failed) => {
                 for failed in failed {
@@ -296,17 +298,16 @@ impl Reader {
         self.arrivals.check(&task).map_err(named)?;
         let leases = self.account.spend(&costs(&task)).map_err(named)?;
         let room = self.arrivals.check_room(self.running.len());
-        let refused = room.and_then(|()| refuse(&*self.shared.handler, &task.header));
+        let given = room.and_then(|()| self.arrivals.check_given(&task));
+        let refused = given.and_then(|()| refuse(&*self.shared.handler, &task.header));
         // Even a refused task spends its credit, which comes back to the client, and its tensors are taken in where later
         // tasks may name them.
         let (fetch, whole) = self.arrivals.announce(task, leases);
+        fetch.into_iter().for_each(|fetch| self.fetch(fetch));
         if let Err(error) = refused {
             self.arrivals.cancel(id);
-            // Later tasks may name what this one carries.
-            fetch.into_iter().for_each(|fetch| self.fetch(fetch));
             return Err(named(error));
         }
-        fetch.into_iter().for_each(|fetch| self.fetch(fetch));
         Ok(whole)
     }
 
@@ -351,8 +352,9 @@ impl Reader {
         }
     }
 
-    async fn give_up_waiting(&mut self) -> Result<(), TaskError> {
-        for (id, header) in self.arrivals.drain() {
+    /// Gives up the tasks whose client ended the stream half-way. Those that wait for their homes alone go on.
+    async fn give_up_arriving(&mut self) -> Result<(), TaskError> {
+        for (id, header) in self.arrivals.end() {
             let error = TaskError::new(
                 ErrorKind::Corrupt,
                 "the stream ended before all tensors of the task had come",
