@@ -7,13 +7,17 @@ use anyhow::{Context, bail};
 use outboard_attention::DType;
 use outboard_trainer::{Corpus, ModelConfig, TrainConfig};
 
-use super::protocol::{Data, JobRates, Mode};
+use super::protocol::{Data, JobRates, Mode, Placement};
 use crate::cores;
 use crate::cuda::CudaArgs;
 use crate::device::Device;
 
 /// What a link is taken to carry where nothing is said of it.
 const LINK_BYTES_PER_SECOND: f64 = 1e9;
+/// Which rank holds which tokens, where nothing is said of it and every rank has an in-place server.
+const PLACEMENT: PlacementKind = PlacementKind::Fixed;
+/// How far above the mean the tokens of a rank may lie, where nothing is said of it.
+const TOKEN_SLACK: f64 = 0.02;
 
 /// Arguments of `outboard train`.
 #[derive(Debug, clap::Args)]
@@ -80,6 +84,12 @@ pub(crate) struct Args {
     /// was built from].
     #[arg(long)]
     data: Option<PathBuf>,
+    #[arg(long, value_enum, help = placement_help())]
+    placement: Option<PlacementKind>,
+    /// How far above the mean the tokens of a rank may lie with --placement free, as a fraction of it: more room moves
+    /// fewer bytes, and the rank with most tokens takes longer outside of attention [default: 0.02].
+    #[arg(long, value_name = "FRACTION")]
+    token_slack: Option<f64>,
     /// Cores of each rank.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1024))]
     cores_per_rank: u16,
@@ -118,6 +128,29 @@ enum Attention {
     Both,
 }
 
+/// Who decides which rank holds which tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum PlacementKind {
+    /// Every rank holds the documents that it is dealt.
+    Fixed,
+    /// The planner.
+    Free,
+}
+
+fn placement_help() -> String {
+    let default = if PLACEMENT == PlacementKind::Fixed { "fixed" } else { "free, without --in-place fixed" };
+    format!(
+        "Which rank holds which tokens in the pooled training: fixed, those of the documents that it is dealt, or free, \
+         as the planner chooses for each step, so that little has to move. Only attention connects the tokens of a \
+         document, so a rank may hold any ranges of the step's documents, and loss and gradients stay those of whole \
+         ones; the local training still holds what ranks are dealt. free needs ranks with in-place servers. Beside the \
+         bytes that moved, the report has what the plans predicted, in all layers and both directions, and with free \
+         placement what they would have been with fixed. More moves than is predicted, since results and gradients \
+         travel in f32 whatever --dtype is, and since Q, K and V are sent again for the backward pass, which the plans \
+         take servers to keep [default: {default}]"
+    )
+}
+
 /// A run, checked.
 #[derive(Clone, Debug)]
 pub(crate) struct Run {
@@ -146,6 +179,8 @@ pub(crate) struct Run {
     pub(crate) memory_mib: u64,
     /// What steps are planned with; `None` to balance them.
     pub(crate) rates: Option<JobRates>,
+    /// How the planner places tokens; `None` to leave documents where they are dealt to.
+    pub(crate) placement: Option<Placement>,
     /// What the prediction takes links to carry.
     pub(crate) link_bytes_per_second: f64,
     pub(crate) loss_tolerance: f64,
@@ -181,6 +216,9 @@ impl Args {
         if on_gpu {
             self.check_gpu(pooled, dtype)?;
         }
+        let dedicated = self.pool.unwrap_or(u32::from(on_gpu));
+        let in_place = pooled && (self.in_place || (dedicated == 0 && self.coordinator.is_none()));
+        let placement = self.placement(pooled, in_place)?;
         let model = ModelConfig {
             layers: self.layers,
             dim: self.dim,
@@ -210,7 +248,7 @@ impl Args {
 
         let cores = cores::available()?;
         let each = usize::from(self.cores_per_rank);
-        let (ranks, dedicated) = (self.ranks as usize, self.pool.unwrap_or(u32::from(on_gpu)));
+        let ranks = self.ranks as usize;
         let share = |index| cores::share(&cores, index, each);
         let owners = ranks + dedicated as usize;
         let server_cores = match on_gpu {
@@ -225,7 +263,7 @@ impl Args {
             modes,
             data,
             corpus,
-            in_place: pooled && (self.in_place || (dedicated == 0 && self.coordinator.is_none())),
+            in_place,
             coordinator: self.coordinator,
             dedicated,
             device: self.device,
@@ -235,6 +273,7 @@ impl Args {
             cores_shared: owners * each > cores.len(),
             memory_mib: self.memory_mib,
             rates,
+            placement,
             link_bytes_per_second: links,
             loss_tolerance,
             json: self.json,
@@ -283,6 +322,31 @@ impl Args {
             flops_per_second: above_zero("--flops-per-second", flops_per_second)?,
             bytes_per_second: above_zero("--bytes-per-second", bytes_per_second)?,
         }))
+    }
+
+    /// How the planner places tokens, if it does.
+    fn placement(&self, pooled: bool, in_place: bool) -> anyhow::Result<Option<Placement>> {
+        if self.placement == Some(PlacementKind::Free) && !pooled {
+            bail!("--placement is free, and --attention local plans nothing; leave one of them out");
+        }
+        if self.placement == Some(PlacementKind::Free) && !in_place {
+            bail!(
+                "--placement is free, and no rank has an in-place server, by whose work tokens are placed; add --in-place, or \
+                 leave out --placement"
+            );
+        }
+        let free = self.placement.unwrap_or(PLACEMENT) == PlacementKind::Free && in_place;
+        match self.token_slack {
+            Some(slack) if !free => {
+                bail!(
+                    "--token-slack is {slack}, and tokens are not placed; give --placement free, or leave it out"
+                )
+            }
+            Some(slack) if !(0.0..=1.0).contains(&slack) => {
+                bail!("--token-slack is {slack}; it must be between 0 and 1")
+            }
+            slack => Ok(free.then(|| Placement { token_slack: slack.unwrap_or(TOKEN_SLACK) })),
+        }
     }
 
     /// Refuses what does not go with a GPU.

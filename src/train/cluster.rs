@@ -114,6 +114,7 @@ impl Cluster {
                 in_place: run.in_place,
                 min_servers: (in_place + run.dedicated).max(1),
                 rates: run.rates,
+                placement: run.placement,
                 cores: cores.clone(),
                 probe: run.pooled() && run.unlike_servers().is_none(),
                 memory_bytes: run.memory_mib << 20,

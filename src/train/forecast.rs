@@ -1,18 +1,22 @@
 //! Whether attention is worth disaggregating for a job's documents, said before the job starts.
 //!
 //! Known then are the documents of its first steps, the shape of the model, and how fast ranks compute, which they have
-//! just measured. Steps are planned as the coordinator will plan them, with the rates that the job declares or without.
+//! just measured. Steps are planned as the coordinator will plan them, with the rates that the job declares or without, and
+//! where the planner places tokens with homes of its choice. Without a pool, ranks compute the documents that they are
+//! dealt, whatever is placed in one.
 //! How fast links carry is taken from `--link-bytes-per-second`: what a link gives to gRPC beside a busy
 //! core cannot be measured in a fraction of a second without a job, and where links decide, they are far slower.
 
 use anyhow::Context;
-use outboard_planner::{Doubt, Forecast, Problem, Rates, Slot, StepCosts, plan};
-use outboard_trainer::Packer;
+use outboard_attention::StepPlan;
+use outboard_planner::{Doubt, Forecast, Problem, Rates, Settled, StepCosts, plan, settle};
+use outboard_trainer::{Packer, StepPacking};
 use serde::Serialize;
 
 use super::args::Run;
+use super::documents::{dealt, problem, slots, unplaced};
 use super::probe::Speed;
-use super::rank::documents;
+use super::protocol::Placement;
 
 /// Steps to look ahead: enough for the mean of their imbalances, and planned in a blink.
 const STEPS: u64 = 8;
@@ -32,6 +36,9 @@ pub(crate) struct Outlook {
     pub(crate) reason: Option<String>,
     /// The part by which plans shorten a step; below zero where they lengthen it.
     pub(crate) gain: f64,
+    /// The same of plans that leave documents where they are dealt to; `None` where the job's do that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) gain_with_fixed_homes: Option<f64>,
     /// The same of even attention at no cost.
     pub(crate) ideal_gain: f64,
     /// Most over mean cells of a rank.
@@ -56,7 +63,6 @@ pub(crate) struct Outlook {
 impl Outlook {
     /// Plans the first steps of a run, and says what that makes of them. `None` for a run of no rank.
     pub(crate) fn new(run: &Run, speeds: &[Speed]) -> anyhow::Result<Option<Outlook>> {
-        let geometry = run.model.validate()?;
         let least = |rate: fn(&Speed) -> f64| speeds.iter().map(rate).reduce(f64::min);
         // A step waits for the slowest rank.
         let speed = least(|s| s.attention_flops_per_second).zip(least(|s| s.rest_flops_per_second));
@@ -68,21 +74,19 @@ impl Outlook {
         };
         let mut packer = Packer::new(run.corpus.clone(), &run.train)?;
         let steps = run.train.steps.min(STEPS);
-        let mut forecast: Option<Forecast> = None;
+        let (mut fixed, mut free): (Option<Forecast>, Option<Forecast>) = (None, None);
+        let add =
+            |sum: &mut Option<Forecast>, next| *sum = Some(sum.map_or(next, |before| before.then(next)));
         for step in 0..steps {
             let packing = packer.packing(step);
-            let mut all = Vec::new();
-            for rank in 0..run.train.ranks {
-                all.extend(documents(&packing, rank)?);
+            let of_step = with_fixed_homes(run, &packing, &costs)?;
+            add(&mut fixed, of_step);
+            if let Some(placement) = run.placement {
+                let chosen = with_chosen_homes(run, &packing, &costs, placement)?;
+                add(&mut free, beside(chosen, of_step));
             }
-            let rates = run.rates.map(Rates::from);
-            let problem = Problem { rates, ..Problem::new(geometry, all, slots(run)) };
-            let planned = plan(&problem)?;
-            let next = Forecast::of_step(&problem, &planned, &costs)
-                .with_context(|| format!("what step {step} takes cannot be predicted"))?;
-            forecast = Some(forecast.map_or(next, |before| before.then(next)));
         }
-        let Some(forecast) = forecast else { return Ok(None) };
+        let Some(forecast) = free.or(fixed) else { return Ok(None) };
         let declared = run.rates.is_some();
         let doubt = forecast.doubt();
         Ok(Some(Outlook {
@@ -93,6 +97,7 @@ impl Outlook {
             worth: doubt.is_none(),
             reason: doubt.map(|doubt| doubt.to_string()),
             gain: forecast.gain(),
+            gain_with_fixed_homes: free.and(fixed).map(|fixed| fixed.gain()),
             ideal_gain: forecast.ideal_gain(),
             imbalance: forecast.imbalance(),
             attention_share: forecast.attention_share(),
@@ -111,10 +116,18 @@ impl Outlook {
             true => format!("{} ranks", self.ranks),
             false => format!("{} servers", self.servers),
         };
+        let placed = if self.gain_with_fixed_homes.is_some() {
+            ", with tokens where the planner puts them,"
+        } else {
+            ""
+        };
+        let instead =
+            self.gain_with_fixed_homes.map(|gain| format!("{:.0}% with fixed homes, ", 100.0 * gain));
+        let instead = instead.unwrap_or_default();
         let (by, percent) = (if self.gain < 0.0 { "lengthen" } else { "shorten" }, 100.0 * self.gain.abs());
         format!(
-            "balancing attention over {over} is predicted to {by} a step by {percent:.0}% (imbalance {:.2}, attention \
-             {:.0}% of a step, computed at {:.1} GFLOP/s and the rest at {:.1}, links of {} GB/s)",
+            "balancing attention over {over}{placed} is predicted to {by} a step by {percent:.0}% ({instead}imbalance \
+             {:.2}, attention {:.0}% of a step, computed at {:.1} GFLOP/s and the rest at {:.1}, links of {} GB/s)",
             self.imbalance,
             100.0 * self.attention_share,
             self.attention_flops_per_second / 1e9,
@@ -147,9 +160,32 @@ impl Outlook {
     }
 }
 
-/// The slots that the job will have: one a server, of equal weight.
-fn slots(run: &Run) -> Vec<Slot> {
-    let ranks = if run.in_place { run.train.ranks } else { 0 };
-    let dedicated = (0..run.dedicated).map(|_| Slot::dedicated());
-    (0..ranks).map(Slot::in_place).chain(dedicated).collect()
+/// What a step takes with documents where they are dealt to.
+fn with_fixed_homes(run: &Run, packing: &StepPacking, costs: &StepCosts) -> anyhow::Result<Forecast> {
+    let problem = problem(run, dealt(packing)?)?;
+    let planned = plan(&problem)?;
+    of_step(packing.step, &problem, &planned, costs)
+}
+
+/// What it takes with tokens where the planner puts them.
+fn with_chosen_homes(
+    run: &Run,
+    packing: &StepPacking,
+    costs: &StepCosts,
+    placement: Placement,
+) -> anyhow::Result<Forecast> {
+    let free = problem(run, unplaced(packing)?)?;
+    let Settled { documents, plan } = settle(&free, placement.token_slack)?;
+    of_step(packing.step, &Problem { documents, ..free }, &plan, costs)
+}
+
+fn of_step(step: u64, problem: &Problem, plan: &StepPlan, costs: &StepCosts) -> anyhow::Result<Forecast> {
+    Forecast::of_step(problem, plan, costs)
+        .with_context(|| format!("what step {step} takes cannot be predicted"))
+}
+
+/// A step with chosen homes, beside ranks that compute, without a pool, what they are dealt.
+fn beside(chosen: Forecast, dealt: Forecast) -> Forecast {
+    let Forecast { planned_seconds, unlinked_seconds, ideal_seconds, .. } = chosen;
+    Forecast { planned_seconds, unlinked_seconds, ideal_seconds, ..dealt }
 }

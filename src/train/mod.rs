@@ -3,6 +3,7 @@
 mod args;
 mod child;
 mod cluster;
+mod documents;
 mod forecast;
 mod probe;
 mod protocol;
@@ -19,10 +20,11 @@ pub(crate) use args::Args;
 
 use crate::lifetime;
 use cluster::Cluster;
+use documents::FixedHomes;
 use forecast::Outlook;
 use outboard_proto::describe;
-use protocol::{FromRank, RankStep};
-use report::{Record, StepLine};
+use protocol::{FromRank, Mode, RankStep};
+use report::Record;
 use show::Show;
 
 /// How long a rank may take for one step, or to set itself up. What hangs earlier than this is named by the ranks and
@@ -92,7 +94,9 @@ fn say_outlook(run: &args::Run, cluster: &Cluster, show: &mut Show) -> anyhow::R
 async fn follow(run: &args::Run, cluster: &mut Cluster, show: &mut Show) -> anyhow::Result<Record> {
     let (layers, dtype) = (run.model.layers as u64, run.model.attention_dtype.to_string());
     let servers_like_ranks = run.unlike_servers().is_none();
-    let mut record = Record { layers, dtype, servers_like_ranks, ..Record::default() };
+    let placed = run.placement.is_some();
+    let mut record = Record { layers, dtype, placed, servers_like_ranks, ..Record::default() };
+    let mut fixed_homes = FixedHomes::new(run)?;
     for step in 0..run.train.steps {
         for turn in 0..run.modes.len() {
             let ranks = step_of_all_ranks(cluster).await?;
@@ -103,7 +107,16 @@ async fn follow(run: &args::Run, cluster: &mut Cluster, show: &mut Show) -> anyh
             if let Some(other) = ranks.iter().find(|r| r.loss.to_bits() != first.loss.to_bits()) {
                 bail!("step {step}: ranks disagree about the loss: {} and {}", first.loss, other.loss);
             }
-            if let Some(line) = StepLine::new(&ranks) {
+            if first.mode == Mode::Pool {
+                match fixed_homes.bytes(step) {
+                    Ok(bytes) => record.fixed_homes.extend(bytes.map(|bytes| (step, bytes))),
+                    // A figure for comparison stops no training.
+                    Err(error) => {
+                        show.warn(&format!("not compared with fixed homes: {}", describe(error.as_ref())))
+                    }
+                }
+            }
+            if let Some(line) = record.line(&ranks) {
                 show.step(&line, turn + 1 == run.modes.len())?;
             }
             record.steps.push(ranks);

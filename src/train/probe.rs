@@ -47,7 +47,7 @@ pub(crate) fn measure(job: &ModelConfig, threads: usize) -> anyhow::Result<Speed
 
     let (mut attention, mut rest) = (f64::INFINITY, f64::INFINITY);
     for step in 0..STEPS {
-        let batch = PackedBatch { step, documents: vec![document].into(), tokens: text.clone() };
+        let batch = PackedBatch::whole(step, vec![document], text.clone());
         let outcome = trainer.step(&batch, &mut exchange)?;
         if step > 0 {
             attention = attention.min(outcome.attention_seconds);

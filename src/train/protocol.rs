@@ -51,6 +51,19 @@ pub(crate) struct JobRates {
     pub(crate) bytes_per_second: f64,
 }
 
+/// How the planner places tokens, where it does.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Placement {
+    /// How far above the mean the tokens of a rank may lie, as a fraction of it.
+    pub(crate) token_slack: f64,
+}
+
+impl From<Placement> for outboard_worker::Placement {
+    fn from(Placement { token_slack }: Placement) -> Self {
+        outboard_worker::Placement { token_slack }
+    }
+}
+
 impl From<JobRates> for outboard_worker::Rates {
     fn from(JobRates { flops_per_second, bytes_per_second }: JobRates) -> Self {
         outboard_worker::Rates { flops_per_second, bytes_per_second }
@@ -78,6 +91,8 @@ pub(crate) struct Setup {
     pub(crate) min_servers: u32,
     /// What steps are planned with; `None` to balance them.
     pub(crate) rates: Option<JobRates>,
+    /// How the tokens of the pooled training are placed; `None` to leave documents where they are dealt to.
+    pub(crate) placement: Option<Placement>,
     /// Cores to run on; the kernel has as many threads.
     pub(crate) cores: Vec<usize>,
     /// Whether to measure the rank's speed first.
@@ -140,11 +155,13 @@ pub(crate) struct RankStep {
     /// Of that, waiting for the slowest rank's backward pass.
     pub(crate) wait_seconds: f64,
     pub(crate) tokens: u64,
-    /// Tokens of each of the rank's documents.
+    /// Tokens of each of the rank's documents, or of each range of one that it holds.
     pub(crate) documents: Vec<usize>,
+    /// Documents whose first token the rank holds: over all ranks, every document once.
+    pub(crate) documents_begun: u64,
     /// Bytes of the step's files, on all ranks, dropped because a rank's budget was full.
     pub(crate) dropped_bytes: u64,
-    /// Attention cells of the rank's documents.
+    /// Attention cells of the rank's documents, or of the rows of them that it holds.
     pub(crate) cells: u64,
     pub(crate) pool: Option<PoolStep>,
 }
@@ -156,7 +173,7 @@ pub(crate) struct PoolStep {
     pub(crate) imbalance_after: f64,
     /// Tasks of all ranks, of one layer and direction.
     pub(crate) planned_tasks: u64,
-    /// Where the plan puts the attention of this rank's documents.
+    /// Where the plan puts the attention of this rank's documents, or of its rows of them.
     pub(crate) placed: Vec<PlacedCells>,
     /// Tasks of this rank's documents, over all layers and both directions.
     pub(crate) tasks: u64,
@@ -164,6 +181,10 @@ pub(crate) struct PoolStep {
     /// Ids of servers that this rank found lost.
     pub(crate) servers_lost: Vec<u64>,
     pub(crate) bytes_moved: u64,
+    /// Bytes of all ranks, over all layers and both directions, as the plan predicts them.
+    pub(crate) bytes_predicted: u64,
+    /// Most over mean tokens of a rank where the planner places them; 0 where it does not.
+    pub(crate) tokens_imbalance: f64,
     /// Time inside attention in which the rank's device computed none.
     pub(crate) exposed_seconds: f64,
     /// Time that tensors of this rank's tasks were on their way.

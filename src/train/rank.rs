@@ -1,5 +1,6 @@
 //! One rank of a run, as a process of its own: sets itself up as the launcher says, and trains.
 
+use std::collections::BTreeMap;
 use std::io::{BufRead, Write};
 use std::net::{Ipv4Addr, TcpListener};
 use std::process::ExitCode;
@@ -8,15 +9,18 @@ use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
+use outboard_attention::Span;
 use outboard_attention::kernel::{Isa, KernelConfig};
-use outboard_attention::{Document, DocumentId, HomeRange, Span};
 use outboard_attention_server::{CpuOptions, DeviceOptions, EngineOptions, InPlace, Service, ServiceOptions};
 use outboard_proto::describe;
-use outboard_trainer::{Exchange, ExchangeConfig, Packer, StepPacking, Trainer, require_one_thread};
+use outboard_trainer::{
+    Exchange, ExchangeConfig, PackedBatch, Packer, StepPacking, Trainer, require_one_thread,
+};
 use outboard_transport::TaskHandler;
-use outboard_worker::{CoreAttention, JobOptions, LocalAttention, Placed, PoolAttention};
+use outboard_worker::{CoreAttention, Home, JobOptions, LocalAttention, Placed, PoolAttention};
 use tokio::runtime::Runtime;
 
+use super::documents;
 use super::probe::{self, Speed};
 use super::protocol::{FromRank, Mode, PlacedCells, PoolStep, RankStep, Setup, ToRank};
 use crate::cores;
@@ -125,6 +129,8 @@ impl Pool {
     fn join(setup: &Setup, runtime: &Runtime) -> anyhow::Result<Pool> {
         let rank = setup.train.rank;
         let coordinator = setup.coordinator.clone().context("a pooled run needs a coordinator")?;
+        let listen = || Home::listen((Ipv4Addr::LOCALHOST, 0).into(), None, runtime.handle());
+        let home = setup.placement.map(|_| listen()).transpose()?;
         let in_place = match setup.in_place {
             false => None,
             true => {
@@ -134,6 +140,7 @@ impl Pool {
                 let options = ServiceOptions {
                     coordinator: Some(coordinator.clone()),
                     in_place: Some(InPlace { job: setup.job.clone(), rank }),
+                    homes: home.as_ref().map(Home::homes).unwrap_or_default(),
                     ..ServiceOptions::default()
                 };
                 Some(runtime.block_on(outboard_attention_server::serve(&engine, options))?)
@@ -143,10 +150,11 @@ impl Pool {
         let options = JobOptions {
             min_servers: setup.min_servers,
             rates: setup.rates.map(Into::into),
+            placement: setup.placement.map(Into::into),
             ..JobOptions::new(coordinator, setup.job.clone(), rank, setup.train.ranks, geometry)
         };
         let handler = in_place.as_ref().map(|service| Arc::new(service.engine()) as Arc<dyn TaskHandler>);
-        let attention = PoolAttention::join(options, runtime.handle().clone(), handler, None)?;
+        let attention = PoolAttention::join(options, runtime.handle().clone(), handler, home)?;
         say(&FromRank::Started { numerics_id: attention.numerics_id().to_owned() })?;
         Ok(Pool { attention: Arc::new(attention), in_place })
     }
@@ -161,7 +169,6 @@ impl Pool {
 }
 
 fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> anyhow::Result<()> {
-    let rank = setup.train.rank;
     let corpus = Arc::new(setup.data.corpus()?);
     let mut packer = Packer::new(corpus, &setup.train)?;
     let mut trainers = Vec::with_capacity(setup.modes.len());
@@ -177,8 +184,8 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
     }
 
     let submit = |packing: &StepPacking| match pool {
-        Some(pool) => Ok(pool.attention.submit_step(packing.step, documents(packing, rank)?)?),
-        None => anyhow::Ok(()),
+        Some(pool) => submit(setup, pool, packing),
+        None => Ok(()),
     };
     let mut next = packer.packing(0);
     submit(&next)?;
@@ -188,15 +195,16 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
         if next.step < setup.train.steps {
             submit(&next)?;
         }
-        let batch = packer.load(&packing, rank)?;
+        let batches = load(setup, pool, &packer, &packing)?;
         // The trainings take turns in going first, so that neither always has the warmer caches.
         if step % 2 == 1 {
             trainers.reverse();
         }
         for (mode, trainer) in &mut trainers {
-            let outcome = trainer.step(&batch, exchange)?;
+            let batch = batches.get(mode).context("a training has no batch")?;
+            let outcome = trainer.step(batch, exchange)?;
             let pool_step = match (*mode, pool) {
-                (Mode::Pool, Some(pool)) => Some(finish(pool, step, outcome.seconds)?),
+                (Mode::Pool, Some(pool)) => Some(finish(setup, pool, step, outcome.seconds)?),
                 _ => None,
             };
             say(&FromRank::Step(RankStep {
@@ -208,9 +216,10 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
                 exchange_seconds: outcome.exchange_seconds,
                 wait_seconds: outcome.wait_seconds,
                 tokens: outcome.tokens as u64,
-                documents: packing.lengths(rank),
+                documents: batch.documents.iter().map(|document| document.rows.len()).collect(),
+                documents_begun: batch.documents.iter().filter(|d| d.first_token == 0).count() as u64,
                 dropped_bytes: packing.dropped_tokens,
-                cells: cells(&packing, rank, setup.model.kv_heads),
+                cells: cells(batch, setup.model.kv_heads),
                 pool: pool_step,
             }))?;
         }
@@ -221,8 +230,40 @@ fn train_steps(setup: &Setup, pool: Option<&Pool>, exchange: &mut Exchange) -> a
     Ok(())
 }
 
+/// Submits a step: this rank's documents, or where the planner places tokens the first rank those of all.
+fn submit(setup: &Setup, pool: &Pool, packing: &StepPacking) -> anyhow::Result<()> {
+    let documents = match (setup.placement, setup.train.rank) {
+        (None, rank) => documents::of_rank(packing, rank)?,
+        (Some(_), 0) => documents::unplaced(packing)?,
+        (Some(_), _) => Vec::new(),
+    };
+    Ok(pool.attention.submit_step(packing.step, documents)?)
+}
+
+/// What this rank trains on in each training of a step: the documents it is dealt, or what the plan has it hold of all
+/// ranks' documents. Waits for the plan there.
+fn load(
+    setup: &Setup,
+    pool: Option<&Pool>,
+    packer: &Packer,
+    packing: &StepPacking,
+) -> anyhow::Result<BTreeMap<Mode, PackedBatch>> {
+    let rank = setup.train.rank;
+    let batch = |&mode: &Mode| {
+        let batch = match (mode, pool, setup.placement) {
+            (Mode::Pool, Some(pool), Some(_)) => {
+                packer.load_ranges(packing, rank, &pool.attention.holdings(packing.step)?)?
+            }
+            _ => packer.load(packing, rank)?,
+        };
+        Ok((mode, batch))
+    };
+    setup.modes.iter().map(batch).collect()
+}
+
 /// Ends a pooled step and says what it took.
-fn finish(pool: &Pool, step: u64, seconds: f64) -> anyhow::Result<PoolStep> {
+fn finish(setup: &Setup, pool: &Pool, step: u64, seconds: f64) -> anyhow::Result<PoolStep> {
+    let layers = setup.model.layers as u64;
     let stats = pool.attention.finish_step(step, seconds)?;
     let placed =
         stats.placed.iter().map(|&Placed { server, rank, cells }| PlacedCells { server, rank, cells });
@@ -235,23 +276,48 @@ fn finish(pool: &Pool, step: u64, seconds: f64) -> anyhow::Result<PoolStep> {
         tasks_resent: stats.tasks_resent,
         servers_lost: stats.servers_lost,
         bytes_moved: stats.bytes_moved,
+        bytes_predicted: layers
+            .saturating_mul(stats.summary.forward_bytes.saturating_add(stats.summary.backward_bytes)),
+        tokens_imbalance: stats.summary.tokens_imbalance,
         exposed_seconds: stats.exposed.as_secs_f64(),
         communication_seconds: stats.communication.as_secs_f64(),
         plan_seconds: stats.summary.plan_seconds,
     })
 }
 
-/// This rank's documents of a step, as the planner sees them.
-pub(crate) fn documents(packing: &StepPacking, rank: u32) -> anyhow::Result<Vec<Document>> {
-    let document = |(index, tokens): (usize, usize)| {
-        let id = DocumentId { rank, index: index as u32 };
-        Document::new(id, tokens, vec![HomeRange { rank, tokens: Span::to(tokens) }])
-    };
-    Ok(packing.lengths(rank).into_iter().enumerate().map(document).collect::<Result<_, _>>()?)
+/// Causal cells of the rows that a rank holds, each counted once per kv head.
+fn cells(batch: &PackedBatch, kv_heads: usize) -> u64 {
+    let before = |n: usize| (n as u64) * (n as u64 + 1) / 2;
+    let of_range = |tokens: Span| before(tokens.end()) - before(tokens.start());
+    batch.documents.iter().map(|document| of_range(document.tokens())).sum::<u64>() * kv_heads as u64
 }
 
-/// Causal cells of this rank's documents, each counted once per kv head.
-fn cells(packing: &StepPacking, rank: u32, kv_heads: usize) -> u64 {
-    let of_document = |n: usize| (n as u64) * (n as u64 + 1) / 2;
-    packing.lengths(rank).into_iter().map(of_document).sum::<u64>() * kv_heads as u64
+#[cfg(test)]
+mod tests {
+    use outboard_attention::DocumentId;
+    use outboard_worker::PackedDocument;
+
+    use super::*;
+
+    #[test]
+    fn cells_are_those_of_the_rows_that_are_held() {
+        let range = |first_token, row, rows, length| PackedDocument {
+            id: DocumentId { rank: 0, index: 0 },
+            rows: Span::at(row, rows),
+            first_token,
+            length,
+        };
+        let of = |documents: Vec<PackedDocument>| {
+            let batch = PackedBatch {
+                step: 0,
+                following: vec![None; documents.len()],
+                documents: documents.into(),
+                tokens: vec![],
+            };
+            cells(&batch, 2)
+        };
+        assert_eq!(of(vec![range(0, 0, 4, 4)]), 2 * 10);
+        assert_eq!(of(vec![range(3, 0, 2, 9), range(8, 2, 1, 9)]), 2 * (4 + 5 + 9));
+        assert_eq!(of(vec![]), 0);
+    }
 }

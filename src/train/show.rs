@@ -135,6 +135,10 @@ fn step_words(line: &StepLine) -> String {
         format!("{name:<5}  loss {loss:.3}  {tokens_per_second:>6.0} tokens/s  imbalance {before:.2}");
     if *attention == Mode::Pool {
         words += &format!(" to {after:.2}  {} moved", HumanBytes(line.bytes_moved));
+        if let Some(bytes) = line.bytes_with_fixed_homes {
+            let predicted = HumanBytes(line.bytes_predicted.unwrap_or(0));
+            words += &format!(", {predicted} planned, {} with fixed homes", HumanBytes(bytes));
+        }
         if line.tasks_resent > 0 {
             words += &format!("  {} tasks resent", line.tasks_resent);
         }

@@ -68,7 +68,9 @@ fn predicted(training: &Predicted) -> Vec<String> {
     ]
 }
 
+/// The lines under it.
 pub(super) fn words(summary: &Summary, cores_shared: bool, device: Device) -> Vec<String> {
+    let of = |mode| summary.trainings.iter().filter(move |t| t.attention == mode);
     let mut lines = vec![format!("Q, K, V and dO of core attention in {}", summary.dtype)];
     if let Some((speedup, ideal)) = summary.speedup.zip(summary.ideal_speedup) {
         let share = if ideal > 1.0 { 100.0 * (speedup - 1.0) / (ideal - 1.0) } else { 0.0 };
@@ -98,10 +100,19 @@ pub(super) fn words(summary: &Summary, cores_shared: bool, device: Device) -> Ve
     if let Some(difference) = summary.max_relative_loss_difference {
         lines.push(format!("largest relative difference of loss {difference:.1e}"));
     }
-    lines.push(format!(
-        "imbalance of the documents {:.3} (most over mean cells of a rank)",
-        summary.imbalance
-    ));
+    // Where only placed rows were trained, nobody computed the documents that ranks are dealt.
+    if summary.placed_imbalance.is_none() || of(Mode::Local).next().is_some() {
+        lines.push(format!(
+            "imbalance of the documents {:.3} (most over mean cells of a rank)",
+            summary.imbalance
+        ));
+    }
+    if let Some((cells, tokens)) = summary.placed_imbalance.zip(summary.tokens_imbalance) {
+        lines.push(format!(
+            "tokens placed by the planner: imbalance of their rows {cells:.3}, at most {tokens:.3} times the mean tokens \
+             on a rank"
+        ));
+    }
     if summary.tasks_planned > 0 {
         lines.push(format!(
             "tasks: {} planned, {} computed by the servers' own counters, {} resent, {} servers lost; {} moved",
@@ -112,5 +123,15 @@ pub(super) fn words(summary: &Summary, cores_shared: bool, device: Device) -> Ve
             HumanBytes(summary.bytes_moved)
         ));
     }
+    lines.extend(bytes(summary));
     lines
+}
+
+/// What moved in a step, beside what plans predict.
+fn bytes(summary: &Summary) -> Option<String> {
+    let a_step = |bytes: u64| HumanBytes(bytes / summary.steps.max(1));
+    let (moved, predicted) = (a_step(summary.bytes_moved), a_step(summary.bytes_predicted?));
+    let fixed = summary.bytes_with_fixed_homes.map(|bytes| format!(", {} with fixed homes", a_step(bytes)));
+    let fixed = fixed.unwrap_or_default();
+    Some(format!("bytes of a step: {moved} moved; the plans predict {predicted}{fixed}"))
 }

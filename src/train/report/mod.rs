@@ -46,9 +46,24 @@ pub(crate) struct Summary {
     pub(crate) measured_step_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) max_relative_loss_difference: Option<f64>,
-    /// Sum over steps of the most cells of a rank over the sum of their means.
+    /// Sum over steps of the most cells of a rank over the sum of their means: of the documents that ranks are dealt, or
+    /// where only placed rows were trained, of those.
     pub(crate) imbalance: f64,
+    /// Who decides which rank holds which tokens in the pooled training: fixed, or free for the planner.
+    pub(crate) placement: &'static str,
+    /// The same of the rows that the planner places on ranks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) placed_imbalance: Option<f64>,
+    /// Most over mean tokens of a rank, of the step where that is most, where tokens are placed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tokens_imbalance: Option<f64>,
     pub(crate) bytes_moved: u64,
+    /// What the plans predicted to move, in all layers and both directions.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes_predicted: Option<u64>,
+    /// What plans predict to move with documents where they are dealt to, where tokens are placed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes_with_fixed_homes: Option<u64>,
     pub(crate) tasks_planned: u64,
     pub(crate) tasks_computed: u64,
     pub(crate) tasks_resent: u64,
@@ -65,6 +80,10 @@ pub(crate) struct Record {
     pub(crate) layers: u64,
     /// Element type of Q, K, V and dO.
     pub(crate) dtype: String,
+    /// Whether the planner places tokens.
+    pub(crate) placed: bool,
+    /// Where it does, bytes that fixed homes would move in each step, as far as they can be predicted.
+    pub(crate) fixed_homes: BTreeMap<u64, u64>,
     /// Tasks that the servers' own counters say they computed.
     pub(crate) tasks_computed: u64,
     /// Whether every server of the run is still there to be asked.
@@ -79,9 +98,16 @@ impl Record {
         self.steps.iter().flatten().filter_map(|r| r.pool.as_ref()).map(|p| p.tasks).sum()
     }
 
+    /// Sums up one step of one training.
+    pub(crate) fn line(&self, ranks: &[RankStep]) -> Option<StepLine> {
+        let line = StepLine::new(ranks)?;
+        let fixed = self.fixed_homes.get(&line.step).filter(|_| line.attention == Mode::Pool);
+        Some(line.beside_fixed_homes(fixed.copied()))
+    }
+
     /// Sums up the run. `None` when no step was done.
     pub(crate) fn summary(&self) -> Option<Summary> {
-        let lines: Vec<StepLine> = self.steps.iter().filter_map(|ranks| StepLine::new(ranks)).collect();
+        let lines: Vec<StepLine> = self.steps.iter().filter_map(|ranks| self.line(ranks)).collect();
         let of = |mode| lines.iter().filter(move |line| line.attention == mode);
         let trainings: Vec<_> =
             [Mode::Local, Mode::Pool].into_iter().filter_map(|mode| Training::new(mode, of(mode))).collect();
@@ -94,21 +120,14 @@ impl Record {
         });
         let step_seconds = |mode| trainings.iter().find(|t| t.attention == mode).map(|t| t.step_seconds);
         let predictions = self.predictions();
-        let first_mode = last.attention;
-        let cells = |most: bool| -> f64 {
-            let of_step = |ranks: &Vec<RankStep>| {
-                let cells = ranks.iter().map(|r| r.cells as f64);
-                if most { cells.fold(0.0, f64::max) } else { cells.sum::<f64>() / ranks.len().max(1) as f64 }
-            };
-            self.of(first_mode).map(of_step).sum()
-        };
+        let pooled = of(Mode::Pool).next().is_some();
         // Every rank reports the tasks of the whole plan; those of a step are computed once a layer and direction.
         let planned =
             |ranks: &Vec<RankStep>| ranks.first().and_then(|r| r.pool.as_ref()).map(|p| p.planned_tasks);
         Some(Summary {
             kind: "summary",
             dtype: self.dtype.clone(),
-            steps: self.of(first_mode).count() as u64,
+            steps: self.of(last.attention).count() as u64,
             loss_first: last.loss_first,
             loss_last: last.loss_last,
             speedup,
@@ -119,8 +138,19 @@ impl Record {
             predicted_step_seconds: predictions.planned_step_seconds(),
             measured_step_seconds: step_seconds(Mode::Pool),
             max_relative_loss_difference: difference.reduce(f64::max),
-            imbalance: ratio(cells(true), cells(false)),
+            imbalance: self.imbalance(trainings.first().map_or(last.attention, |first| first.attention)),
+            placement: if self.placed { "free" } else { "fixed" },
+            placed_imbalance: self.placed.then(|| self.imbalance(Mode::Pool)),
+            tokens_imbalance: of(Mode::Pool).filter_map(|line| line.tokens_imbalance).reduce(f64::max),
             bytes_moved: lines.iter().map(|l| l.bytes_moved).sum(),
+            bytes_predicted: of(Mode::Pool)
+                .map(|line| line.bytes_predicted)
+                .sum::<Option<u64>>()
+                .filter(|_| pooled),
+            bytes_with_fixed_homes: of(Mode::Pool)
+                .map(|line| line.bytes_with_fixed_homes)
+                .sum::<Option<u64>>()
+                .filter(|_| pooled),
             tasks_planned: self.steps.iter().filter_map(planned).sum::<u64>() * self.layers * 2,
             tasks_computed: self.tasks_computed,
             tasks_resent: lines.iter().map(|l| l.tasks_resent).sum(),
@@ -128,6 +158,14 @@ impl Record {
             predictions: predictions.list(),
             trainings,
         })
+    }
+
+    /// Sum over a training's steps of the most cells of a rank over the sum of their means.
+    fn imbalance(&self, mode: Mode) -> f64 {
+        let cells = |ranks: &Vec<RankStep>| ranks.iter().map(|rank| rank.cells as f64).collect::<Vec<_>>();
+        let most = self.of(mode).map(|ranks| cells(ranks).into_iter().fold(0.0, f64::max));
+        let mean = self.of(mode).map(|ranks| cells(ranks).iter().sum::<f64>() / ranks.len().max(1) as f64);
+        ratio(most.sum(), mean.sum())
     }
 
     /// What the local training's times say of other ways to share its attention.
@@ -174,6 +212,7 @@ mod tests {
             wait_seconds: wait,
             tokens: 100,
             documents: vec![100],
+            documents_begun: 1,
             dropped_bytes: 0,
             cells: (attention * 10.0) as u64,
             pool: None,
@@ -190,6 +229,8 @@ mod tests {
             tasks_resent: 1,
             servers_lost: Vec::new(),
             bytes_moved: 7,
+            bytes_predicted: 6,
+            tokens_imbalance: 0.0,
             exposed_seconds: 0.0,
             communication_seconds: 0.0,
             plan_seconds: 0.0,
@@ -222,6 +263,46 @@ mod tests {
         let unknown = Record { servers_like_ranks: false, ..record }.summary().unwrap();
         assert_eq!(unknown.predicted_step_seconds, None, "servers of unknown speed");
         assert_eq!(unknown.predictions.len(), 1);
+    }
+
+    #[test]
+    fn placed_tokens_have_figures_beside_those_of_fixed_homes() {
+        let local = |cells| RankStep { cells, documents_begun: 1, ..step(Mode::Local, 1.0, 0.5, 0.0) };
+        let placed = |cells, documents_begun, tokens_imbalance| RankStep {
+            pool: Some(PoolStep { bytes_predicted: 20, tokens_imbalance, ..pool_step() }),
+            cells,
+            documents: vec![60, 40],
+            documents_begun,
+            ..step(Mode::Pool, 1.0, 0.5, 0.0)
+        };
+        let next = |ranks: Vec<RankStep>| -> Vec<RankStep> {
+            ranks.into_iter().map(|rank| RankStep { step: 1, ..rank }).collect()
+        };
+        let steps = vec![
+            vec![local(30), local(10)],
+            vec![placed(22, 2, 1.0), placed(18, 0, 1.0)],
+            next(vec![placed(20, 1, 1.5), placed(20, 1, 1.5)]),
+            next(vec![local(20), local(20)]),
+        ];
+        let fixed_homes = BTreeMap::from([(0, 100), (1, 50)]);
+        let record = Record { steps, layers: 1, placed: true, fixed_homes, ..Record::default() };
+        let summary = record.summary().unwrap();
+        assert_eq!((summary.imbalance, summary.placed_imbalance), (50.0 / 40.0, Some(42.0 / 40.0)));
+        assert_eq!((summary.placement, summary.tokens_imbalance), ("free", Some(1.5)));
+        assert_eq!((summary.bytes_predicted, summary.bytes_with_fixed_homes), (Some(40), Some(150)));
+        let lines: Vec<_> = record.steps.iter().map(|ranks| record.line(ranks).unwrap()).collect();
+        assert!(lines.iter().all(|line| line.documents == 2), "a shared document counts once");
+        let fixed: Vec<_> = lines.iter().map(|line| line.bytes_with_fixed_homes).collect();
+        assert_eq!(fixed, [None, Some(100), Some(50), None]);
+
+        let unknown = Record { fixed_homes: BTreeMap::from([(0, 100)]), ..record.clone() };
+        assert_eq!(unknown.summary().unwrap().bytes_with_fixed_homes, None, "not of every step");
+        let local_only = Record { steps: vec![record.steps[0].clone()], layers: 1, ..Record::default() };
+        let summary = local_only.summary().unwrap();
+        assert_eq!(
+            (summary.placement, summary.bytes_predicted, summary.placed_imbalance),
+            ("fixed", None, None)
+        );
     }
 
     #[test]

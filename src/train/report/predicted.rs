@@ -86,7 +86,12 @@ impl Predictions {
             self.wlb_steps += 1;
         }
         if let Some(pooled) = pooled {
-            self.planned.add(&planned(&times, pooled));
+            // Of what each rank is dealt, the part of tokens that it holds; all of them where none are placed.
+            let tokens = local
+                .iter()
+                .zip(pooled)
+                .map(|(local, pooled)| ratio(pooled.tokens as f64, local.tokens as f64));
+            self.planned.add(&planned(&times, pooled, tokens));
             self.planned_steps += 1;
         }
     }
@@ -165,9 +170,9 @@ fn shared_by(times: &[Time], work: &[Work]) -> Vec<Time> {
     work.iter().map(share).collect()
 }
 
-/// Every rank's own rest, and attention where the plan puts it: on the rank's own cores what its server has. A rank
-/// has no result before the busiest dedicated server is done either.
-fn planned(times: &[Time], pooled: &[RankStep]) -> Vec<Time> {
+/// Every rank's own rest, by the tokens that it holds, and attention where the plan puts it: on the rank's own cores what
+/// its server has. A rank has no result before the busiest dedicated server is done either.
+fn planned(times: &[Time], pooled: &[RankStep], tokens: impl Iterator<Item = f64>) -> Vec<Time> {
     let attention = times.iter().map(|time| time.attention).sum::<f64>();
     let mut servers: BTreeMap<u64, (Option<u32>, u64)> = BTreeMap::new();
     for placed in pooled.iter().filter_map(|rank| rank.pool.as_ref()).flat_map(|pool| &pool.placed) {
@@ -180,11 +185,11 @@ fn planned(times: &[Time], pooled: &[RankStep]) -> Vec<Time> {
         theirs.max().unwrap_or(0)
     };
     let dedicated = most(None);
-    let share = |(rank, time): (u32, &Time)| Time {
+    let share = |(rank, (time, tokens)): (u32, (&Time, f64))| Time {
         attention: attention * ratio(most(Some(rank)).max(dedicated) as f64, all as f64),
-        ..*time
+        rest: time.rest * tokens,
     };
-    (0..).zip(times).map(share).collect()
+    (0..).zip(times.iter().zip(tokens)).map(share).collect()
 }
 
 /// What each rank has when the step's documents are packed whole, those with the most attention first, each to the
@@ -282,6 +287,17 @@ mod tests {
     }
 
     #[test]
+    fn the_rest_of_a_step_goes_with_the_tokens_that_are_placed() {
+        let local = vec![rank(1.0, &[100]), rank(2.0, &[100])];
+        let placed = vec![
+            RankStep { tokens: 50, ..pooled(&[(7, Some(0), 5050)]) },
+            RankStep { tokens: 150, ..pooled(&[(9, Some(1), 5050)]) },
+        ];
+        let planned = predictions(&[(local, Some(placed))]).planned_step_seconds().unwrap();
+        assert!((planned - (2.0 * 1.5 + 5.050)).abs() < 1e-12, "{planned}");
+    }
+
+    #[test]
     fn every_rank_waits_for_the_busiest_dedicated_server() {
         let local = vec![rank(1.0, &[100]), rank(2.0, &[100])];
         let placed = vec![pooled(&[(7, None, 1000), (8, None, 4050)]), pooled(&[(7, None, 5050)])];
@@ -305,7 +321,7 @@ mod tests {
             ranks in prop::collection::vec((0.1f64..5.0, prop::collection::vec(1usize..3000, 1..6)), 1..5),
         ) {
             let local: Vec<_> = ranks.iter().map(|(rest, documents)| rank(*rest, documents)).collect();
-            let at_home: Vec<_> = (0..).zip(&local).map(|(n, r)| pooled(&[(u64::from(n), Some(n), r.cells)])).collect();
+            let at_home: Vec<_> = (0..).zip(&local).map(|(n, r)| RankStep { tokens: r.tokens, ..pooled(&[(u64::from(n), Some(n), r.cells)]) }).collect();
             let predictions = predictions(&[(local, Some(at_home))]);
             let ideal = predictions.ideal_speedup().unwrap();
             // Even attention can cost time where the rank with the least of it has the most of everything else, but no

@@ -18,11 +18,21 @@ pub(crate) struct StepLine {
     pub(crate) tokens: u64,
     pub(crate) documents: u64,
     pub(crate) dropped_bytes: u64,
-    /// Most over mean attention cells of a rank (local) or before balancing (pool).
+    /// Most over mean attention cells of a rank (local), or before balancing with each rank's rows as it holds them
+    /// (pool).
     pub(crate) imbalance_before: f64,
     /// Most over mean attention cells of a slot.
     pub(crate) imbalance_after: f64,
     pub(crate) bytes_moved: u64,
+    /// What the plan predicted to move.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes_predicted: Option<u64>,
+    /// What a plan predicts to move with documents where they are dealt to, where tokens are placed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) bytes_with_fixed_homes: Option<u64>,
+    /// Most over mean tokens of a rank, where tokens are placed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) tokens_imbalance: Option<f64>,
     /// Inside core attention, mean over ranks.
     pub(crate) attention_seconds: f64,
     /// Of that, the rank's device computed none, mean over ranks.
@@ -46,9 +56,9 @@ pub(crate) struct RankLine {
     pub(crate) seconds: f64,
     pub(crate) attention_seconds: f64,
     pub(crate) wait_seconds: f64,
-    /// Tokens of each document.
+    /// Tokens of each document, or of each range of one that the rank holds.
     pub(crate) documents: Vec<usize>,
-    /// Attention cells of its documents.
+    /// Attention cells of its documents, or of its rows of them.
     pub(crate) cells: u64,
     /// Where the plan puts them.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -73,11 +83,14 @@ impl StepLine {
             seconds,
             tokens_per_second: ratio(tokens as f64, seconds),
             tokens,
-            documents: sum(|r| r.documents.len() as u64),
+            documents: sum(|r| r.documents_begun),
             dropped_bytes: first.dropped_bytes,
             imbalance_before: first.pool.as_ref().map_or(own, |p| p.imbalance_before),
             imbalance_after: first.pool.as_ref().map_or(own, |p| p.imbalance_after),
             bytes_moved: sum(|r| r.pool.as_ref().map_or(0, |p| p.bytes_moved)),
+            bytes_predicted: first.pool.as_ref().map(|p| p.bytes_predicted),
+            bytes_with_fixed_homes: None,
+            tokens_imbalance: first.pool.as_ref().map(|p| p.tokens_imbalance).filter(|most| *most > 0.0),
             attention_seconds: mean(|r| r.attention_seconds),
             exposed_seconds: mean(|r| r.pool.as_ref().map_or(0.0, |p| p.exposed_seconds)),
             wait_seconds: mean(|r| r.wait_seconds),
@@ -88,6 +101,13 @@ impl StepLine {
             servers_lost: lost(ranks).len() as u64,
             ranks: ranks.iter().map(RankLine::new).collect(),
         })
+    }
+}
+
+impl StepLine {
+    /// With what fixed homes would move, where that is known.
+    pub(super) fn beside_fixed_homes(self, bytes: Option<u64>) -> StepLine {
+        StepLine { bytes_with_fixed_homes: bytes, ..self }
     }
 }
 

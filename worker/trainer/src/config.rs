@@ -44,7 +44,8 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Steps of the run; the learning rate decays towards the last.
     pub steps: u64,
-    /// Tokens per rank and step.
+    /// Tokens that each rank is dealt in a step, and so the most of a document. Where tokens are placed anew, a rank may
+    /// hold more or fewer.
     pub tokens: usize,
     /// Ranks of the job.
     pub ranks: u32,

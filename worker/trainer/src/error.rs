@@ -2,9 +2,10 @@
 
 use std::path::PathBuf;
 
-use outboard_attention::InvalidAttention;
+use outboard_attention::{DocumentId, InvalidAttention, Span};
 use outboard_worker::WorkerError;
 
+use crate::RangeError;
 use crate::exchange::ExchangeError;
 
 /// Why training cannot start or go on.
@@ -49,6 +50,20 @@ pub enum TrainerError {
         expected: usize,
         /// Bytes there are.
         found: usize,
+    },
+    /// A range that a rank was to hold and cannot load.
+    #[error("step {step}: rank {rank} cannot load tokens {tokens} of document {document}: {source}")]
+    Range {
+        /// Training step.
+        step: u64,
+        /// The rank.
+        rank: u32,
+        /// The document.
+        document: DocumentId,
+        /// Its tokens.
+        tokens: Span,
+        /// Why not.
+        source: RangeError,
     },
     /// A batch that does not fit the trainer it was given to.
     #[error("step {step}: {field} of the batch is {value}; {expected}")]

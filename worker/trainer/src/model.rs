@@ -8,11 +8,11 @@ use outboard_worker::{CoreAttention, LayerCall};
 
 use crate::attention_op::{AttentionOp, Fault};
 use crate::init::{Parameters, layer_name};
-use crate::ops::{CrossEntropy, NO_TARGET, RmsNorm, Rope, RopeTable, SwiGlu};
+use crate::ops::{CrossEntropy, RmsNorm, Rope, RopeTable, SwiGlu};
 use crate::{ModelConfig, PackedBatch, TrainerError};
 
 /// A decoder over bytes: embedding; layers of norm, Q/K/V, rotary positions, core attention, norm and gated MLP; norm
-/// and head. Activations are `[rows, width]` f32, documents one after another.
+/// and head. Activations are `[rows, width]` f32, documents, or ranges of them, one after another.
 pub struct Model {
     config: ModelConfig,
     geometry: HeadGeometry,
@@ -37,13 +37,14 @@ struct Layer {
 /// The outcome of one rank's forward pass, from which backward goes.
 pub struct Forward {
     step: u64,
-    loss: Tensor,
+    /// The divided loss; `None` for a rank without a token, which has no graph.
+    loss: Option<Tensor>,
     sum: f64,
     fault: Fault,
 }
 
 impl Model {
-    /// A model over `parameters`, for documents of at most `max_tokens` tokens.
+    /// A model over `parameters`, for documents of at most `max_tokens` tokens. A batch may have any number of rows.
     ///
     /// # Errors
     /// [`TrainerError::InvalidConfig`] and the like for a bad configuration, or parameters of another.
@@ -83,7 +84,8 @@ impl Model {
     }
 
     /// Runs the batch forward. The loss that backward starts from is the sum over this rank's predicted tokens divided
-    /// by `targets`, the number of predicted tokens of all ranks.
+    /// by `targets`, the number of predicted tokens of all ranks. A rank without a token asks nothing of `attention`, and
+    /// its gradient is zero.
     ///
     /// # Errors
     /// [`TrainerError::BadBatch`], [`TrainerError::NoTargets`] when `targets` is zero, [`TrainerError::Attention`] with
@@ -99,13 +101,16 @@ impl Model {
             return Err(TrainerError::NoTargets { step: batch.step });
         }
         let fault = Fault::default();
-        let cross_entropy = CrossEntropy::new(next_tokens(batch), targets as f64);
+        if batch.tokens.is_empty() {
+            return Ok(Forward { step: batch.step, loss: None, sum: 0.0, fault });
+        }
+        let cross_entropy = CrossEntropy::new(batch.next_tokens(), targets as f64);
         let sum = cross_entropy.sum();
         let loss = self
             .logits(batch, attention, &fault)
             .and_then(|logits| logits.apply_op1(cross_entropy))
             .map_err(|error| told(error, &fault, batch.step))?;
-        Ok(Forward { step: batch.step, loss, sum: sum.get(), fault })
+        Ok(Forward { step: batch.step, loss: Some(loss), sum: sum.get(), fault })
     }
 
     /// Logits `[rows, vocab]`.
@@ -117,7 +122,7 @@ impl Model {
     ) -> candle_core::Result<Tensor> {
         let ids: Vec<u32> = batch.tokens.iter().map(|&token| u32::from(token)).collect();
         let ids = Tensor::from_vec(ids, batch.tokens.len(), &Device::Cpu)?;
-        let positions = positions(batch);
+        let positions = batch.positions();
         let mut x = self.embedding.index_select(&ids, 0)?;
         for (index, layer) in self.layers.iter().enumerate() {
             let call = LayerCall {
@@ -170,7 +175,8 @@ impl Forward {
     /// # Errors
     /// [`TrainerError::Attention`] with what the attention said, [`TrainerError::Tensor`].
     pub fn backward(self, parameters: &Parameters) -> Result<Vec<f32>, TrainerError> {
-        let grads = self.loss.backward().map_err(|error| told(error, &self.fault, self.step))?;
+        let Some(loss) = self.loss else { return Ok(vec![0.0; parameters.elements()]) };
+        let grads = loss.backward().map_err(|error| told(error, &self.fault, self.step))?;
         let mut flat = Vec::with_capacity(parameters.elements());
         for parameter in parameters {
             match grads.get(parameter.var()) {
@@ -192,18 +198,4 @@ fn told(error: candle_core::Error, fault: &Fault, step: u64) -> TrainerError {
         Some(source) => TrainerError::Attention { step, source },
         None => TrainerError::Tensor(error),
     }
-}
-
-/// Each row's position in its document.
-fn positions(batch: &PackedBatch) -> Arc<[u32]> {
-    batch.documents.iter().flat_map(|document| 0..document.rows.len() as u32).collect()
-}
-
-/// What each row predicts: the next token of its document, nothing at the document's end.
-fn next_tokens(batch: &PackedBatch) -> Arc<[u32]> {
-    let rows = batch
-        .documents
-        .iter()
-        .flat_map(|document| document.rows.iter().map(|row| (row, document.rows.end())));
-    rows.map(|(row, end)| if row + 1 < end { u32::from(batch.tokens[row + 1]) } else { NO_TARGET }).collect()
 }

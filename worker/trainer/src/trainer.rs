@@ -37,7 +37,7 @@ pub struct StepOutcome {
     pub targets: u64,
     /// Tokens of this rank.
     pub tokens: usize,
-    /// Documents of this rank.
+    /// Documents of this rank, of which others may hold parts too.
     pub documents: usize,
     /// Norm of the global gradient before clipping.
     pub gradient_norm: f64,
@@ -173,7 +173,7 @@ impl Trainer {
             loss,
             targets,
             tokens: batch.tokens.len(),
-            documents: batch.documents.len(),
+            documents: batch.distinct_documents(),
             gradient_norm: update.gradient_norm,
             learning_rate: update.learning_rate,
             seconds: began.elapsed().as_secs_f64(),
@@ -192,13 +192,21 @@ impl Trainer {
                 expected: format!("the trainer is rank {rank} of {ranks}"),
             });
         }
-        if batch.tokens.len() > tokens {
-            return Err(TrainerError::BadBatch {
-                step: batch.step,
-                field: "number of tokens",
-                value: batch.tokens.len().to_string(),
-                expected: format!("the trainer was set up for {tokens} at most"),
-            });
+        let bad = |field, value: usize, expected| {
+            let (step, value) = (batch.step, value.to_string());
+            Err(TrainerError::BadBatch { step, field, value, expected })
+        };
+        if let Some(document) = batch.documents.iter().find(|document| document.length > tokens) {
+            let expected = format!(
+                "document {} is longer than the {tokens} tokens that the trainer was set up for",
+                document.id
+            );
+            return bad("document length", document.length, expected);
+        }
+        let most = tokens.saturating_mul(ranks as usize);
+        if batch.tokens.len() > most {
+            let expected = format!("all {ranks} ranks hold {most} tokens at most");
+            return bad("number of tokens", batch.tokens.len(), expected);
         }
         Ok(())
     }

@@ -1,7 +1,5 @@
 //! The model's gradients against the unfused model and against finite differences.
 
-use std::sync::Arc;
-
 use candle_core::Tensor;
 use outboard_attention::DType;
 use outboard_trainer::{
@@ -9,30 +7,13 @@ use outboard_trainer::{
 };
 use outboard_worker::PackedDocument;
 
-use crate::support::{as_ranks, batch, naive, small_model};
+use crate::support::{as_ranks, assert_close, batch, naive, norm, part, small_model};
 use crate::unfused;
 
 const LENGTHS: [usize; 4] = [13, 1, 7, 19];
 
 fn gradient(model: &Model, parameters: &Parameters, batch: &PackedBatch, targets: u64) -> Vec<f32> {
     model.forward(batch, &naive(), targets).unwrap().backward(parameters).unwrap()
-}
-
-fn part<'a>(flat: &'a [f32], parameter: &Parameter) -> &'a [f32] {
-    &flat[parameter.offset()..][..parameter.elements()]
-}
-
-fn norm(values: &[f32]) -> f64 {
-    values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
-}
-
-#[track_caller]
-fn assert_close(name: &str, found: &[f32], expected: &[f32], tolerance: f64) {
-    let difference: Vec<f32> = found.iter().zip(expected).map(|(a, b)| a - b).collect();
-    let (difference, scale) = (norm(&difference), norm(expected));
-    assert_eq!(found.len(), expected.len(), "{name}");
-    assert!(scale > 1e-6, "{name}: the expected gradient vanishes");
-    assert!(difference <= tolerance * scale, "{name}: differs by {difference} of {scale}");
 }
 
 #[test]
@@ -117,14 +98,9 @@ fn a_document_does_not_see_its_neighbours() {
         .documents
         .iter()
         .map(|document| {
-            let alone = PackedBatch {
-                step: 0,
-                documents: Arc::new([PackedDocument::whole(
-                    document.id,
-                    outboard_attention::Span::to(document.rows.len()),
-                )]),
-                tokens: both.tokens[document.rows.range()].to_vec(),
-            };
+            let rows = outboard_attention::Span::to(document.rows.len());
+            let tokens = both.tokens[document.rows.range()].to_vec();
+            let alone = PackedBatch::whole(0, vec![PackedDocument::whole(document.id, rows)], tokens);
             model.forward(&alone, &naive(), 1).unwrap().loss_sum()
         })
         .sum();

@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use outboard_attention::{DocumentId, Elements, Span};
-use outboard_trainer::{Exchange, ExchangeConfig, ModelConfig, PackedBatch};
+use outboard_trainer::{Exchange, ExchangeConfig, ModelConfig, PackedBatch, Parameter};
 use outboard_worker::{
     Attended, CoreAttention, LayerCall, OutputGradient, PackedDocument, Qkv, QkvGradient, WorkerError,
 };
@@ -38,7 +38,7 @@ pub(crate) fn batch(step: u64, rank: u32, lengths: &[usize]) -> PackedBatch {
         at += tokens;
     }
     let tokens = (0..at).map(|i| ((i * i * 31 + i * 7 + 11 * rank as usize) % 251) as u8).collect();
-    PackedBatch { step, documents: documents.into(), tokens }
+    PackedBatch::whole(step, documents, tokens)
 }
 
 /// Causal attention row by row in f64: slow and plain.
@@ -125,6 +125,24 @@ impl CoreAttention for NaiveAttention {
 
 pub(crate) fn naive() -> Arc<dyn CoreAttention> {
     Arc::new(NaiveAttention)
+}
+
+#[track_caller]
+pub(crate) fn assert_close(name: &str, found: &[f32], expected: &[f32], tolerance: f64) {
+    let difference: Vec<f32> = found.iter().zip(expected).map(|(a, b)| a - b).collect();
+    let (difference, scale) = (norm(&difference), norm(expected));
+    assert_eq!(found.len(), expected.len(), "{name}");
+    assert!(scale > 1e-6, "{name}: the expected gradient vanishes");
+    assert!(difference <= tolerance * scale, "{name}: differs by {difference} of {scale}");
+}
+
+pub(crate) fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+}
+
+/// A parameter's part of a flat gradient.
+pub(crate) fn part<'a>(flat: &'a [f32], parameter: &Parameter) -> &'a [f32] {
+    &flat[parameter.offset()..][..parameter.elements()]
 }
 
 /// A folder that is removed in the end.

@@ -158,10 +158,12 @@ fn bad_batches_and_settings_are_named() {
     let good = batch(3, 0, &[10, 20]);
     let short = PackedBatch { tokens: good.tokens[..29].to_vec(), ..good.clone() };
     assert!(matches!(train(&short), TrainerError::BadBatch { step: 3, field: "number of tokens", .. }));
-    let gap =
-        PackedBatch { documents: good.documents[1..].into(), tokens: good.tokens[10..].to_vec(), step: 3 };
+    let gap = PackedBatch::whole(3, good.documents[1..].to_vec(), good.tokens[10..].to_vec());
     assert!(matches!(train(&gap), TrainerError::BadBatch { step: 3, field: "rows", .. }));
-    assert!(matches!(train(&batch(3, 0, &[97])), TrainerError::BadBatch { field: "number of tokens", .. }));
+    assert!(matches!(train(&batch(3, 0, &[97])), TrainerError::BadBatch { field: "document length", .. }));
+    let crowd = train(&batch(3, 0, &[50, 47]));
+    assert!(matches!(crowd, TrainerError::BadBatch { field: "number of tokens", .. }));
+    assert!(matches!(train(&batch(3, 0, &[])), TrainerError::NoTargets { step: 3 }));
     assert!(matches!(train(&batch(3, 0, &[1, 1])), TrainerError::NoTargets { step: 3 }));
 
     let mut trainer = Trainer::new(&small_model(), &config(2, 1), naive()).unwrap();

@@ -3,18 +3,18 @@
 //! Documents come in a seeded random order, a new one each epoch, and fill the ranks of a step first come, first
 //! served. A document that does not fit is truncated at the rank's remaining budget; the rest of it is dropped and
 //! counted. Every rank computes the same packing from the list of files, without a word to the others, and reads only
-//! the bytes of its own documents.
+//! the bytes that it holds: those of the documents dealt to it, or any ranges of the documents of all ranks ([`load`]).
 
-use std::fs::File;
-use std::io::Read;
-use std::path::Path;
+mod load;
+
 use std::sync::Arc;
 
-use outboard_attention::{DocumentId, Span};
-use outboard_worker::PackedDocument;
+use outboard_attention::DocumentId;
 
 use crate::rng::Rng;
 use crate::{Corpus, TrainConfig, TrainerError};
+
+pub use load::RangeError;
 
 /// A document of a packing: the first `tokens` bytes of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,54 +51,15 @@ pub struct Packer {
     at: usize,
 }
 
-/// One rank's tokens of one step.
-#[derive(Clone, Debug)]
-pub struct PackedBatch {
-    /// Training step.
-    pub step: u64,
-    /// The documents, in row order, covering all rows. Their ids are (rank, index).
-    pub documents: Arc<[PackedDocument]>,
-    /// One byte a row.
-    pub tokens: Vec<u8>,
-}
-
 impl StepPacking {
+    /// The documents of all ranks, one rank's after another's, with the ids they have when rank 0 submits all of them.
+    pub fn global_batch(&self) -> impl Iterator<Item = (DocumentId, PackedFile)> {
+        (0..).zip(self.ranks.iter().flatten()).map(|(index, file)| (DocumentId { rank: 0, index }, *file))
+    }
+
     /// The lengths of one rank's documents in tokens, in row order; empty for a rank that does not exist.
     pub fn lengths(&self, rank: u32) -> Vec<usize> {
         self.ranks.get(rank as usize).into_iter().flatten().map(|document| document.tokens).collect()
-    }
-}
-
-impl PackedBatch {
-    /// Tokens that this rank predicts: all but the first of each document.
-    pub fn targets(&self) -> u64 {
-        self.documents.iter().map(|document| document.rows.len().saturating_sub(1) as u64).sum()
-    }
-
-    /// Checks that the documents lie one after another and cover the tokens.
-    ///
-    /// # Errors
-    /// [`TrainerError::BadBatch`] with what does not fit.
-    pub fn check(&self) -> Result<(), TrainerError> {
-        let bad = |field, value: String, expected: String| TrainerError::BadBatch {
-            step: self.step,
-            field,
-            value,
-            expected,
-        };
-        let mut at = 0;
-        for document in self.documents.iter() {
-            if document.rows.start() != at || document.rows.is_empty() {
-                let expected = format!("document {} must start at row {at} and hold a token", document.id);
-                return Err(bad("rows", document.rows.to_string(), expected));
-            }
-            at = document.rows.end();
-        }
-        if at == 0 || at != self.tokens.len() {
-            let expected = format!("the documents end at row {at} and must cover all tokens");
-            return Err(bad("number of tokens", self.tokens.len().to_string(), expected));
-        }
-        Ok(())
     }
 }
 
@@ -134,37 +95,6 @@ impl Packer {
             self.deal();
         }
         self.deal()
-    }
-
-    /// Reads the documents that `packing` gives to `rank`.
-    ///
-    /// # Errors
-    /// [`TrainerError::Unreadable`] or [`TrainerError::FileChanged`] with the file at fault, and
-    /// [`TrainerError::InvalidConfig`] for a rank that the packing does not have.
-    pub fn load(&self, packing: &StepPacking, rank: u32) -> Result<PackedBatch, TrainerError> {
-        let files = packing.ranks.get(rank as usize).ok_or_else(|| TrainerError::InvalidConfig {
-            field: "rank",
-            value: rank.to_string(),
-            expected: format!("the packing has {} ranks", packing.ranks.len()),
-        })?;
-        let mut tokens = Vec::with_capacity(self.tokens);
-        let mut documents = Vec::with_capacity(files.len());
-        for (index, file) in files.iter().enumerate() {
-            let path = match self.corpus.files().get(file.file) {
-                Some(entry) => &entry.path,
-                None => {
-                    return Err(TrainerError::InvalidConfig {
-                        field: "file",
-                        value: file.file.to_string(),
-                        expected: format!("the corpus has {} files", self.corpus.files().len()),
-                    });
-                }
-            };
-            let rows = Span::at(tokens.len(), file.tokens);
-            read_prefix(path, file.tokens, &mut tokens)?;
-            documents.push(PackedDocument::whole(DocumentId { rank, index: index as u32 }, rows));
-        }
-        Ok(PackedBatch { step: packing.step, documents: documents.into(), tokens })
     }
 
     fn start_epoch(&mut self, epoch: u64) {
@@ -207,15 +137,4 @@ impl Packer {
         self.at += 1;
         self.order[self.at - 1]
     }
-}
-
-/// Appends the first `count` bytes of a file.
-fn read_prefix(path: &Path, count: usize, into: &mut Vec<u8>) -> Result<(), TrainerError> {
-    let unreadable = |source| TrainerError::Unreadable { path: path.to_path_buf(), source };
-    let file = File::open(path).map_err(unreadable)?;
-    let found = file.take(count as u64).read_to_end(into).map_err(unreadable)?;
-    if found < count {
-        return Err(TrainerError::FileChanged { path: path.to_path_buf(), expected: count, found });
-    }
-    Ok(())
 }
