@@ -200,7 +200,7 @@ fn rates_in_words(rates: Option<Rates>) -> String {
 }
 
 fn placement_in_words(placement: Option<Placement>) -> String {
-    placement.map_or("none".into(), |Placement { token_slack }| format!("of token_slack {token_slack}"))
+    placement.map_or("none".into(), |Placement { token_slack }| format!("token_slack {token_slack}"))
 }
 
 #[cfg(test)]

@@ -2,6 +2,8 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub(crate) mod placed;
+
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -47,6 +49,32 @@ pub(crate) fn join(job: &str, rank: u32, ranks: u32) -> v1::JoinJobRequest {
         placement: None,
         home_address: String::new(),
     }
+}
+
+/// The same with placement.
+pub(crate) fn join_placing(job: &str, rank: u32, ranks: u32, token_slack: f64) -> v1::JoinJobRequest {
+    v1::JoinJobRequest {
+        placement: Some(v1::Placement { token_slack }),
+        home_address: format!("host-{rank}:7000"),
+        ..join(job, rank, ranks)
+    }
+}
+
+/// Causal documents of these lengths whose homes are to be chosen.
+pub(crate) fn unplaced(rank: u32, lengths: &[usize]) -> Vec<v1::Document> {
+    let placed = documents(rank, lengths).into_iter();
+    placed.map(|document| v1::Document { homes: Vec::new(), ..document }).collect()
+}
+
+/// A document on several ranks, `(rank, tokens)` one after the other.
+pub(crate) fn spanning(rank: u32, index: u32, homes: &[(u32, usize)]) -> v1::Document {
+    let mut at = 0;
+    let home = |&(rank, tokens): &(u32, usize)| {
+        at += tokens;
+        HomeRange { rank, tokens: Span::at(at - tokens, tokens) }
+    };
+    let homes = homes.iter().map(home).collect();
+    v1::Document::from(&Document::new(DocumentId { rank, index }, at, homes).unwrap())
 }
 
 /// Causal documents of these lengths on their rank.
@@ -134,6 +162,41 @@ impl Coordinator {
         tokio::spawn(async move { soon(client.submit_step(request)).await })
     }
 
+    /// Starts a job whose ranks 0, 1, ... join so and have an in-place server each; returns its id.
+    pub(crate) async fn start_with(&self, joins: Vec<v1::JoinJobRequest>) -> u64 {
+        for (port, request) in (1..).zip(&joins) {
+            self.register(in_place(port, &request.job, request.rank)).await.unwrap();
+        }
+        let joins: Vec<_> = joins.into_iter().map(|request| self.join(request)).collect();
+        let mut id = 0;
+        for joined in joins {
+            id = joined.await.unwrap().unwrap().job_id;
+        }
+        id
+    }
+
+    /// Starts a job with placement.
+    pub(crate) async fn start_placing(&self, job: &str, ranks: u32, token_slack: f64) -> u64 {
+        self.start_with((0..ranks).map(|rank| join_placing(job, rank, ranks, token_slack)).collect()).await
+    }
+
+    /// Submits for ranks 0, 1, ... these documents; returns each rank's answer.
+    pub(crate) async fn try_step(
+        &self,
+        job_id: u64,
+        step: u64,
+        documents: &[Vec<v1::Document>],
+    ) -> Vec<Result<v1::SubmitStepResponse, TaskError>> {
+        let submit =
+            |(rank, documents): (u32, &Vec<v1::Document>)| self.submit(job_id, rank, step, documents.clone());
+        let calls: Vec<_> = (0..).zip(documents).map(submit).collect();
+        let mut answers = Vec::new();
+        for call in calls {
+            answers.push(call.await.unwrap());
+        }
+        answers
+    }
+
     /// Submits for ranks 0, 1, ... the documents of these lengths; returns each rank's answer.
     pub(crate) async fn step(
         &self,
@@ -141,14 +204,9 @@ impl Coordinator {
         step: u64,
         lengths: &[&[usize]],
     ) -> Vec<v1::SubmitStepResponse> {
-        let submit =
-            |(rank, lengths): (u32, &&[usize])| self.submit(job_id, rank, step, documents(rank, lengths));
-        let calls: Vec<_> = (0..).zip(lengths).map(submit).collect();
-        let mut answers = Vec::new();
-        for call in calls {
-            answers.push(call.await.unwrap().unwrap());
-        }
-        answers
+        let documents: Vec<_> = (0..).zip(lengths).map(|(rank, lengths)| documents(rank, lengths)).collect();
+        let answers = self.try_step(job_id, step, &documents).await;
+        answers.into_iter().map(Result::unwrap).collect()
     }
 
     pub(crate) async fn leave(&self, job_id: u64, rank: u32, reason: &str) -> Result<(), TaskError> {
