@@ -5,8 +5,8 @@ use outboard_attention::{PlannedTask, Span};
 use crate::PlanError;
 use crate::sheet::{Sheet, Strip};
 
-/// Turns the pieces of all slots into a tick's tasks, ordered by document, kv heads, slot, rows and keys. Tasks of one
-/// document, kv-head range and slot form a group; group numbers go on from `next_group`.
+/// Turns the pieces of all slots into a tick's tasks, ordered by document, kv heads, slot, home, rows and keys. Tasks
+/// of one document, kv-head range, slot and home rank form a group, which one client ships together; group numbers go on from `next_group`.
 ///
 /// # Errors
 /// [`PlanError::TooManyTasks`] when group numbers run out.
@@ -20,10 +20,11 @@ pub(crate) fn tasks(
         placed.extend(strips.iter().map(|strip| (slot, *strip)));
     }
     // Sheets lie in order of documents and heads.
-    let group_key = |slot: u32, strip: &Strip| (strip.sheet, strip.kv_heads, slot);
+    let group_key =
+        |slot: u32, strip: &Strip| (strip.sheet, strip.kv_heads, slot, home_of(&sheets[strip.sheet], strip));
     placed.sort_unstable_by_key(|(slot, strip)| (group_key(*slot, strip), strip.q, strip.kv));
     let mut tasks = Vec::with_capacity(placed.len());
-    let mut current: Option<((usize, Span, u32), u32, u32)> = None;
+    let mut current: Option<((usize, Span, u32, Option<u32>), u32, u32)> = None;
     for (slot, strip) in &placed {
         let key = group_key(*slot, strip);
         let (group, position) = match current {
@@ -47,4 +48,11 @@ pub(crate) fn tasks(
         });
     }
     Ok(tasks)
+}
+
+/// The rank that is home of a strip's rows; `None` where none is known.
+fn home_of(sheet: &Sheet<'_>, strip: &Strip) -> Option<u32> {
+    let homes = sheet.document.homes();
+    let n = homes.partition_point(|home| home.tokens.end() <= strip.q.start());
+    homes.get(n).map(|home| home.rank)
 }

@@ -34,29 +34,11 @@ pub(crate) fn split(sheets: &[Sheet<'_>], strips: &mut [Strip]) -> Vec<Strip> {
             }
         }
     }
-    pieces.into_iter().flat_map(|piece| by_homes(sheets, piece)).collect()
-}
-
-/// A piece, cut where another rank is home of its rows: a task's rows have one.
-fn by_homes(sheets: &[Sheet<'_>], piece: Strip) -> Vec<Strip> {
-    let homes = sheets[piece.sheet].document.homes();
-    let first = homes.partition_point(|home| home.tokens.end() <= piece.q.start());
-    let mut runs: Vec<(u32, Span)> = Vec::new();
-    for home in homes[first..].iter().take_while(|home| home.tokens.start() < piece.q.end()) {
-        let q = home.tokens.intersect(piece.q);
-        match runs.last_mut() {
-            Some((rank, run)) if *rank == home.rank => *run = run.hull(q),
-            _ => runs.push((home.rank, q)),
-        }
-    }
-    match runs.len() {
-        0 | 1 => vec![piece],
-        _ => runs.into_iter().filter_map(|(_, q)| piece.part(sheets, piece.kv_heads, q)).collect(),
-    }
+    pieces
 }
 
 /// What a slot holds of one sheet, parted where any strip's kv heads begin or end: strips of the same kv heads, rows
-/// ascending, neighbours of the same keys joined.
+/// ascending, neighbours of the same keys and home joined.
 fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
     let mut borders: Vec<usize> =
         strips.iter().flat_map(|s| [s.kv_heads.start(), s.kv_heads.end()]).collect();
@@ -71,7 +53,11 @@ fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
         rows.sort_unstable();
         let joined = rows.into_iter().fold(Vec::new(), |mut joined: Vec<(Span, Span)>, (kv, q)| {
             match joined.last_mut() {
-                Some((same, last)) if *same == kv && last.end() >= q.start() => *last = last.hull(q),
+                Some((same, last))
+                    if *same == kv && last.end() >= q.start() && one_home(&sheets[sheet], q.start()) =>
+                {
+                    *last = last.hull(q)
+                }
                 _ => joined.push((kv, q)),
             }
             joined
@@ -82,6 +68,17 @@ fn bundles(sheets: &[Sheet<'_>], strips: &[Strip]) -> Vec<Vec<Strip>> {
         bundles.push(bundle);
     }
     bundles
+}
+
+/// True when one rank is home of this row and of the one before it. A task's rows have one: it sends them, and gets their
+/// outputs.
+fn one_home(sheet: &Sheet<'_>, row: usize) -> bool {
+    let homes = sheet.document.homes();
+    let n = homes.partition_point(|home| home.tokens.end() < row);
+    match homes.get(n..) {
+        Some([before, after, ..]) if before.tokens.end() == row => before.rank == after.rank,
+        _ => true,
+    }
 }
 
 /// A range in up to `parts` parts whose sizes differ by one at most.

@@ -18,7 +18,7 @@ pub fn check_tasks(problem: &Problem, plan: &StepPlan) {
         assert!(sees(task.q.start()) && sees(task.q.end() - 1), "idle rows at an end of {task:?}");
         assert_eq!(task.kv, keys(&mask), "{task:?}");
     }
-    check_groups(plan);
+    check_groups(plan, &by_id);
 }
 
 /// The rows of each task have one home rank, which sends them and gets their outputs.
@@ -38,9 +38,9 @@ fn keys(mask: &Mask) -> Span {
     all.reduce(Span::hull).expect("no empty task")
 }
 
-/// A group is the tasks of one document, kv-head range and slot, numbered in plan order; kv-head ranges of one document
+/// A group is the tasks of one document, kv-head range, slot and home, numbered in plan order; kv-head ranges of one document
 /// on one slot are equal or disjoint.
-fn check_groups(plan: &StepPlan) {
+fn check_groups(plan: &StepPlan, by_id: &BTreeMap<DocumentId, &Document>) {
     let mut members: BTreeMap<u32, Vec<&PlannedTask>> = BTreeMap::new();
     let mut heads: BTreeMap<(DocumentId, u32), BTreeSet<Span>> = BTreeMap::new();
     let mut last = 0;
@@ -52,9 +52,13 @@ fn check_groups(plan: &StepPlan) {
         last = task.group;
         heads.entry((task.document, task.slot)).or_default().insert(task.kv_heads);
     }
-    let key = |t: &PlannedTask| (t.document, t.kv_heads, t.slot);
+    let home = |t: &PlannedTask| {
+        let homes = by_id[&t.document].homes();
+        homes.iter().find(|home| home.tokens.contains(t.q.start())).map(|home| home.rank)
+    };
+    let key = |t: &PlannedTask| (t.document, t.kv_heads, t.slot, home(t));
     let keys: BTreeSet<_> = members.values().map(|tasks| key(tasks[0])).collect();
-    assert_eq!(keys.len(), members.len(), "one group a document, range and slot");
+    assert_eq!(keys.len(), members.len(), "one group a document, range, slot and home");
     assert!(members.values().all(|tasks| tasks.iter().all(|t| key(t) == key(tasks[0]))));
     for ranges in heads.values() {
         let ranges: Vec<&Span> = ranges.iter().collect();
