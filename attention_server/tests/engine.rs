@@ -61,6 +61,7 @@ fn request_of(seed: usize, dtype: DType) -> TaskRequest {
         result_dtype: DType::F32,
         deadline: Some(Duration::from_secs(60)),
         key_homes: Vec::new(),
+        group_tasks: 0,
     };
     TaskRequest::new(header, inputs)
 }

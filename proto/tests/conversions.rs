@@ -110,6 +110,7 @@ fn wire_task() -> impl Strategy<Value = WireTask> {
                     result_dtype,
                     deadline: deadline.map(Duration::from_millis),
                     key_homes: Vec::new(),
+                    group_tasks: 0,
                 };
                 Some(WireTask { id, header, tensors })
             },
@@ -276,6 +277,7 @@ fn header() -> v1::TaskHeader {
         result_dtype: DType::F32,
         deadline: None,
         key_homes: Vec::new(),
+        group_tasks: 0,
     };
     let tensor =
         TensorRef { id: 5, kind: TensorKind::Q, tokens: Span::to(20), carried: true, last_use: true };

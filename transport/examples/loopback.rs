@@ -86,6 +86,7 @@ fn request(tokens: usize) -> Result<TaskRequest, Box<dyn Error>> {
         result_dtype: DType::F32,
         deadline: None,
         key_homes: Vec::new(),
+        group_tasks: 0,
     };
     Ok(TaskRequest::new(header, inputs))
 }

@@ -15,6 +15,7 @@ use outboard_proto::{
 use crate::grpc::LinkConfig;
 use crate::grpc::home_client::{HomeLink, MAX_PARTS, fetch};
 use crate::sizes::{Row, fetched_bytes, row_of};
+use crate::sums::{Delivery, Member};
 use crate::{TaskHandler, TaskOutcome};
 
 /// Most connections to homes that are kept. All are given up when there would be more.
@@ -156,15 +157,15 @@ impl Homes {
         fetch(header, tokens, sources).await
     }
 
-    /// Delivers a backward task's dK and dV, `[the task's keys, kv heads, dim]`, each home its tokens. Gives back the bytes
-    /// that went over the network.
-    pub(crate) async fn deliver(
-        &self,
-        header: &TaskHeader,
-        dk: Vec<f32>,
-        dv: Vec<f32>,
-    ) -> Result<u64, TaskError> {
-        let kv = header.task.kv();
+    /// Delivers dK and dV of a backward task, or of its group, each home its tokens. Gives back the bytes that went over the
+    /// network.
+    pub(crate) async fn deliver(&self, header: &TaskHeader, delivery: Delivery) -> Result<u64, TaskError> {
+        let Delivery { kv, position, summed, gradients: [dk, dv] } = delivery;
+        if !header.fetched_keys().unwrap_or_default().covers(kv) {
+            let homes = header.fetched_keys().unwrap_or_default();
+            let message = format!("its group reads keys {kv}, and key_homes names homes of {homes}");
+            return Err(TaskError::invalid(message));
+        }
         let whole = |kind, values| {
             let Row { heads, dim, .. } = row_of(header, kind);
             let unfit =
@@ -180,8 +181,8 @@ impl Homes {
             }
             let missing = || TaskError::internal(format!("a gradient does not hold tokens {tokens}"));
             let part = |whole: &TensorSlice| whole.with_tokens(tokens).ok_or_else(missing);
-            let (group, position) = (header.group, header.position);
-            let named_by = GradientHeader { range: header.key_range(tokens), group, position };
+            let (range, group) = (header.key_range(tokens), header.group);
+            let named_by = GradientHeader { range, group, position, summed };
             deliveries.push(self.deliver_part(home, named_by, [part(&whole[0])?, part(&whole[1])?]));
         }
         let sent = stream::iter(deliveries).buffer_unordered(MAX_PARTS);
@@ -221,15 +222,24 @@ impl Homes {
     }
 }
 
-/// Sends the gradients of keys that have homes of their own there; the rest is for the task's client.
+/// Sends the gradients of keys that have homes of their own there, alone or as a part of a sum; the rest is for the task's
+/// client.
 pub(crate) async fn deliver(
     homes: &Homes,
     handler: &dyn TaskHandler,
     header: &TaskHeader,
+    member: Option<Member>,
     mut outcome: TaskOutcome,
 ) -> Result<TaskOutcome, TaskError> {
     if let (false, Results::Backward { dk, dv, .. }) = (header.key_homes.is_empty(), &mut outcome.results) {
-        let sent = homes.deliver(header, std::mem::take(dk), std::mem::take(dv)).await?;
+        let gradients = [std::mem::take(dk), std::mem::take(dv)];
+        let sent = match member {
+            Some(member) => member.give(homes, header, gradients).await?,
+            None => {
+                let (kv, position) = (header.task.kv(), header.position);
+                homes.deliver(header, Delivery { kv, position, summed: false, gradients }).await?
+            }
+        };
         handler.count_bytes(0, sent);
     }
     Ok(outcome)

@@ -11,6 +11,7 @@ use tokio::sync::{OnceCell, Semaphore};
 use crate::guard::{Deadline, guard};
 use crate::home::{Fetched, deliver};
 use crate::sizes::{check, numerics_ids, refuse, result_bytes};
+use crate::sums::{GroupSum, Member, SumKey, counted, sum_of};
 use crate::{
     ArrivedTask, ByteBudget, ByteLease, GradientInputs, Homes, Keys, Origin, Pending, Reply, TaskHandler,
     TaskInputs, TaskRequest, Traffic, Transport,
@@ -78,9 +79,18 @@ impl Transport for InProcess {
         }
         let server = Server { handler: Arc::clone(&self.handler), homes: self.homes.clone() };
         self.runtime.spawn(async move {
-            let mut shared = SharedKeys::default();
-            for (request, reply) in tasks {
-                server.submit(request, &mut shared, reply).await;
+            let (mut shared, mut groups) = (SharedKeys::default(), server.groups(&tasks));
+            // A group's tasks one after another: while some of them have their memory, nobody else waits for it.
+            let mut first: HashMap<SumKey, usize> = HashMap::new();
+            let at = |(n, (request, _)): (usize, &(TaskRequest, Reply))| {
+                sum_of(&request.header).map_or(n, |key| *first.entry(key).or_insert(n))
+            };
+            let order: Vec<usize> = tasks.iter().enumerate().map(at).collect();
+            let mut tasks: Vec<_> = order.into_iter().zip(tasks).collect();
+            tasks.sort_by_key(|(at, _)| *at);
+            for (_, (request, reply)) in tasks {
+                let group = sum_of(&request.header).and_then(|key| groups.get_mut(&key));
+                server.submit(request, &mut shared, group, reply).await;
             }
             drop(permit);
         });
@@ -157,6 +167,26 @@ impl SharedKeys {
     }
 }
 
+/// A reduction group that is shipped as a whole.
+struct Group {
+    sum: Arc<GroupSum>,
+    /// Bytes of all its results, and of the keys that its tasks read.
+    results: u64,
+    keys: u64,
+    /// Tasks still to be submitted.
+    left: usize,
+    /// The memory of all its tasks, once the first has it: none of them gives any back before the last is computed.
+    room: Option<(ByteLease, Option<Arc<FetchedKeys>>)>,
+}
+
+impl Group {
+    /// The place of the next of its tasks.
+    fn next(&mut self) -> Member {
+        self.left = self.left.saturating_sub(1);
+        self.sum.member()
+    }
+}
+
 /// What submitting takes.
 #[derive(Clone)]
 struct Server {
@@ -165,18 +195,61 @@ struct Server {
 }
 
 impl Server {
+    /// The reduction groups that are in a shipment as a whole and fit the memory so: their tasks' gradients are added up.
+    fn groups(&self, tasks: &[(TaskRequest, Reply)]) -> HashMap<SumKey, Group> {
+        let headers = || tasks.iter().map(|(request, _)| &request.header);
+        let together = counted(headers());
+        let mut groups = HashMap::new();
+        for header in headers() {
+            let Some(key) = sum_of(header).filter(|key| together.get(key) == Some(&header.group_tasks))
+            else {
+                continue;
+            };
+            let tasks = header.group_tasks as usize;
+            let group = groups.entry(key).or_insert_with(|| {
+                let keys = self.homes.fetched_bytes(header);
+                Group { sum: GroupSum::new(tasks), results: 0, keys, left: tasks, room: None }
+            });
+            group.results = group.results.saturating_add(result_bytes(header));
+        }
+        let largest = self.handler.budget().largest();
+        groups.retain(|_, group| group.results.saturating_add(group.keys) <= largest);
+        groups
+    }
+
     /// Waits for room for all memory that the task takes here and submits it.
-    async fn submit(&self, request: TaskRequest, shared: &mut SharedKeys, mut reply: Reply) {
+    async fn submit(
+        &self,
+        request: TaskRequest,
+        shared: &mut SharedKeys,
+        mut group: Option<&mut Group>,
+        mut reply: Reply,
+    ) {
         let TaskRequest { header, q, keys, gradient } = request;
+        // A task that goes no further fails its sum.
+        let member = group.as_mut().map(|group| group.next());
         if let Err(error) = refuse(&*self.handler, &header) {
+            if let Some(group) = group.filter(|group| group.left == 0) {
+                group.room = None;
+            }
             return self.fail(&header, reply, error);
         }
-        let (results, fetched) = (result_bytes(&header), self.homes.fetched_bytes(&header));
-        let room = tokio::select! {
-            biased;
-            room = shared.room(self.handler.budget(), &keys, results, fetched) => room,
-            () = reply.cancelled() => return,
+        let fetched = self.homes.fetched_bytes(&header);
+        let known = group.as_mut().and_then(|group| group.room.take());
+        let room = match known {
+            Some(room) => Ok(room),
+            None => {
+                let results = group.as_ref().map_or_else(|| result_bytes(&header), |group| group.results);
+                tokio::select! {
+                    biased;
+                    room = shared.room(self.handler.budget(), &keys, results, fetched) => room,
+                    () = reply.cancelled() => return,
+                }
+            }
         };
+        if let (Some(group), Ok(room)) = (group, &room) {
+            group.room = (group.left > 0).then(|| room.clone());
+        }
         match (room, keys) {
             (Err(error), _) => self.fail(&header, reply, error),
             (Ok((lease, _)), Keys::Here { k, v }) => {
@@ -186,7 +259,8 @@ impl Server {
             (Ok((lease, Some(keys))), Keys::AtHomes(_)) => {
                 let server = self.clone();
                 tokio::spawn(async move {
-                    server.submit_fetched(header, (q, gradient), keys, lease, reply).await
+                    let inputs = (q, gradient, member);
+                    server.submit_fetched(header, inputs, keys, lease, reply).await
                 });
             }
             (Ok((_, None)), Keys::AtHomes(_)) => {
@@ -199,7 +273,7 @@ impl Server {
     async fn submit_fetched(
         &self,
         header: TaskHeader,
-        (q, gradient): (TensorSlice, Option<GradientInputs>),
+        (q, gradient, member): (TensorSlice, Option<GradientInputs>, Option<Member>),
         keys: Arc<FetchedKeys>,
         results: ByteLease,
         mut reply: Reply,
@@ -228,7 +302,7 @@ impl Server {
         let finish = async {
             let outcome = pending.await;
             drop(keys);
-            deliver(&self.homes, &*self.handler, &header, outcome?).await
+            deliver(&self.homes, &*self.handler, &header, member, outcome?).await
         };
         let outcome = tokio::select! {
             biased;

@@ -9,6 +9,7 @@ mod handler;
 mod home;
 mod in_process;
 mod sizes;
+mod sums;
 mod task;
 
 pub use budget::{ByteBudget, ByteLease};

@@ -70,7 +70,8 @@ pub(crate) fn sum_gradients(
         }
     }
     for KeyGradient { header, dk, dv } in delivered {
-        let GradientHeader { range: KeyRange { document, tokens, kv_heads, .. }, group, position } = header;
+        let GradientHeader { range: KeyRange { document, tokens, kv_heads, .. }, group, position, .. } =
+            header;
         let Some(row) = call.row_of(*document, *tokens) else { continue };
         let (tokens, heads, at) = (tokens.len(), kv_heads.len(), Corner { row, head: kv_heads.start() });
         let partial = |values| GradientPartial { group: *group, position: *position, at, values };

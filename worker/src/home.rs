@@ -61,9 +61,37 @@ pub(crate) struct Member {
 #[derive(Debug, Default)]
 struct Layer {
     keys: Option<(LayerCall, Elements, Elements)>,
-    delivered: BTreeMap<ShareKey, KeyGradient>,
+    delivered: BTreeMap<ShareKey, Delivered>,
     /// True once the rank has taken what was delivered.
     taken: bool,
+}
+
+/// What has come of a share.
+#[derive(Debug, Default)]
+struct Delivered {
+    sum: Option<KeyGradient>,
+    /// By position.
+    tasks: BTreeMap<u32, KeyGradient>,
+}
+
+impl Delivered {
+    /// True when all of the share has come. A task that was sent again after its sum had come brings nothing new.
+    fn is_whole(&self, share: &Share) -> bool {
+        self.sum.is_some() || self.tasks.len() >= share.tasks.len()
+    }
+
+    fn take(&mut self, gradient: KeyGradient) {
+        if gradient.header.summed {
+            self.tasks.clear();
+            self.sum.get_or_insert(gradient);
+        } else if self.sum.is_none() {
+            self.tasks.entry(gradient.header.position).or_insert(gradient);
+        }
+    }
+
+    fn into_gradients(self) -> impl Iterator<Item = KeyGradient> {
+        self.sum.into_iter().chain(self.tasks.into_values())
+    }
 }
 
 impl Home {
@@ -157,20 +185,23 @@ impl HomeStore {
                 let Some(expected) = expected else { return Ok(Vec::new()) };
                 let name = state.layer_of(call);
                 let layer = state.layers.entry(name).or_default();
-                let mut missing = expected.iter().filter(|(key, _)| !layer.delivered.contains_key(key));
+                let whole =
+                    |key, share| layer.delivered.get(key).is_some_and(|d: &Delivered| d.is_whole(share));
+                let mut missing = expected.iter().filter(|(key, share)| !whole(*key, *share));
                 match missing.next() {
                     None => {
                         layer.taken = true;
-                        return Ok(std::mem::take(&mut layer.delivered).into_values().collect());
+                        let delivered = std::mem::take(&mut layer.delivered).into_values();
+                        return Ok(delivered.flat_map(Delivered::into_gradients).collect());
                     }
                     Some((_, share)) => (share.clone(), 1 + missing.count()),
                 }
             };
             let late = |_| {
-                let (Share { document, tokens, q, owner, .. }, count) = &missing;
+                let (Share { document, tokens, owner, .. }, count) = &missing;
                 let message = format!(
                     "{count} shares of its keys' gradients did not come within {:.1} s, among them that of document {document}, \
-                     keys {tokens}, for queries {q} of rank {owner}; see whether that rank is lost or stuck",
+                     keys {tokens}, for queries of rank {owner}; see whether that rank is lost or stuck",
                     limit.as_secs_f64()
                 );
                 TaskError::new(ErrorKind::DeadlineExceeded, message)
@@ -235,9 +266,9 @@ impl State {
         Ok(self.layers.get(name).and_then(|layer| layer.keys.as_ref()))
     }
 
-    /// The share that a delivery names.
-    fn share(&self, header: &GradientHeader) -> Result<&Share, TaskError> {
-        let GradientHeader { range, group, position } = header;
+    /// The share that a delivery is, or is a part of.
+    fn share(&self, header: &GradientHeader) -> Result<(ShareKey, &Share), TaskError> {
+        let GradientHeader { range, group, position, summed } = header;
         let LayerRef { step, tick, .. } = range.layer;
         if self.with_keys(&range.layer)?.is_none() && !self.shares.contains_key(&step) {
             let message = format!("the rank has no plan of step {step} yet");
@@ -246,16 +277,19 @@ impl State {
                 ..TaskError::new(ErrorKind::Busy, message)
             });
         }
-        let key = (*group, *position, range.tokens.start());
-        let share = self.shares.get(&step).and_then(|shares| shares.get(&tick)?.get(&key));
-        let fits = |share: &&Share| {
-            (share.document, share.tokens, share.kv_heads) == (range.document, range.tokens, range.kv_heads)
+        let shares = self.shares.get(&step).and_then(|shares| shares.get(&tick));
+        let upto = (*group, range.tokens.start());
+        let share = shares.and_then(|shares| shares.range((*group, 0)..=upto).next_back());
+        let fits = |(_, share): &(&ShareKey, &Share)| {
+            let expected = if *summed { Some(&share.tokens) } else { share.tasks.get(position) };
+            let same = (share.document, share.kv_heads) == (range.document, range.kv_heads);
+            same && expected == Some(&range.tokens)
         };
-        share.filter(fits).ok_or_else(|| {
-            let message =
-                format!("{range}: no such share of task {position} of group {group} is planned here");
-            TaskError::invalid(message)
-        })
+        let unknown = || {
+            let what = if *summed { "sum".to_owned() } else { format!("share of task {position}") };
+            TaskError::invalid(format!("{range}: no such {what} of group {group} is planned here"))
+        };
+        share.filter(fits).map(|(key, share)| (*key, share)).ok_or_else(unknown)
     }
 
     fn dims(&self, share: &Share) -> [usize; 2] {
@@ -300,14 +334,15 @@ impl HomeHandler for HomeStore {
 
     fn expected(&self, header: &GradientHeader) -> Result<[usize; 2], TaskError> {
         let state = self.lock();
-        let share = state.share(header)?;
+        let (_, share) = state.share(header)?;
         Ok(state.dims(share))
     }
 
     fn take_gradient(&self, gradient: KeyGradient) -> Result<(), TaskError> {
         let mut state = self.lock();
-        let share = state.share(&gradient.header)?;
-        let sizes = state.dims(share).map(|elements| elements * share.tokens.len());
+        let (key, share) = state.share(&gradient.header)?;
+        let tokens = gradient.header.range.tokens.len();
+        let sizes = state.dims(share).map(|elements| elements * tokens);
         if sizes != [gradient.dk.len(), gradient.dv.len()] {
             let message = format!(
                 "{}: dK and dV have {} and {} elements; {} and {} are needed",
@@ -319,12 +354,10 @@ impl HomeHandler for HomeStore {
             );
             return Err(TaskError::invalid(message));
         }
-        let GradientHeader { range, group, position } = &gradient.header;
-        let key = (*group, *position, range.tokens.start());
-        let layer = state.layers.entry(range.layer.clone()).or_default();
+        let layer = state.layers.entry(gradient.header.range.layer.clone()).or_default();
         // A task that was sent again brings the same bits.
         if !layer.taken {
-            layer.delivered.entry(key).or_insert(gradient);
+            layer.delivered.entry(key).or_default().take(gradient);
         }
         drop(state);
         self.changed.send_replace(());

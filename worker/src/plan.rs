@@ -1,6 +1,6 @@
 //! A rank's part of a step's plan, checked against what the rank submitted.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use outboard_attention::{
     Document, DocumentId, HeadGeometry, HomeRange, Mask, PlannedTask, Span, StepPlan, Task, TickPlan,
@@ -32,6 +32,8 @@ pub(crate) struct PlacedTask {
     pub(crate) server: u64,
     /// Where its keys lie, when not all of them are here: an index of [`RankPlan::fetches`].
     pub(crate) fetch: Option<usize>,
+    /// Tasks of its reduction group on its server.
+    pub(crate) group_tasks: u32,
 }
 
 /// Keys that a server fetches for tasks of this rank: the hull of what those of one document and kv-head range need.
@@ -42,19 +44,24 @@ pub(crate) struct Fetch {
     pub(crate) homes: Vec<KeyHome>,
 }
 
-/// A task's share of the gradients of keys that this rank is home of, which the task's server delivers.
+/// A reduction group's share of the gradients of a run of keys that this rank is home of, which servers deliver: as one
+/// sum, or each task's alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Share {
     pub(crate) document: DocumentId,
-    pub(crate) tokens: Span,
     pub(crate) kv_heads: Span,
-    /// The task's queries, and their home, for messages.
-    pub(crate) q: Span,
+    /// The run.
+    pub(crate) run: Span,
+    /// Those of the run's keys that any task reads.
+    pub(crate) tokens: Span,
+    /// Home of the group's queries, for messages.
     pub(crate) owner: u32,
+    /// By position: the keys that a task reads.
+    pub(crate) tasks: BTreeMap<u32, Span>,
 }
 
-/// Names a share within a tick: its task's group and position, and the first of its tokens.
-pub(crate) type ShareKey = (u32, u32, usize);
+/// Names a share within a tick: its group, and where the run begins.
+pub(crate) type ShareKey = (u32, usize);
 
 /// The shares of a rank, by tick.
 pub(crate) type Shares = BTreeMap<u32, BTreeMap<ShareKey, Share>>;
@@ -151,8 +158,9 @@ impl RankPlan {
             plan.take(assigned, &documents, reading)?;
             all.push(assigned);
         }
-        plan.find_fetches(&documents, reading)?;
-        plan.find_shares(&all, &documents, reading)?;
+        let elsewhere = elsewhere(&all, &documents);
+        plan.find_fetches(&elsewhere, &documents, reading)?;
+        plan.find_shares(&all, &elsewhere, &documents, reading)?;
         check(&all, &documents, reading)?;
         Ok(plan)
     }
@@ -175,27 +183,34 @@ impl RankPlan {
         })?;
         if owner.rank == reading.rank {
             let task = planned.task(&known.mask).map_err(|e| format!("document {document}: {e}"))?;
-            self.tasks.push(PlacedTask { tick, planned, task, server, fetch: None });
+            self.tasks.push(PlacedTask { tick, planned, task, server, fetch: None, group_tasks: 0 });
         }
         Ok(())
     }
 
-    /// Says for which tasks servers fetch which keys.
+    /// Says for which tasks servers fetch which keys: for those of every group of which some task reads keys that others
+    /// hold, so that all of a group's gradients go the same way.
     fn find_fetches(
         &mut self,
+        elsewhere: &Elsewhere,
         documents: &BTreeMap<DocumentId, Known>,
         reading: Reading<'_>,
     ) -> Result<(), String> {
         let mut hulls: BTreeMap<(u32, u64, DocumentId, Span), (Span, Vec<usize>)> = BTreeMap::new();
+        let mut together: BTreeMap<(u32, u32, u64), u32> = BTreeMap::new();
         for (n, placed) in self.tasks.iter().enumerate() {
-            let PlannedTask { document, q, kv, kv_heads, .. } = placed.planned;
-            let here = documents[&document].run_of(q).is_some_and(|run| run.tokens.covers(kv));
-            if !here {
+            let PlannedTask { document, kv, kv_heads, group, .. } = placed.planned;
+            *together.entry((placed.tick, group, placed.server)).or_default() += 1;
+            if elsewhere.contains(&(placed.tick, group)) {
                 let key = (placed.tick, placed.server, document, kv_heads);
                 let (hull, tasks) = hulls.entry(key).or_insert_with(|| (kv, Vec::new()));
                 *hull = hull.hull(kv);
                 tasks.push(n);
             }
+        }
+        for placed in &mut self.tasks {
+            let key = (placed.tick, placed.planned.group, placed.server);
+            placed.group_tasks = together.get(&key).copied().unwrap_or_default();
         }
         for ((tick, _, document, _), (hull, tasks)) in hulls {
             let home = |run: &HomeRange| {
@@ -213,30 +228,35 @@ impl RankPlan {
         Ok(())
     }
 
-    /// Lists the shares of gradients that servers will deliver here: of every task whose queries and keys do not all lie
-    /// in one run, for each run of this rank's keys among them.
+    /// Lists the shares of gradients that servers will deliver here: of every group that reads keys which others than the
+    /// home of its queries hold, for each run of this rank's keys among them.
     fn find_shares(
         &mut self,
         tasks: &[AssignedTask],
+        elsewhere: &Elsewhere,
         documents: &BTreeMap<DocumentId, Known>,
         reading: Reading<'_>,
     ) -> Result<(), String> {
-        for AssignedTask { tick, task, .. } in tasks {
+        let shared =
+            tasks.iter().filter(|assigned| elsewhere.contains(&(assigned.tick, assigned.task.group)));
+        for AssignedTask { tick, task, .. } in shared {
             let PlannedTask { document, q, kv, kv_heads, group, position, .. } = *task;
             let known = &documents[&document];
-            let Some(owner) = known.run_of(q) else { continue };
-            if owner.tokens.covers(kv) {
-                continue;
-            }
+            let Some(owner) = known.run_of(q).map(|run| run.rank) else { continue };
             for run in known.held_by(reading.rank) {
                 let tokens = run.intersect(kv);
                 if tokens.is_empty() {
                     continue;
                 }
-                let share = Share { document, tokens, kv_heads, q, owner: owner.rank };
-                let key = (group, position, tokens.start());
-                if self.shares.entry(*tick).or_default().insert(key, share).is_some() {
-                    return Err(format!("two tasks of tick {tick} are number {position} of group {group}"));
+                let new = Share { document, kv_heads, run, tokens, owner, tasks: BTreeMap::new() };
+                let shares = self.shares.entry(*tick).or_default();
+                let share = shares.entry((group, run.start())).or_insert_with(|| new.clone());
+                share.tokens = share.tokens.hull(tokens);
+                let same = (share.document, share.kv_heads, share.owner) == (document, kv_heads, owner);
+                if !same || share.tasks.insert(position, tokens).is_some() {
+                    return Err(format!(
+                        "tasks of group {group} in tick {tick} are not of one kind and number"
+                    ));
                 }
             }
         }
@@ -279,6 +299,18 @@ impl RankPlan {
             None => Ok(()),
         }
     }
+}
+
+/// Groups, by tick and number, that read keys which others than the home of their queries hold.
+type Elsewhere = BTreeSet<(u32, u32)>;
+
+fn elsewhere(tasks: &[AssignedTask], documents: &BTreeMap<DocumentId, Known>) -> Elsewhere {
+    let reads = |assigned: &&AssignedTask| {
+        let PlannedTask { document, q, kv, .. } = assigned.task;
+        let run = documents.get(&document).and_then(|known| known.run_of(q));
+        run.is_some_and(|run| !run.tokens.covers(kv))
+    };
+    tasks.iter().filter(reads).map(|assigned| (assigned.tick, assigned.task.group)).collect()
 }
 
 /// The documents of a plan: as submitted, or, where the planner chooses homes, as it sent them.

@@ -47,6 +47,7 @@ pub(crate) fn requests(
         let (keys, kv_row) = match fetched {
             Some((fetch, share)) => {
                 header.key_homes.clone_from(&fetch.homes);
+                header.group_tasks = placed.group_tasks;
                 (Keys::AtHomes(share.clone()), None)
             }
             None => {
@@ -181,5 +182,6 @@ fn header(shipping: Shipping<'_>, call: &LayerCall, placed: &PlacedTask, backwar
         result_dtype: DType::F32,
         deadline: Some(shipping.options.task_timeout),
         key_homes: Vec::new(),
+        group_tasks: 0,
     }
 }

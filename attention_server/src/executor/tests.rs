@@ -272,6 +272,7 @@ fn request(n: u32, fate: Fate) -> TaskRequest {
         result_dtype: DType::F32,
         deadline: None,
         key_homes: Vec::new(),
+        group_tasks: 0,
     };
     TaskRequest::new(header, inputs)
 }

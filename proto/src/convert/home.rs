@@ -20,7 +20,7 @@ pub struct KeyHome {
 }
 
 /// One layer's attention of one tick.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LayerRef {
     /// The job.
     pub job: String,
@@ -54,6 +54,9 @@ pub struct GradientHeader {
     pub group: u32,
     /// Place within the group.
     pub position: u32,
+    /// True for the sum of all tasks of the group that read keys of the home; the position is that of the group's first
+    /// then.
+    pub summed: bool,
 }
 
 impl std::fmt::Display for LayerRef {
@@ -192,7 +195,7 @@ impl TryFrom<v1::GradientHeader> for GradientHeader {
     type Error = TaskError;
 
     fn try_from(header: v1::GradientHeader) -> Result<GradientHeader, TaskError> {
-        let v1::GradientHeader { range, group, position, .. } = header;
-        Ok(GradientHeader { range: convert("range", range)?, group, position })
+        let v1::GradientHeader { range, group, position, summed, .. } = header;
+        Ok(GradientHeader { range: convert("range", range)?, group, position, summed })
     }
 }

@@ -78,6 +78,7 @@ fn parse(wire: v1::TaskHeader) -> Result<WireTask, TaskError> {
         result_dtype,
         deadline: (wire.deadline_ms > 0).then(|| Duration::from_millis(wire.deadline_ms.into())),
         key_homes: key_homes(wire.key_homes, kv)?,
+        group_tasks: wire.group_tasks,
     };
     Ok(WireTask { id: wire.task, header, tensors })
 }
@@ -155,6 +156,7 @@ impl From<&WireTask> for v1::TaskHeader {
             keep_lease_ms: 0,
             deadline_ms: header.deadline.map_or(0, millis),
             key_homes: header.key_homes.iter().map(Into::into).collect(),
+            group_tasks: header.group_tasks,
         }
     }
 }

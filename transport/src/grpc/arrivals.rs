@@ -10,6 +10,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::elements::Destination;
 use crate::sizes::{Row, TENSOR_BYTES, input_kinds, row_of, task_bytes, tokens_of};
+use crate::sums::Member;
 use crate::{ByteLease, GradientInputs, TaskInputs};
 
 /// Most ids of given-up tensors whose late chunks are still known for what they are.
@@ -35,6 +36,8 @@ struct Waiting {
     /// How many of them are not whole.
     missing: usize,
     results: ByteLease,
+    /// Its place in its group's sum, which fails when the task does.
+    member: Option<Member>,
 }
 
 #[derive(Debug)]
@@ -95,6 +98,7 @@ pub(super) struct WholeTask {
     pub(super) lease: ByteLease,
     /// Bytes of itself and its results.
     pub(super) results: ByteLease,
+    pub(super) member: Option<Member>,
 }
 
 /// A task that cannot go on.
@@ -255,6 +259,7 @@ impl Arrivals {
         &mut self,
         task: WireTask,
         leases: Vec<ByteLease>,
+        member: Option<Member>,
     ) -> (Option<Fetch>, Option<WholeTask>) {
         let WireTask { id, header, tensors } = task;
         let mut leases = leases.into_iter();
@@ -295,7 +300,7 @@ impl Arrivals {
             }
             _ => None,
         };
-        self.tasks.insert(id, Waiting { header, tensors, missing, results });
+        self.tasks.insert(id, Waiting { header, tensors, missing, results, member });
         (fetch, if missing == 0 { self.complete(id) } else { None })
     }
 
@@ -460,7 +465,7 @@ impl Arrivals {
     }
 
     fn complete(&mut self, id: u64) -> Option<WholeTask> {
-        let Waiting { header, tensors, results, .. } = self.tasks.remove(&id)?;
+        let Waiting { header, tensors, results, member, .. } = self.tasks.remove(&id)?;
         let mut leases = vec![results.clone()];
         let mut slices = Vec::with_capacity(tensors.len());
         for tensor in &tensors {
@@ -479,6 +484,6 @@ impl Arrivals {
         };
         let (q, k, v) = (slice(TensorKind::Q)?, slice(TensorKind::K)?, slice(TensorKind::V)?);
         let inputs = TaskInputs { q, k, v, gradient };
-        Some(WholeTask { id, header, inputs, lease: ByteLease::joined(leases), results })
+        Some(WholeTask { id, header, inputs, lease: ByteLease::joined(leases), results, member })
     }
 }

@@ -19,6 +19,7 @@ use super::parcel::{Parcel, SharedTensor, bytes_of, pack};
 use super::results::IncomingResult;
 use crate::Reply;
 use crate::budget::too_large;
+use crate::sums::{counted, sum_of};
 
 /// How long a server that reads no more may take to say why.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -357,10 +358,15 @@ impl State {
         self.next_task += count as u64;
         self.next_tensor += parcel.tensors.len() as u64;
         let mut headers = Vec::with_capacity(count);
+        let together = counted(self.waiting.iter().take(count).map(|shipped| &shipped.request.header));
         for (n, (shipped, mut tensors)) in self.waiting.drain(..count).zip(parcel.references).enumerate() {
             let id = first_task + n as u64;
             let Shipped { request, deadline, reply } = shipped;
             let mut header = request.header;
+            // A group that is not sent as a whole has no sum.
+            if sum_of(&header).is_none_or(|key| together.get(&key) != Some(&header.group_tasks)) {
+                header.group_tasks = 0;
+            }
             header.deadline = deadline.map(|deadline| deadline.at.saturating_duration_since(Instant::now()));
             tensors.iter_mut().for_each(|tensor| tensor.id += first_tensor);
             let wire = WireTask { id, header, tensors };

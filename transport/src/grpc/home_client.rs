@@ -87,9 +87,9 @@ impl HomeLink {
         parts: [TensorSlice; 2],
     ) -> Result<u64, TaskError> {
         let bytes: usize = parts.iter().map(TensorSlice::bytes).sum();
-        let GradientHeader { range, group, position } = header;
+        let GradientHeader { range, group, position, summed } = header;
         let (protocol_version, range) = (PROTOCOL_VERSION, Some((&range).into()));
-        let header = v1::GradientHeader { protocol_version, range, group, position };
+        let header = v1::GradientHeader { protocol_version, range, group, position, summed };
         let chunks = parts.map(Outgoing::new).into_iter().zip(0..).flat_map(|(tensor, id)| {
             (0..).step_by(MAX_CHUNK_BYTES).map_while(move |offset| tensor.chunk(0, id, offset))
         });

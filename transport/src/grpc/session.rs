@@ -24,6 +24,7 @@ use super::results::outgoing;
 use super::writer::{FinishedTask, Outbound, Writer, write};
 use crate::home::{Fetched, deliver};
 use crate::sizes::{numerics_ids, refuse};
+use crate::sums::{Member, Sums};
 use crate::{ArrivedTask, Homes, Origin, Pending, TaskHandler};
 
 /// Most failures that wait to be read; then no more requests are read.
@@ -56,6 +57,7 @@ struct Reader {
     /// Tasks at the handler, or whose results wait to be sent. Dropping the set cancels them.
     tasks: JoinSet<u64>,
     running: HashMap<u64, AbortHandle>,
+    sums: Sums,
     /// Keys on their way from their homes; nothing comes of fetches that were given up.
     fetches: JoinSet<Option<FetchEnd>>,
     granting: Fuse<BoxFuture<'static, Result<(), TaskError>>>,
@@ -116,6 +118,7 @@ async fn serve(
         results,
         tasks: JoinSet::new(),
         running: HashMap::new(),
+        sums: Sums::default(),
         fetches: JoinSet::new(),
         granting: Fuse::terminated(),
     };
@@ -302,7 +305,8 @@ impl Reader {
         let refused = given.and_then(|()| refuse(&*self.shared.handler, &task.header));
         // Even a refused task spends its credit, which comes back to the client, and its tensors are taken in where later
         // tasks may name them.
-        let (fetch, whole) = self.arrivals.announce(task, leases);
+        let member = self.sums.member(&task.header, self.shared.config.max_tasks).map_err(named)?;
+        let (fetch, whole) = self.arrivals.announce(task, leases, member);
         fetch.into_iter().for_each(|fetch| self.fetch(fetch));
         if let Err(error) = refused {
             self.arrivals.cancel(id);
@@ -312,12 +316,13 @@ impl Reader {
     }
 
     fn submit(&mut self, task: WholeTask) {
-        let WholeTask { id, header, inputs, lease, results } = task;
+        let WholeTask { id, header, inputs, lease, results, member } = task;
         let (reply, pending) = Pending::new();
         let sending = Sending {
             id,
             header: header.clone(),
             lease: results,
+            member,
             homes: self.shared.homes.clone(),
             handler: Arc::clone(&self.shared.handler),
             control: self.control.clone(),
@@ -370,6 +375,7 @@ struct Sending {
     id: u64,
     header: TaskHeader,
     lease: crate::ByteLease,
+    member: Option<Member>,
     homes: Homes,
     handler: Arc<dyn TaskHandler>,
     control: mpsc::Sender<Answer>,
@@ -378,9 +384,9 @@ struct Sending {
 
 /// Awaits a task's end at the handler and passes it on. Dropping this cancels the task.
 async fn forward(sending: Sending, pending: Pending) -> u64 {
-    let Sending { id, header, lease, homes, handler, control, results } = sending;
+    let Sending { id, header, lease, member, homes, handler, control, results } = sending;
     let finish = async {
-        let outcome = deliver(&homes, &*handler, &header, pending.await?).await?;
+        let outcome = deliver(&homes, &*handler, &header, member, pending.await?).await?;
         outgoing(id, &header, outcome)
     };
     match finish.await {

@@ -119,6 +119,7 @@ pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
             result_dtype: DType::F32,
             deadline: None,
             key_homes: Vec::new(),
+            group_tasks: 0,
         };
         TaskRequest::new(header, inputs)
     };
