@@ -1,6 +1,7 @@
 //! One suite of scenarios, run against every transport.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[macro_use]
 mod support;
 
 use std::sync::atomic::Ordering::SeqCst;
@@ -11,28 +12,6 @@ use outboard_attention::{DType, Direction, Elements, Span, TensorSlice};
 use outboard_proto::{ErrorKind, RetryHint};
 use outboard_transport::{Keys, Pending, TaskRequest, Transport};
 use support::*;
-
-macro_rules! scenarios {
-    ($($name:ident),* $(,)?) => {
-        scenarios!(@link in_process, Link::InProcess, [$($name)*]);
-        scenarios!(@link grpc, Link::Grpc { streams: 1 }, [$($name)*]);
-        scenarios!(@link grpc_three_streams, Link::Grpc { streams: 3 }, [$($name)*]);
-    };
-    (@link $module:ident, $link:expr, $names:tt) => {
-        mod $module {
-            use super::*;
-            scenarios!(@dtype of_f32, $link, DType::F32, $names);
-            scenarios!(@dtype of_bf16, $link, DType::Bf16, $names);
-            scenarios!(@dtype of_f16, $link, DType::F16, $names);
-        }
-    };
-    (@dtype $module:ident, $link:expr, $dtype:expr, [$($name:ident)*]) => {
-        mod $module {
-            use super::*;
-            $(#[test] fn $name() { run(super::super::$name(Kind { link: $link, dtype: $dtype })); })*
-        }
-    };
-}
 
 scenarios!(
     results_have_the_bits_of_a_direct_computation,
@@ -64,14 +43,6 @@ async fn check_all(transport: &dyn Transport, shipment: Vec<TaskRequest>) {
         assert_eq!(&*outcome.numerics_id, id);
         assert_eq!((outcome.queued.as_millis(), outcome.compute.as_millis()), (250, 500));
     }
-}
-
-/// All memory comes back once the transport is gone.
-async fn check_freed(bench: Bench) {
-    let Bench { handler, transport, server } = bench;
-    drop(transport);
-    eventually("all memory is free", || handler.budget.used() == 0).await;
-    drop(server);
 }
 
 async fn results_have_the_bits_of_a_direct_computation(kind: Kind) {

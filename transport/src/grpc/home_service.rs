@@ -46,6 +46,8 @@ pub async fn serve_home(
         .initial_connection_window_size(link.window_bytes)
         .max_frame_size(FRAME_BYTES)
         .max_concurrent_streams(MAX_CALLS)
+        // Whoever gives up a fetch gives up all its calls at once, which is no attack on the connection.
+        .http2_max_pending_accept_reset_streams(Some(MAX_CALLS as usize))
         .http2_keepalive_interval(Some(link.keep_alive_interval))
         .http2_keepalive_timeout(Some(link.keep_alive_timeout))
         .add_service(HomeServiceServer::new(Edge { handler, stall_timeout: link.stall_timeout }));

@@ -17,7 +17,7 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{Rng, Server, Shape, compute, numerics_id, shipment};
+use super::{Cut, Places, Rng, Server, Shape, at_homes, compute, drawn, numerics_id, shipment};
 
 /// One stream, by the stock generated client.
 pub struct Raw {
@@ -127,7 +127,7 @@ impl Raw {
 }
 
 /// A tensor as it travels.
-fn wire_bytes(slice: &TensorSlice) -> Vec<u8> {
+pub fn wire_bytes(slice: &TensorSlice) -> Vec<u8> {
     fn bytes<T: Copy, const N: usize>(view: TensorView<'_, T>, of: fn(T) -> [u8; N]) -> Vec<u8> {
         (0..view.shape()[0]).flat_map(|t| view.token(t)).flat_map(|x| of(*x)).collect()
     }
@@ -167,7 +167,20 @@ pub fn script(id: u64) -> Script {
 pub fn script_of(id: u64, dtype: DType) -> Script {
     let small = Shape::small(Direction::Forward);
     let shape = Shape { tasks: 1, tokens: 300, head_dim: 64, v_head_dim: 64, dtype, ..small };
-    let request = shipment(&mut Rng(id), shape).remove(0);
+    carrying(id, shipment(&mut Rng(id), shape).remove(0))
+}
+
+/// The same, of f32, whose keys lie at homes: at the places of `cut`.
+pub fn script_at_homes(id: u64, places: &Places, cut: Cut<'_>) -> Script {
+    let small = Shape::small(Direction::Forward);
+    let shape = Shape { tasks: 1, tokens: 300, head_dim: 64, v_head_dim: 64, ..small };
+    let drawn = drawn(&mut Rng(id), shape);
+    let mut request = drawn.tasks[0].clone();
+    request.header = at_homes(&mut Rng(id), drawn, id, places, cut).tasks[0].header.clone();
+    carrying(id, request)
+}
+
+fn carrying(id: u64, request: TaskRequest) -> Script {
     let inputs = request.inputs().unwrap();
     let (mut tensors, mut chunks) = (Vec::new(), Vec::new());
     for (n, (kind, slice)) in
@@ -177,7 +190,12 @@ pub fn script_of(id: u64, dtype: DType) -> Script {
     {
         let tensor = id * 10 + n as u64;
         let (carried, last_use) = (true, true);
-        tensors.push(TensorRef { id: tensor, kind, tokens: slice.tokens(), carried, last_use });
+        let fetched = request.header.fetched_keys().filter(|_| kind != TensorKind::Q);
+        let tokens = fetched.unwrap_or(slice.tokens());
+        tensors.push(TensorRef { id: tensor, kind, tokens, carried, last_use });
+        if fetched.is_some() {
+            continue;
+        }
         let bytes = wire_bytes(slice);
         for (n, data) in bytes.chunks(50_000).enumerate() {
             let crc32c = crc32c::crc32c(data);

@@ -65,6 +65,19 @@ impl Shape {
 
 /// Tasks of one document in one direction, whose tensors are windows on the document's packed rows.
 pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
+    drawn(rng, shape).tasks
+}
+
+/// A document's tasks, and its keys `[tokens, kv heads, dim]`.
+pub struct Drawn {
+    pub tasks: Vec<TaskRequest>,
+    pub keys: [Elements; 2],
+    pub geometry: HeadGeometry,
+    pub mask: Mask,
+}
+
+/// As [`shipment`], with what it was cut from.
+pub fn drawn(rng: &mut Rng, shape: Shape) -> Drawn {
     let Shape { tasks, tokens, kv_heads, group, head_dim, v_head_dim, direction, dtype } = shape;
     let q_heads = kv_heads * group;
     let heads = HeadShape { q_heads, kv_heads, head_dim, v_head_dim, scale: 0.125, dtype, softcap: None };
@@ -123,5 +136,6 @@ pub fn shipment(rng: &mut Rng, shape: Shape) -> Vec<TaskRequest> {
         };
         TaskRequest::new(header, inputs)
     };
-    (0..tasks).map(|n| piece(rng, n)).collect()
+    let tasks = (0..tasks).map(|n| piece(rng, n)).collect();
+    Drawn { tasks, keys: [k, v], geometry, mask }
 }
