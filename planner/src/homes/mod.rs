@@ -3,7 +3,8 @@
 //! Only attention connects the tokens of a document, so any rank may hold any range of it. A rank that holds rows up to some
 //! token needs the keys before it that it does not hold, and a row costs as much as several keys: where late rows of long
 //! documents live decides what moves. Long documents are packed into ranks like boxes into bins, by work and by tokens, and
-//! cut where they do not fit ([`pack`]); [`anneal`] improves that; short documents make up the rest ([`fill`]).
+//! cut where they do not fit ([`pack`]); [`anneal`] improves that; short documents make up the rest ([`fill`]). Where rates
+//! are given, [`makespan`] places long documents by the time that ranks take.
 
 mod anneal;
 mod bin;

@@ -34,9 +34,9 @@ impl Exchange {
     pub(super) fn draw(&mut self, state: &State<'_>, random: &mut Random) -> bool {
         let dearer = |a: f64, b: f64| a > b;
         let from = best(state, DEAREST, dearer, random);
-        let Some(document) = any(&state.of_rank[from], random) else { return false };
+        let Some(document) = any_document(&state.of_rank[from], random) else { return false };
         let pieces = &state.documents[document];
-        let Some(at) = nth_of(pieces, from, random) else { return false };
+        let Some(at) = any_of(pieces, from, random) else { return false };
         let mut to = best(state, 1 + random.below(CHEAPEST), |a, b| dearer(b, a), random);
         if random.unit() < NEAR {
             to = pieces[random.below(pieces.len())].rank;
@@ -64,8 +64,10 @@ impl Exchange {
     /// For any piece of the other rank, of the same document or another.
     fn swap(&mut self, state: &State<'_>, at: usize, to: usize, random: &mut Random) -> bool {
         let from = self.first.1[at].rank;
-        let Some(other) = any(&state.of_rank[to], random).filter(|_| from != to) else { return false };
-        let Some(with) = nth_of(&state.documents[other], to, random) else { return false };
+        let Some(other) = any_document(&state.of_rank[to], random).filter(|_| from != to) else {
+            return false;
+        };
+        let Some(with) = any_of(&state.documents[other], to, random) else { return false };
         if other == self.first.0 {
             self.first.1[with].rank = from;
         } else {
@@ -122,12 +124,12 @@ fn best(state: &State<'_>, of: usize, better: impl Fn(f64, f64) -> bool, random:
     best
 }
 
-fn any(of: &[usize], random: &mut Random) -> Option<usize> {
+fn any_document(of: &[usize], random: &mut Random) -> Option<usize> {
     (!of.is_empty()).then(|| of[random.below(of.len())])
 }
 
 /// Any piece of a rank.
-fn nth_of(pieces: &[Piece], rank: usize, random: &mut Random) -> Option<usize> {
+fn any_of(pieces: &[Piece], rank: usize, random: &mut Random) -> Option<usize> {
     let of_rank = || (0..pieces.len()).filter(|&n| pieces[n].rank == rank);
     let count = of_rank().count();
     of_rank().nth(random.below(count.max(1)))

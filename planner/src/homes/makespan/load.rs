@@ -30,7 +30,8 @@ pub(in crate::homes) struct Paces {
     pub(in crate::homes) tokens: f64,
 }
 
-/// What a rank costs that holds too many tokens, and what each costs besides, if all of an average rank cost 1.
+/// What a rank costs that holds too many tokens, and what it would cost besides for as many too many as an average rank
+/// holds.
 const CROWDED: f64 = 1.0;
 const CROWD: f64 = 100.0;
 /// What fetching costs a rank besides, of all that it costs if it does that for as long as the slowest one takes: of equal

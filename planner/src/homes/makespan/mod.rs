@@ -3,7 +3,7 @@
 //!
 //! A rank that sends keys is as busy as one that fetches them. So it matters not only how many keys move: one that holds
 //! the first and the last rows of a document, around those of another, fetches and sends about half as many as it would
-//! send with the first half alone. An [exchange](exchange) cuts, moves or swaps pieces of one or two documents; it is kept
+//! send with the first half alone. An [`exchange`] cuts, moves or swaps pieces of one or two documents; it is kept
 //! when the powers of what ranks take, of the slowest one's time, add up to less.
 
 mod exchange;
