@@ -148,7 +148,8 @@ impl<'a> Tick<'a> {
         }
     }
 
-    fn plan(&mut self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
+    /// The same, with slots weighed by what a profile makes of it.
+    pub(crate) fn best_weighed(&mut self) -> Vec<Vec<Strip>> {
         let mut held = self.best();
         if let Some(profile) = &self.problem.profile {
             let seconds = |tick: &Tick<'_>, held: &[Vec<Strip>]| match tick.problem.rates {
@@ -167,6 +168,11 @@ impl<'a> Tick<'a> {
                 held = other;
             }
         }
+        held
+    }
+
+    fn plan(&mut self, next_group: &mut u32) -> Result<Vec<PlannedTask>, PlanError> {
+        let mut held = self.best_weighed();
         let pieces: Vec<_> = held.iter_mut().map(|strips| split(&self.sheets, strips)).collect();
         group::tasks(&self.sheets, &pieces, next_group)
     }

@@ -195,6 +195,56 @@ fn slow_links_keep_documents_whole() {
     assert!(verdict.max_over_mean < 1.2, "{}", verdict.max_over_mean);
 }
 
+/// The same documents on rank after rank, each up to the mean number of tokens.
+fn in_order(problem: &Problem) -> Problem {
+    let tokens: usize = problem.documents.iter().map(Document::tokens).sum();
+    let full = tokens.div_ceil(problem.slots.len());
+    let mut at = 0;
+    let place = |document: &Document| {
+        let (start, end) = (at, at + document.tokens());
+        at = end;
+        let homes = (start / full..=(end - 1) / full).map(|rank| {
+            let (first, last) = (start.max(rank * full), end.min((rank + 1) * full));
+            HomeRange { rank: rank as u32, tokens: Span::at(first - start, last - first) }
+        });
+        document.clone().with_homes(homes.collect()).expect("all tokens")
+    };
+    Problem { documents: problem.documents.iter().map(place).collect(), ..problem.clone() }
+}
+
+/// However slow links are, a layer takes no longer than with homes that look at no lengths.
+#[test]
+fn layers_take_no_longer_than_in_order() {
+    let (_, free) = mixed(8, 1);
+    for kv_heads in [1, 4] {
+        for bytes_per_second in [1e7, 1e9, 1e10, 1e12] {
+            let rates = Rates { flops_per_second: 1e14, bytes_per_second };
+            let problem = Problem { rates: Some(rates), geometry: geometry(kv_heads), ..free.clone() };
+            let ordered = in_order(&problem);
+            let seconds = |problem: &Problem, plan| judge(&plan, problem).expect("valid").seconds(rates);
+            let before = seconds(&ordered, plan(&ordered).expect("a plan"));
+            let Settled { documents, plan } = check(&problem, 0.02);
+            let after = seconds(&Problem { documents, ..problem }, plan);
+            assert!(after <= before, "{kv_heads} kv heads, {bytes_per_second}: {after} after {before}");
+        }
+    }
+}
+
+/// A document that is alone too much for a rank is shared by others, as long as links carry its keys in less time.
+#[test]
+fn long_documents_are_shared_where_links_are_slow() {
+    let lengths = [60_000].into_iter().chain(std::iter::repeat_n(2_000, 90));
+    let documents: Vec<_> = (0..).zip(lengths).map(|(n, tokens)| unplaced(&document(0, n, tokens))).collect();
+    let rates = Rates { flops_per_second: 1e14, bytes_per_second: 2e9 };
+    let problem = Problem { rates: Some(rates), ..Problem::new(geometry(1), documents, in_place(4)) };
+    let seconds = |problem: &Problem, plan| judge(&plan, problem).expect("valid").seconds(rates);
+    let ordered = in_order(&problem);
+    let before = seconds(&ordered, plan(&ordered).expect("a plan"));
+    let Settled { documents, plan } = check(&problem, 0.02);
+    let after = seconds(&Problem { documents, ..problem }, plan);
+    assert!(after < 0.8 * before, "{after} after {before}");
+}
+
 #[test]
 fn what_cannot_be_settled_is_refused() {
     let refused =

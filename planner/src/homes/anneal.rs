@@ -2,7 +2,6 @@
 
 use super::bin::{Bin, Room, Segment, Terms, join};
 use super::pack::{Whim, pack};
-use crate::profile::log2;
 use crate::search::Random;
 
 /// Bins of one exchange, at most one more than this.
@@ -59,9 +58,7 @@ pub(super) fn anneal(
         if before < LEAST {
             continue;
         }
-        // Costs that are exponentially distributed may be paid.
-        let luck = (32.0 - log2(1 + random.below(1 << 32))) * std::f64::consts::LN_2;
-        let limit = before + WARMTH * terms.tokens * left * left * luck;
+        let limit = before + WARMTH * terms.tokens * left * left * random.exponential();
         free.clear();
         free.extend(some.iter().flat_map(|&n| bins[n].segments.iter().copied()));
         join(&mut free);

@@ -52,11 +52,11 @@ struct Part {
 /// A tick's documents, long and short, and the long ones in bins: cut where they do not fit, and whole.
 #[derive(Clone, Debug)]
 pub(super) struct Sorted {
-    short: Vec<Short>,
+    pub(super) short: Vec<Short>,
     long: usize,
-    terms: Terms,
-    empty: Vec<Room>,
-    packed: [Vec<Bin>; 2],
+    pub(super) terms: Terms,
+    pub(super) empty: Vec<Room>,
+    pub(super) packed: [Vec<Bin>; 2],
 }
 
 impl Sorted {
@@ -78,32 +78,33 @@ pub(super) struct Draft {
 /// One tick: what is to be placed, and where.
 pub(super) struct Field<'a> {
     /// Those without homes.
-    free: Vec<Free<'a>>,
-    ranks: Vec<Rank>,
+    pub(super) free: Vec<Free<'a>>,
+    pub(super) ranks: Vec<Rank>,
     /// Bytes of a row over those of a key.
     row: f64,
-    kv_heads: f64,
+    pub(super) kv_heads: f64,
     /// Cells of one kv head on average.
     all: f64,
-    mean_tokens: f64,
-    block: usize,
+    pub(super) mean_tokens: f64,
+    pub(super) block: usize,
 }
 
-struct Free<'a> {
+pub(super) struct Free<'a> {
     document: &'a Document,
     /// Cells of one kv head on average.
     cells: f64,
 }
 
-struct Rank {
-    rank: u32,
+pub(super) struct Rank {
+    pub(super) rank: u32,
     /// Tokens that it may hold besides those it is home of.
-    space: usize,
-    tokens: usize,
-    cells: f64,
+    pub(super) space: usize,
+    pub(super) tokens: usize,
+    pub(super) cells: f64,
     /// Its part of all work.
     share: f64,
-    weight: f64,
+    /// The same, and a little of a rank without a slot.
+    pub(super) weight: f64,
 }
 
 impl<'a> Field<'a> {
@@ -185,14 +186,46 @@ impl<'a> Field<'a> {
         if cost(&cut) <= cost(&bins) {
             bins = cut;
         }
-        let few = FEW.min(EACH * sorted.long());
-        let exchanges = setting.exchanges * self.ranks.len().max(few);
-        anneal(&terms, &mut bins, empty, exchanges, &mut Random::new(1));
+        anneal(&terms, &mut bins, empty, self.exchanges(sorted, setting.exchanges), &mut Random::new(1));
         self.finish(bins, short.clone())
     }
 
+    /// So many for each rank.
+    pub(super) fn exchanges(&self, sorted: &Sorted, each: usize) -> usize {
+        each * self.ranks.len().max(FEW.min(EACH * sorted.long()))
+    }
+
+    /// Documents in their order fill rank after rank up to the mean number of tokens, and are cut where one is full: the
+    /// homes that trainers give which look at no lengths.
+    pub(super) fn in_order(&self) -> Draft {
+        let mut draft = Draft::default();
+        let full = self.mean_tokens.ceil() as usize;
+        let mut ranks = self.ranks.iter().map(|rank| full.saturating_sub(rank.tokens)).enumerate();
+        let (mut rank, mut space) = (0, 0);
+        for (document, free) in self.free.iter().enumerate() {
+            let (mut from, tokens) = (0, free.document.tokens());
+            while from < tokens {
+                if space == 0 {
+                    let Some(next) = ranks.next() else { return draft };
+                    (rank, space) = next;
+                    continue;
+                }
+                let to = tokens.min(from + space);
+                let part = Part { document, from, to, rank };
+                if to - from == tokens {
+                    draft.whole.push(part)
+                } else {
+                    draft.parts.push(part)
+                }
+                space -= to - from;
+                from = to;
+            }
+        }
+        draft
+    }
+
     /// Fills the ranks with short documents.
-    fn finish(&self, mut bins: Vec<Bin>, mut short: Vec<Short>) -> Draft {
+    pub(super) fn finish(&self, mut bins: Vec<Bin>, mut short: Vec<Short>) -> Draft {
         self.within_space(&mut bins, &mut short);
         let load = |(rank, bin): (&Rank, &Bin)| {
             let held: f64 = bin.segments.iter().map(|segment| segment.hi - segment.lo).sum();

@@ -3,22 +3,26 @@
 //! Only attention connects the tokens of a document, so any rank may hold any range of it. A rank that holds rows up to some
 //! token needs the keys before it that it does not hold, and a row costs as much as several keys: where late rows of long
 //! documents live decides what moves. Long documents are packed into ranks like boxes into bins, by work and by tokens, and
-//! cut where they do not fit ([`pack`]); [`anneal`] improves that; short documents make up the rest ([`fill`]).
+//! cut where they do not fit ([`pack`]); [`anneal`] improves that; short documents make up the rest ([`fill`]). Where rates
+//! are given, [`makespan`] places long documents by the time that ranks take.
 
 mod anneal;
 mod bin;
 mod field;
 mod fill;
+mod makespan;
 mod pack;
+mod price;
+mod soonest;
 
 use std::collections::BTreeMap;
 
 use outboard_attention::{Document, DocumentId, StepPlan};
 
-use crate::plan::{Effort, Tick};
-use crate::{PlanError, Problem, memory, plan, trade};
+use crate::{PlanError, Problem, Rates, plan};
 
-use field::{Draft, Field, Homes, Setting, Sorted};
+use field::{Field, Homes, Setting, Sorted};
+use price::{Priced, Pricing};
 
 /// A step with homes for all its documents.
 #[derive(Clone, Debug, PartialEq)]
@@ -32,8 +36,6 @@ pub struct Settled {
 /// What is tried: many kv heads make slices cheap, since heads can be given away one by one.
 const LONG: [f64; 2] = [0.02, 0.05];
 const DEAR: [f64; 4] = [1.0, 1.5, 2.5, 9.0];
-/// Tolerances at which a layer may take least time.
-const TOLERANCES: [f64; 3] = [0.05, 0.2, 0.8];
 /// With a toll in between, settings are compared; the best ones are tried with each of these.
 const TOLL: f64 = 0.05;
 const TOLLS: [f64; 2] = [0.0, 0.1];
@@ -42,6 +44,13 @@ const FIRST: usize = 12;
 const LAST: usize = 80;
 /// How many settings get the last ones.
 const BEST: usize = 2;
+/// Exchanges for each rank that make it end soonest.
+const SOONEST: usize = 1200;
+/// So many drafts are planned in full where layer time counts, and the one in order: the plan will not take longer than
+/// if documents had the homes that trainers give which look at no lengths.
+const PLANNED: usize = 2;
+/// But none that takes this many times as long as another when it is planned greedily.
+const HOPEFUL: f64 = 1.3;
 
 /// Chooses homes for the documents that have none, and plans the step. In a tick with such documents no rank holds more than
 /// `1 + slack` times the mean number of tokens, or the mean rounded up. Ranks are those with a slot, and those that other
@@ -78,14 +87,9 @@ fn place(problem: &Problem, slack: f64) -> Result<Vec<Document>, PlanError> {
     Ok(settled.collect())
 }
 
-/// A tick's documents with homes: settings are compared, and the best ones given more time.
+/// A tick's documents with homes, by the draft that is cheapest, or with rates the one whose layer takes least time.
 fn best(problem: &Problem, field: &Field<'_>, documents: &[&Document]) -> Result<Vec<Document>, PlanError> {
-    let attempt = |sorted: &Sorted, setting: Setting| {
-        let draft = field.draft(sorted, setting);
-        Ok((price(problem, field, documents, &draft)?, draft))
-    };
-    // Where nothing is long, documents stay whole, as far as there is space: that moves nothing by itself.
-    let plain = attempt(&field.sort(f64::INFINITY), Setting { dear: 1.0, toll: 0.0, exchanges: 0 })?;
+    let pricing = Pricing { problem, field, documents };
     let mut sorted: Vec<Sorted> = Vec::new();
     for long in LONG.map(|long| field.sort(long)) {
         let same = |other: &Sorted| other.long() == long.long();
@@ -93,25 +97,57 @@ fn best(problem: &Problem, field: &Field<'_>, documents: &[&Document]) -> Result
             sorted.push(long);
         }
     }
+    // Where nothing is long, documents stay whole, as far as there is space: that moves nothing by itself.
+    let plain = Setting { dear: 1.0, toll: 0.0, exchanges: 0 };
+    let mut drafts = vec![pricing.price(field.draft(&field.sort(f64::INFINITY), plain))?];
+    drafts.extend(of_fewest_bytes(&pricing, &sorted)?);
+    if let Some(rates) = problem.rates {
+        for sorted in &sorted {
+            drafts.push(pricing.price(field.soonest(problem, rates, sorted, SOONEST))?);
+        }
+    }
+    drafts.sort_by(|a, b| a.price.total_cmp(&b.price));
+    if let Some(rates) = problem.rates {
+        drafts.truncate(PLANNED);
+        drafts.push(pricing.price(field.in_order())?);
+        drafts = vec![of_least_time(&pricing, rates, drafts)?];
+    }
+    let homes = drafts.first().map(|best| field.homes(&best.draft));
+    with_homes(documents.iter().copied(), homes.unwrap_or_default())
+}
+
+/// Settings are compared, and the best ones given more time.
+fn of_fewest_bytes(pricing: &Pricing<'_>, sorted: &[Sorted]) -> Result<Vec<Priced>, PlanError> {
+    let attempt = |sorted: &Sorted, setting: Setting| pricing.price(pricing.field.draft(sorted, setting));
     let mut tried = Vec::new();
-    for sorted in &sorted {
+    for sorted in sorted {
         for dear in DEAR {
             let setting = Setting { dear, toll: TOLL, exchanges: FIRST };
-            let (price, _) = attempt(sorted, setting)?;
-            tried.push((price, sorted, setting));
+            tried.push((attempt(sorted, setting)?.price, sorted, setting));
         }
     }
     tried.sort_by(|a, b| a.0.total_cmp(&b.0));
-    let mut best = plain;
-    for (_, sorted, setting) in tried.iter().take(BEST) {
+    let mut drafts = Vec::new();
+    for (_, sorted, setting) in tried.into_iter().take(BEST) {
         for toll in TOLLS {
-            let (price, draft) = attempt(sorted, Setting { toll, exchanges: LAST, ..*setting })?;
-            if price < best.0 {
-                best = (price, draft);
+            drafts.push(attempt(sorted, Setting { toll, exchanges: LAST, ..setting })?);
+        }
+    }
+    Ok(drafts)
+}
+
+/// The draft whose plan takes least time, of equals the first. There is at least one.
+fn of_least_time(pricing: &Pricing<'_>, rates: Rates, mut drafts: Vec<Priced>) -> Result<Priced, PlanError> {
+    let mut least = (f64::INFINITY, 0);
+    for (n, draft) in drafts.iter().enumerate().filter(|(_, draft)| draft.seconds.is_finite()) {
+        if draft.seconds <= HOPEFUL * least.0 {
+            let seconds = pricing.seconds(&draft.draft, rates)?;
+            if seconds < least.0 {
+                least = (seconds, n);
             }
         }
     }
-    with_homes(documents.iter().copied(), field.homes(&best.1))
+    Ok(drafts.swap_remove(least.1))
 }
 
 /// The documents, with those homes where they had none.
@@ -126,37 +162,4 @@ fn with_homes<'a>(
         None => Ok(document.clone()),
     });
     placed.collect()
-}
-
-/// What a tick moves when it is balanced, in bytes of both passes, and a busy link and lasting imbalance besides. Where rates
-/// are given, layer time counts more. Infinite where it does not fit the slots' memory.
-fn price(
-    problem: &Problem,
-    field: &Field<'_>,
-    documents: &[&Document],
-    draft: &Draft,
-) -> Result<f64, PlanError> {
-    let (homes, besides) = field.what_may_move(draft, problem.profile.is_some());
-    let mut some = documents.to_vec();
-    some.retain(|document| document.is_placed() || homes.contains_key(&document.id()));
-    let some: Vec<Document> = with_homes(some.into_iter(), homes)?;
-    let some: Vec<&Document> = some.iter().collect();
-    let tick = Tick::new(problem, &some).with_work_besides(&besides);
-    let held = tick.hold(problem.tolerance, f64::INFINITY, Effort::Greedy);
-    if memory::excess(&tick, &held).is_some() {
-        return Ok(f64::INFINITY);
-    }
-    let (ports, traffic) = trade::traffic(&tick, &held);
-    let bytes = traffic.forward.total as f64 + traffic.backward.total as f64;
-    let longest = traffic.forward.longest_of(&ports) + traffic.backward.longest_of(&ports);
-    // What memory keeps from moving stays where it is too much.
-    let lasting = (tick.busiest_over_mean(&held) / (1.0 + 2.0 * problem.tolerance)).max(1.0);
-    let price = (1.0 + bytes) * (1.0 + longest).sqrt().sqrt() * lasting * lasting * lasting * lasting;
-    let Some(rates) = problem.rates else { return Ok(price) };
-    let still = tick.hold(problem.tolerance, f64::INFINITY, Effort::Nothing);
-    let others = TOLERANCES.iter().map(|&tolerance| tick.hold(tolerance, f64::INFINITY, Effort::Greedy));
-    let all = others.chain([held, still]).map(|held| trade::seconds(&tick, rates, &held));
-    let least = all.fold(f64::INFINITY, f64::min);
-    // Of plans that take about as long, the one that moves less.
-    Ok(least * price.sqrt().sqrt().sqrt().sqrt().sqrt())
 }

@@ -1,5 +1,7 @@
 //! Numbers that look random and are the same everywhere.
 
+use crate::profile::log2;
+
 /// SplitMix64, as published by Steele, Lea and Flood (OOPSLA 2014).
 #[derive(Clone, Debug)]
 pub(crate) struct Random(u64);
@@ -20,6 +22,11 @@ impl Random {
     /// From 0 to just below 1.
     pub(crate) fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// Exponentially distributed, 1 on average: what annealing may pay.
+    pub(crate) fn exponential(&mut self) -> f64 {
+        (32.0 - log2(1 + self.below(1 << 32))) * std::f64::consts::LN_2
     }
 
     /// Below `n`, which must not be zero to mean anything.
