@@ -39,7 +39,7 @@ impl Setup {
         let range = header.key_range(outboard_attention::Span::to(tokens));
         let document = header.task.document();
         home.hold(header.step, Held { document, keys, geometry, tokens: vec![range.tokens] });
-        let share = GradientHeader { range, group: 4, position: 2 };
+        let share = GradientHeader { range, group: 4, position: 2, summed: false };
         home.expect(&share);
         let (handler, link) =
             (Arc::clone(&home), LinkConfig { stall_timeout: Duration::from_millis(300), ..quick() });
@@ -60,9 +60,15 @@ impl Setup {
 
     /// A delivery as it should be.
     fn messages(&self) -> Vec<Message> {
-        let GradientHeader { range, group, position } = &self.share;
+        let GradientHeader { range, group, position, summed } = &self.share;
         let (group, position, range) = (*group, *position, Some(range.into()));
-        let header = v1::GradientHeader { protocol_version: PROTOCOL_VERSION, range, group, position };
+        let header = v1::GradientHeader {
+            protocol_version: PROTOCOL_VERSION,
+            range,
+            group,
+            position,
+            summed: *summed,
+        };
         let mut messages = vec![Message::Header(header)];
         for tensor in 0..2 {
             let bytes: Vec<u8> = self.values(tensor).iter().flat_map(|x| x.to_le_bytes()).collect();

@@ -32,7 +32,7 @@ pub(crate) struct PlacedTask {
     pub(crate) server: u64,
     /// Where its keys lie, when not all of them are here: an index of [`RankPlan::fetches`].
     pub(crate) fetch: Option<usize>,
-    /// Tasks of its reduction group on its server.
+    /// Tasks of its reduction group, if one server computes them all; else 0.
     pub(crate) group_tasks: u32,
 }
 
@@ -197,10 +197,10 @@ impl RankPlan {
         reading: Reading<'_>,
     ) -> Result<(), String> {
         let mut hulls: BTreeMap<(u32, u64, DocumentId, Span), (Span, Vec<usize>)> = BTreeMap::new();
-        let mut together: BTreeMap<(u32, u32, u64), u32> = BTreeMap::new();
+        let mut servers: BTreeMap<(u32, u32), Vec<u64>> = BTreeMap::new();
         for (n, placed) in self.tasks.iter().enumerate() {
             let PlannedTask { document, kv, kv_heads, group, .. } = placed.planned;
-            *together.entry((placed.tick, group, placed.server)).or_default() += 1;
+            servers.entry((placed.tick, group)).or_default().push(placed.server);
             if elsewhere.contains(&(placed.tick, group)) {
                 let key = (placed.tick, placed.server, document, kv_heads);
                 let (hull, tasks) = hulls.entry(key).or_insert_with(|| (kv, Vec::new()));
@@ -209,8 +209,10 @@ impl RankPlan {
             }
         }
         for placed in &mut self.tasks {
-            let key = (placed.tick, placed.planned.group, placed.server);
-            placed.group_tasks = together.get(&key).copied().unwrap_or_default();
+            // A sum is that of a whole group, or none: home tells no other sums apart.
+            let servers = servers.get(&(placed.tick, placed.planned.group)).map_or(&[][..], |s| s);
+            let together = servers.iter().all(|server| *server == placed.server);
+            placed.group_tasks = if together { servers.len() as u32 } else { 0 };
         }
         for ((tick, _, document, _), (hull, tasks)) in hulls {
             let home = |run: &HomeRange| {

@@ -50,7 +50,7 @@ pub struct Held {
 }
 
 fn name_of(header: &GradientHeader) -> ShareName {
-    let GradientHeader { range, group, position } = header;
+    let GradientHeader { range, group, position, summed: _ } = header;
     (range.layer.clone(), range.tokens, range.kv_heads, *group, *position)
 }
 

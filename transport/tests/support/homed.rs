@@ -91,7 +91,10 @@ impl Homed {
                 let tokens = home.tokens.intersect(header.task.kv());
                 if !tokens.is_empty() {
                     let (range, group, position) = (header.key_range(tokens), header.group, header.position);
-                    shares.push((places.at(&home.address), GradientHeader { range, group, position }));
+                    shares.push((
+                        places.at(&home.address),
+                        GradientHeader { range, group, position, summed: false },
+                    ));
                 }
             }
             shares
