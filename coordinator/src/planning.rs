@@ -136,7 +136,8 @@ fn settled(input: &PlanInput) -> Result<(Problem, StepPlan), Error> {
     let Footing { rates, placement, .. } = *input.footing;
     let slots = input.footing.planned_slots();
     let tolerance = input.tolerance;
-    let problem = Problem { tolerance, rates, ..Problem::new(input.geometry, documents, slots) };
+    let ranks = if placement.is_some() { input.ranks } else { 0 };
+    let problem = Problem { tolerance, rates, ranks, ..Problem::new(input.geometry, documents, slots) };
     let settled = match placement {
         Some(Placement { token_slack }) => settle(&problem, token_slack).map_err(refused)?,
         None => {

@@ -142,6 +142,14 @@ pub enum PlanError {
     /// Slots that keep nothing could compute nothing.
     #[error("kept is 0; slots hold the tensors of one layer at least")]
     NothingKept,
+    /// More ranks than can be counted with.
+    #[error("ranks is {ranks}; at most {max} can be placed on")]
+    TooManyRanks {
+        /// Ranks.
+        ranks: u32,
+        /// The most there may be.
+        max: u32,
+    },
     /// A tolerance that is negative or not a number, or above one.
     #[error("tolerance is {tolerance}; it must be between 0 and 1")]
     BadTolerance {

@@ -11,6 +11,8 @@ pub const DEFAULT_TOLERANCE: f64 = 0.01;
 
 /// Largest number of cells of a step, summed over kv heads, so that sums of work fit 64 bits with room to spare.
 const MAX_CELLS: u64 = 1 << 61;
+/// Largest number of ranks to place documents on.
+const MAX_RANKS: u32 = 1 << 20;
 /// Largest number of slots.
 const MAX_SLOTS: usize = 1 << 20;
 /// Least of a link, relative to the others; the most is its inverse.
@@ -65,13 +67,16 @@ pub struct Problem {
     /// In how many layers at once slots keep the Q, K and V of a tick, at least 1: the layers times the micro-batches in
     /// flight, where they are kept from the forward to the backward pass. Counts where memory is limited.
     pub kept: u64,
+    /// Ranks below this number may hold documents that come without homes, besides those that have a slot or that other
+    /// documents of the tick name: the job's ranks where some of them have no slot, 0 where all have.
+    pub ranks: u32,
 }
 
 impl Problem {
     /// A problem with the [`DEFAULT_TOLERANCE`].
     pub fn new(geometry: HeadGeometry, documents: Vec<Document>, slots: Vec<Slot>) -> Problem {
         let tolerance = DEFAULT_TOLERANCE;
-        Problem { geometry, documents, slots, tolerance, rates: None, profile: None, kept: 1 }
+        Problem { geometry, documents, slots, tolerance, rates: None, profile: None, kept: 1, ranks: 0 }
     }
 
     /// Checks that the problem can be planned.
@@ -93,6 +98,9 @@ impl Problem {
         }
         if self.kept == 0 {
             return Err(PlanError::NothingKept);
+        }
+        if self.ranks > MAX_RANKS {
+            return Err(PlanError::TooManyRanks { ranks: self.ranks, max: MAX_RANKS });
         }
         if let Some(Rates { flops_per_second, bytes_per_second }) = self.rates {
             let rates = [("flops_per_second", flops_per_second), ("bytes_per_second", bytes_per_second)];

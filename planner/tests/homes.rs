@@ -143,6 +143,22 @@ fn chosen_homes_move_much_less_than_given_ones() {
 }
 
 #[test]
+fn ranks_without_slots_hold_tokens_too() {
+    let documents =
+        (0..).zip([5_000, 300, 900, 1, 2_000]).map(|(n, tokens)| unplaced(&document(0, n, tokens)));
+    let slots = vec![Slot::dedicated(), Slot::dedicated()];
+    let problem = Problem::new(geometry(2), documents.collect(), slots);
+    let Err(PlanError::NoRank { .. }) = settle(&problem, 0.02) else { panic!("there is no rank") };
+    let Settled { documents, .. } = check(&Problem { ranks: 3, ..problem.clone() }, 0.02);
+    let mut held = [0; 3];
+    documents.iter().flat_map(|d| d.homes()).for_each(|home| held[home.rank as usize] += home.tokens.len());
+    assert!(held.iter().all(|&tokens| tokens <= 2_789), "{held:?}");
+    let Err(PlanError::TooManyRanks { .. }) = settle(&Problem { ranks: u32::MAX, ..problem }, 0.02) else {
+        panic!("that many cannot be counted with")
+    };
+}
+
+#[test]
 fn a_document_longer_than_a_rank_spans_ranks() {
     let problem = Problem::new(geometry(2), vec![unplaced(&document(0, 0, 100_000))], in_place(4));
     let Settled { documents, .. } = check(&problem, 0.02);

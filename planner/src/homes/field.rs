@@ -322,6 +322,9 @@ fn ranks(problem: &Problem, documents: &[&Document]) -> BTreeMap<u32, Rank> {
         |rank: u32, share: f64, weight: f64| Rank { rank, space: 0, tokens: 0, cells: 0.0, share, weight };
     let mut ranks: BTreeMap<u32, Rank> =
         with_slot.into_iter().map(|(rank, share)| (rank, empty(rank, share, share))).collect();
+    for rank in 0..problem.ranks {
+        ranks.entry(rank).or_insert_with(|| empty(rank, 0.0, idle));
+    }
     for home in documents.iter().flat_map(|document| document.homes()) {
         let rank = ranks.entry(home.rank).or_insert_with(|| empty(home.rank, 0.0, idle));
         rank.tokens += home.tokens.len();

@@ -53,8 +53,8 @@ const PLANNED: usize = 2;
 const HOPEFUL: f64 = 1.3;
 
 /// Chooses homes for the documents that have none, and plans the step. In a tick with such documents no rank holds more than
-/// `1 + slack` times the mean number of tokens, or the mean rounded up. Ranks are those with a slot, and those that other
-/// documents of the tick name.
+/// `1 + slack` times the mean number of tokens, or the mean rounded up. Ranks are those with a slot, those
+/// below [`Problem::ranks`], and those that other documents of the tick name.
 ///
 /// # Errors
 /// A [`PlanError`] when the problem makes no sense, there is no rank, or homes that were given exceed the slack.
