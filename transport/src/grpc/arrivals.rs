@@ -1,13 +1,17 @@
 //! What a server's stream has been told of and not yet handed on: tasks, and the tensors they wait for.
 
+mod fetching;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::Arc;
 
 use outboard_attention::{Span, TensorSlice};
 use outboard_proto::v1::Chunk;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader, TensorKind, TensorRef, WireTask};
-use tokio_util::sync::{CancellationToken, DropGuard};
 
+pub(super) use self::fetching::Fetch;
+use self::fetching::Fetching;
 use super::elements::Destination;
 use crate::sizes::{Row, TENSOR_BYTES, input_kinds, row_of, task_bytes, tokens_of};
 use crate::sums::Member;
@@ -61,31 +65,6 @@ enum Content {
     Whole(TensorSlice),
     /// Its homes did not give it.
     Lost(TaskError),
-}
-
-/// A fetch that is under way.
-#[derive(Clone, Debug)]
-struct Fetching {
-    number: u64,
-    /// Gives the fetch up once no tensor of it is wanted.
-    _wanted: Arc<DropGuard>,
-}
-
-/// K and V to fetch for the tasks that name them.
-#[derive(Debug)]
-pub(super) struct Fetch {
-    /// Unlike that of any other of the stream.
-    number: u64,
-    /// The task that carries them.
-    pub(super) header: TaskHeader,
-    /// Ids of K and V.
-    ids: [u64; 2],
-    /// The tokens that they hold.
-    pub(super) tokens: Span,
-    /// Their memory, in use for as long as it is filled, whoever gives the tasks up meanwhile.
-    _lease: ByteLease,
-    /// Cancelled once nobody wants them any more.
-    pub(super) given_up: CancellationToken,
 }
 
 /// A task whose tensors are all there.
@@ -240,19 +219,6 @@ impl Arrivals {
         }
     }
 
-    /// Refuses a task that names a tensor which its homes did not give.
-    ///
-    /// # Errors
-    /// Why they did not.
-    pub(super) fn check_given(&self, task: &WireTask) -> Result<(), TaskError> {
-        let content = |tensor: &TensorRef| self.tensors.get(&tensor.id).map(|tensor| &tensor.content);
-        let lost = task.tensors.iter().find_map(|tensor| match content(tensor) {
-            Some(Content::Lost(error)) => Some(error.clone()),
-            _ => None,
-        });
-        lost.map_or(Ok(()), Err)
-    }
-
     /// Takes in a task that was checked and has spent its [`costs`]. Says what is to be fetched for it, and gives it back at
     /// once when all is there already.
     pub(super) fn announce(
@@ -264,9 +230,7 @@ impl Arrivals {
         let WireTask { id, header, tensors } = task;
         let mut leases = leases.into_iter();
         let Some(results) = leases.next() else { return (None, None) };
-        let given_up = CancellationToken::new();
-        let wanted = Arc::new(given_up.clone().drop_guard());
-        let fetching = Fetching { number: self.fetches, _wanted: wanted };
+        let (fetching, given_up) = Fetching::new(self.fetches);
         let (mut missing, mut fetched) = (0, Vec::new());
         for tensor in &tensors {
             if tensor.carried {
@@ -295,51 +259,12 @@ impl Arrivals {
             (Some(k), Some(v), Some(tokens)) => {
                 self.fetches += 1;
                 let lease = ByteLease::joined(fetched.into_iter().map(|(_, _, lease)| lease).collect());
-                let (number, header) = (fetching.number, header.clone());
-                Some(Fetch { number, header, ids: [k, v], tokens, _lease: lease, given_up })
+                Some(fetching.fetch(&header, [k, v], tokens, lease, given_up))
             }
             _ => None,
         };
         self.tasks.insert(id, Waiting { header, tensors, missing, results, member });
         (fetch, if missing == 0 { self.complete(id) } else { None })
-    }
-
-    /// Takes in K and V that were fetched, and gives back the tasks that have become whole by it. What nobody waits for any
-    /// more is dropped.
-    ///
-    /// # Errors
-    /// The tasks that cannot go on without them.
-    pub(super) fn fetched(
-        &mut self,
-        fetch: &Fetch,
-        outcome: Result<[TensorSlice; 2], TaskError>,
-    ) -> Result<Vec<WholeTask>, Vec<Failed>> {
-        let slices = outcome.map_err(|error| {
-            let mut failed = Vec::new();
-            for id in fetch.ids {
-                let Some(tensor) = self.awaiting(fetch, id) else { continue };
-                // Later tasks may name it, and are told why they cannot have it.
-                tensor.content = Content::Lost(error.clone());
-                tensor.lease = ByteLease::joined(Vec::new());
-                let users = tensor.users.clone();
-                failed.extend(self.fail_users(users, &error));
-            }
-            failed
-        })?;
-        let mut whole = Vec::new();
-        for (id, slice) in fetch.ids.into_iter().zip(slices) {
-            let Some(tensor) = self.awaiting(fetch, id) else { continue };
-            tensor.content = Content::Whole(slice);
-            let users = tensor.users.clone();
-            whole.extend(self.arrived(users));
-        }
-        Ok(whole)
-    }
-
-    /// The tensor that a fetch is to fill. Its id may be another's by now.
-    fn awaiting(&mut self, fetch: &Fetch, id: u64) -> Option<&mut Tensor> {
-        let is_own = |content: &Content| matches!(content, Content::Fetching(f) if f.number == fetch.number);
-        self.tensors.get_mut(&id).filter(|tensor| is_own(&tensor.content))
     }
 
     /// Notes that a tensor of these tasks is whole; gives back those that are too.
