@@ -48,8 +48,12 @@ fn check_tokens(problem: &Problem, documents: &[Document], slack: f64) {
         for slot in problem.slots.iter().filter_map(|slot| slot.rank) {
             tick.entry(slot).or_default();
         }
+        (0..problem.ranks).for_each(|rank| {
+            tick.entry(rank).or_default();
+        });
         let may_hold = |rank| {
-            problem.slots.iter().any(|slot| slot.rank == Some(rank))
+            rank < problem.ranks
+                || problem.slots.iter().any(|slot| slot.rank == Some(rank))
                 || problem.documents.iter().flat_map(|d| d.homes()).any(|home| home.rank == rank)
         };
         for home in document.homes() {

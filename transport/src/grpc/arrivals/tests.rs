@@ -39,6 +39,7 @@ fn task(id: u64, tokens: usize, carried: bool, last_use: bool) -> WireTask {
         result_dtype: DType::F32,
         deadline: None,
         key_homes: vec![KeyHome { tokens: span, rank: 3, address: "there:1".to_owned() }],
+        group_tasks: 0,
     };
     let tensor = |id, kind| TensorRef { id, kind, tokens: span, carried, last_use };
     let q = TensorRef { carried: true, last_use: true, ..tensor(100 + id, TensorKind::Q) };
@@ -65,7 +66,7 @@ impl Bench {
         self.arrivals.check(&task).unwrap();
         let lease = |&bytes: &u64| self.budget.try_lease(bytes).unwrap();
         let leases: Vec<ByteLease> = costs(&task).iter().map(lease).collect();
-        let (fetch, whole) = self.arrivals.announce(task, leases);
+        let (fetch, whole) = self.arrivals.announce(task, leases, None);
         assert!(whole.is_none(), "Q has not come");
         fetch
     }
