@@ -53,7 +53,7 @@ fn the_main_job_agrees_with_local_attention_and_repeats_its_bits() {
 #[test]
 fn figures_of_a_run_follow_from_its_step_lines() {
     let folder = temporary_folder();
-    let args = train(folder.path(), &["--steps", "3"]);
+    let args = train(folder.path(), &["--steps", "3", "--placement", "fixed"]);
     let (words, errors) = outboard_says(&args.iter().map(String::as_str).collect::<Vec<_>>());
     let lines = read_json(&folder.path().join("figures.jsonl"));
     let (summary, sums) = (summary(&lines), sums(&lines));

@@ -5,16 +5,21 @@
 mod command_support;
 
 use std::path::Path;
+use std::time::Duration;
 
-use command_support::{corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder};
-use serde_json::Value;
+use command_support::{
+    Running, corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder,
+};
+use rustix::process::Signal;
+use serde_json::{Value, json};
 
 fn train(folder: &Path, more: &[&str]) -> Vec<String> {
     let data = corpus(folder);
     let json = folder.join("figures.jsonl");
     let fixed = ["train", "--data", data.to_str().unwrap(), "--json", json.to_str().unwrap()];
-    let small = ["--tokens", "2048", "--layers", "2", "--dim", "64", "--steps", "3"];
-    fixed.iter().chain(&small).chain(more).map(|&arg| arg.to_owned()).collect()
+    let small = ["--tokens", "2048", "--layers", "2", "--dim", "64"];
+    let steps = if more.contains(&"--steps") { &[][..] } else { &["--steps", "3"] };
+    fixed.iter().chain(&small).chain(steps).chain(more).map(|&arg| arg.to_owned()).collect()
 }
 
 /// A figure of all ranks.
@@ -53,19 +58,48 @@ fn placed_tokens_train_as_documents_that_stay_where_they_are_dealt() {
 }
 
 #[test]
-fn fixed_placement_is_the_default_and_says_what_moves() {
-    let run = |more: &[&str]| {
+fn tokens_are_placed_where_ranks_have_servers_unless_they_are_fixed() {
+    let run = |more: &[&str], expected: &str| {
         let folder = temporary_folder();
         let words = outboard(&train(folder.path(), more));
-        assert!(words.contains("bytes of a step") && !words.contains("fixed homes"), "{words}");
+        assert!(words.contains("bytes of a step"), "{words}");
+        assert_eq!(words.contains("fixed homes"), expected == "free", "{words}");
         let lines = read_json(&folder.path().join("figures.jsonl"));
         let summary = summary(&lines);
-        assert_eq!(summary["placement"], "fixed");
+        assert_eq!(summary["placement"], expected);
         let [moved, predicted] = ["bytes_moved", "bytes_predicted"].map(|key| summary[key].as_u64().unwrap());
         assert!(predicted > 0 && moved >= predicted, "{summary}");
         losses(&lines, "pool")
     };
-    assert_eq!(run(&[]), run(&["--placement", "fixed"]));
+    assert_eq!(run(&[], "free"), run(&["--placement", "free"], "free"));
+    run(&["--pool", "2"], "fixed");
+    run(&["--placement", "fixed"], "fixed");
+}
+
+#[test]
+fn a_server_killed_among_placed_tokens_changes_no_bit() {
+    let run = |kill: bool| {
+        let folder = temporary_folder();
+        let pool = ["--in-place", "--pool", "1", "--ranks", "3", "--steps", "12", "--attention", "pool"];
+        let args = train(folder.path(), &[&["--placement", "free"], &pool[..]].concat());
+        let mut running = Running::start(&args);
+        if kill {
+            let pid = running.pid_of("attention server 0 ready");
+            running.wait_for("step   0");
+            // Stopped, it takes tasks and answers none; then it dies with them.
+            rustix::process::kill_process(pid, Signal::STOP).unwrap();
+            std::thread::sleep(Duration::from_secs(2));
+            rustix::process::kill_process(pid, Signal::KILL).unwrap();
+        }
+        running.expect_success();
+        let lines = read_json(&folder.path().join("figures.jsonl"));
+        let summary = summary(&lines);
+        assert_eq!((&summary["steps"], &summary["placement"]), (&json!(12), &json!("free")));
+        assert_eq!(summary["tasks_resent"].as_u64().unwrap() >= 1, kill, "{summary}");
+        assert_eq!(summary["servers_lost"], u64::from(kill));
+        losses(&lines, "pool")
+    };
+    assert_eq!(run(false), run(true));
 }
 
 #[test]
@@ -75,7 +109,7 @@ fn placements_that_cannot_be_are_refused_by_name() {
         (&["--placement", "some"], &["--placement", "some", "fixed", "free"]),
         (&["--placement", "free", "--attention", "local"], &["--placement is free", "--attention local"]),
         (&["--placement", "free", "--pool", "2"], &["--placement is free", "--in-place"]),
-        (&["--token-slack", "0.1"], &["--token-slack is 0.1", "--placement free"]),
+        (&["--placement", "fixed", "--token-slack", "0.1"], &["--token-slack is 0.1", "--placement free"]),
         (&["--placement", "free", "--token-slack", "1.5"], &["--token-slack is 1.5", "between 0 and 1"]),
         (&["--placement", "free", "--token-slack", "NaN"], &["--token-slack is NaN"]),
     ];

@@ -15,7 +15,7 @@ use crate::device::Device;
 /// What a link is taken to carry where nothing is said of it.
 const LINK_BYTES_PER_SECOND: f64 = 1e9;
 /// Which rank holds which tokens, where nothing is said of it and every rank has an in-place server.
-const PLACEMENT: PlacementKind = PlacementKind::Fixed;
+const PLACEMENT: PlacementKind = PlacementKind::Free;
 /// How far above the mean the tokens of a rank may lie, where nothing is said of it.
 const TOKEN_SLACK: f64 = 0.02;
 
