@@ -25,8 +25,8 @@ pub enum Fault {
     Short,
 }
 
-/// The layer, the tokens, the kv heads, the group and the position.
-type ShareName = (LayerRef, Span, Span, u32, u32);
+/// The layer, the tokens, the kv heads, the group, the position, and whether it is a sum.
+type ShareName = (LayerRef, Span, Span, u32, u32, bool);
 
 #[derive(Default)]
 pub struct TestHome {
@@ -50,8 +50,8 @@ pub struct Held {
 }
 
 fn name_of(header: &GradientHeader) -> ShareName {
-    let GradientHeader { range, group, position, summed: _ } = header;
-    (range.layer.clone(), range.tokens, range.kv_heads, *group, *position)
+    let GradientHeader { range, group, position, summed } = header;
+    (range.layer.clone(), range.tokens, range.kv_heads, *group, *position, *summed)
 }
 
 impl TestHome {

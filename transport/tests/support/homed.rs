@@ -4,7 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use futures::future::join_all;
 use outboard_attention::kernel::Results;
-use outboard_attention::{Direction, Span, Task};
+use outboard_attention::merge::{Corner, GradientPartial, sum_group};
+use outboard_attention::{Direction, Span, Task, TensorView};
 use outboard_proto::{GradientHeader, KeyHome};
 use outboard_transport::{KeyShare, Keys, TaskOutcome, TaskRequest};
 
@@ -131,6 +132,65 @@ impl Homed {
                 shares.map(|(_, share)| share.range.tokens.len() * row(task, 4)).sum::<usize>() as u64;
         }
         (delivered, fetched.values().sum())
+    }
+
+    /// Makes one reduction group of all tasks, which must have the same heads. Gives back its keys when one task reads all
+    /// of them: then they are delivered as a sum.
+    pub fn group(&mut self, places: &Places) -> Option<Span> {
+        let count = self.tasks.len() as u32;
+        for (position, TaskRequest { header, .. }) in (0..).zip(&mut self.tasks) {
+            (header.group, header.position, header.group_tasks) = (7, position, count);
+        }
+        let read = || self.tasks.iter().map(|task| task.header.task.kv());
+        let hull = read().reduce(Span::hull)?;
+        for (place, header) in self.shares(places).into_iter().flatten() {
+            place.home.expect(&header);
+        }
+        for (place, header) in self.sums(places, hull) {
+            place.home.expect(&header);
+        }
+        read().any(|kv| kv == hull).then_some(hull)
+    }
+
+    fn sums<'a>(&self, places: &'a Places, hull: Span) -> Vec<(&'a Place, GradientHeader)> {
+        let header = &self.tasks[0].header;
+        let parts = header.key_homes.iter().map(|home| (home, home.tokens.intersect(hull)));
+        let sum = |(home, tokens): (&KeyHome, Span)| {
+            let range = header.key_range(tokens);
+            (places.at(&home.address), GradientHeader { range, group: 7, position: 0, summed: true })
+        };
+        parts.filter(|(_, tokens)| !tokens.is_empty()).map(sum).collect()
+    }
+
+    /// Every home has got its part of the sum, with the bits of one that is made at home, and nothing else of the step.
+    pub fn check_sum(&self, places: &Places, hull: Span) {
+        let gradients = |tensor: usize| -> (usize, Vec<f32>) {
+            let parts = self.tasks.iter().zip(&self.expected).map(|(task, expected)| {
+                let Results::Backward { dk, dv, .. } = expected else { panic!("a forward task in a sum") };
+                (task.header.task.kv(), [dk, dv][tensor])
+            });
+            let parts: Vec<(Span, &[f32])> = parts.map(|(kv, values)| (kv, &values[..])).collect();
+            let width = parts[0].1.len() / parts[0].0.len();
+            let mut partials = Vec::new();
+            for (position, &(kv, values)) in (0..).zip(&parts) {
+                let values = TensorView::contiguous("part", values, [kv.len(), 1, width]).unwrap();
+                let at = Corner { row: kv.start(), head: 0 };
+                partials.push(GradientPartial { group: 7, position, at, values });
+            }
+            (width, sum_group(&partials, width).unwrap().2)
+        };
+        let [dk, dv] = [0, 1].map(gradients);
+        for (place, header) in self.sums(places, hull) {
+            let tokens = header.range.tokens;
+            let rows = |(width, whole): &(usize, Vec<f32>)| {
+                whole[(tokens.start() - hull.start()) * width..(tokens.end() - hull.start()) * width].to_vec()
+            };
+            let got = place.home.taken(&header).unwrap_or_else(|| panic!("the sum of {tokens} did not come"));
+            assert!(got.dk == rows(&dk) && got.dv == rows(&dv), "the sum of {tokens} differs");
+        }
+        let step = self.tasks[0].header.step;
+        let taken: usize = places.0.iter().map(|place| place.home.count_taken(step)).sum();
+        assert_eq!(taken, self.sums(places, hull).len(), "homes took more than the sum");
     }
 
     /// A task's result is that of the direct computation; its gradients of keys have gone home.
