@@ -105,7 +105,9 @@ fn a_server_killed_among_placed_tokens_changes_no_bit() {
 #[test]
 fn placements_that_cannot_be_are_refused_by_name() {
     let folder = temporary_folder();
-    let cases: [(&[&str], &[&str]); 6] = [
+    let elsewhere = ["--coordinator", "http://192.0.2.1:4650", "--in-place", "--placement", "free"];
+    let cases: [(&[&str], &[&str]); 7] = [
+        (&elsewhere, &["--placement is free", "http://192.0.2.1:4650", "other hosts"]),
         (&["--placement", "some"], &["--placement", "some", "fixed", "free"]),
         (&["--placement", "free", "--attention", "local"], &["--placement is free", "--attention local"]),
         (&["--placement", "free", "--pool", "2"], &["--placement is free", "--in-place"]),

@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use outboard_attention::{Document, HeadGeometry, Span};
-use outboard_proto::ErrorKind;
+use outboard_proto::{ErrorKind, MAX_KEY_HOMES};
 
 use crate::Error;
 
 /// Ticks are numbered below this.
 const MAX_TICKS: u32 = 1 << 12;
-/// Most home ranges of one document.
-const MAX_HOMES: usize = 1 << 16;
+/// Most home ranges of one document: a task may name the homes of all its keys.
+const MAX_HOMES: usize = MAX_KEY_HOMES;
 
 /// What decides which documents a run's ranks may submit.
 #[derive(Clone, Debug)]

@@ -42,8 +42,8 @@ pub struct TaskHeader {
     /// Where K and V lie that the client does not send; a partition, in order, of tokens that cover the task's keys. None
     /// when it sends them.
     pub key_homes: Vec<KeyHome>,
-    /// Tasks of its group that have its client and its planned server, itself among them. When all of them are sent
-    /// together, their dK and dV go to the homes of their keys as one sum.
+    /// How many tasks its group has, when one server is to compute them all; else 0. When all of them are sent together,
+    /// their dK and dV go to the homes of their keys as one sum.
     pub group_tasks: u32,
 }
 

@@ -10,8 +10,8 @@ mod header;
 mod status;
 
 pub use convert::{
-    AssignedTask, GradientHeader, KeyHome, KeyRange, LayerRef, MAX_NAME_BYTES, MAX_SLICES, TensorKind,
-    TensorRef, WireTask, check_key_homes, check_protocol_version,
+    AssignedTask, GradientHeader, KeyHome, KeyRange, LayerRef, MAX_KEY_HOMES, MAX_NAME_BYTES, MAX_SLICES,
+    TensorKind, TensorRef, WireTask, check_key_homes, check_protocol_version,
 };
 pub use describe::describe;
 pub use error::{ErrorKind, RetryHint, TaskError};

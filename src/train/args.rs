@@ -1,5 +1,6 @@
 //! Flags of `outboard train`, and the run they describe.
 
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -335,7 +336,16 @@ impl Args {
                  leave out --placement"
             );
         }
-        let free = self.placement.unwrap_or(PLACEMENT) == PlacementKind::Free && in_place;
+        // Ranks listen on this machine alone, and servers elsewhere would have to fetch keys from them.
+        let reachable = self.coordinator.as_deref().is_none_or(is_local);
+        if self.placement == Some(PlacementKind::Free) && !reachable {
+            let url = self.coordinator.as_deref().unwrap_or_default();
+            bail!(
+                "--placement is free, and the coordinator {url} may have servers on other hosts, which could not fetch keys from \
+                 ranks here; give --placement fixed"
+            );
+        }
+        let free = self.placement.unwrap_or(PLACEMENT) == PlacementKind::Free && in_place && reachable;
         match self.token_slack {
             Some(slack) if !free => {
                 bail!(
@@ -372,6 +382,13 @@ impl Args {
         }
         Ok(())
     }
+}
+
+/// True for a URL of this host, which nobody elsewhere uses.
+fn is_local(url: &str) -> bool {
+    let authority = url.split_once("://").map_or(url, |(_, rest)| rest).split('/').next().unwrap_or_default();
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host).trim_matches(['[', ']']);
+    host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 fn above_zero(flag: &str, rate: f64) -> anyhow::Result<f64> {

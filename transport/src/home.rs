@@ -51,7 +51,7 @@ pub trait HomeHandler: Send + Sync + 'static {
     fn count_bytes(&self, received: u64, sent: u64);
 }
 
-/// One task's share of the gradients of a range of keys.
+/// One task's share of the gradients of a range of keys, or its group's.
 #[derive(Clone, Debug)]
 pub struct KeyGradient {
     /// Which task, and of what.
@@ -182,6 +182,7 @@ impl Homes {
             let missing = || TaskError::internal(format!("a gradient does not hold tokens {tokens}"));
             let part = |whole: &TensorSlice| whole.with_tokens(tokens).ok_or_else(missing);
             let (range, group) = (header.key_range(tokens), header.group);
+            let summed = summed.iter().filter(|kv| !kv.intersect(tokens).is_empty()).count() as u32;
             let named_by = GradientHeader { range, group, position, summed };
             deliveries.push(self.deliver_part(home, named_by, [part(&whole[0])?, part(&whole[1])?]));
         }
@@ -237,7 +238,7 @@ pub(crate) async fn deliver(
             Some(member) => member.give(homes, header, gradients).await?,
             None => {
                 let (kv, position) = (header.task.kv(), header.position);
-                homes.deliver(header, Delivery { kv, position, summed: false, gradients }).await?
+                homes.deliver(header, Delivery { kv, position, summed: Vec::new(), gradients }).await?
             }
         };
         handler.count_bytes(0, sent);
@@ -267,12 +268,12 @@ fn values(part: &TensorSlice) -> Result<Vec<f32>, TaskError> {
     Ok(values)
 }
 
-/// What went wrong at a home, which says nothing about the server that found out: another may try, unless the home
-/// itself will never have what is asked.
+/// What went wrong at a home. That says nothing about the server that found out, which may try again, and others too;
+/// unless the home itself will never have what is asked.
 pub(crate) fn named(error: TaskError, home: &KeyHome, doing: &str) -> TaskError {
     let retry = match error.kind {
         ErrorKind::Invalid | ErrorKind::NotFound | ErrorKind::Unsupported => RetryHint::Never,
-        _ => RetryHint::Elsewhere,
+        _ => RetryHint::Later,
     };
     let KeyHome { rank, address, .. } = home;
     let message = format!("rank {rank}, home of keys at {address}: {doing}: {}", error.message);

@@ -2,7 +2,7 @@
 //! and delivered once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use outboard_attention::{Direction, Span};
 use outboard_proto::{ErrorKind, LayerRef, RetryHint, TaskError, TaskHeader};
@@ -37,8 +37,8 @@ pub(crate) struct Delivery {
     pub(crate) kv: Span,
     /// Place in the group of the task, or of the first one that was added up.
     pub(crate) position: u32,
-    /// True for a sum.
-    pub(crate) summed: bool,
+    /// The keys of each task that was added up; none for one alone.
+    pub(crate) summed: Vec<Span>,
     /// dK and dV, `[kv, kv heads, dim]`.
     pub(crate) gradients: [Vec<f32>; 2],
 }
@@ -67,6 +67,14 @@ pub(crate) fn counted<'a>(headers: impl Iterator<Item = &'a TaskHeader>) -> Hash
 }
 
 impl Sums {
+    /// Fails the sums whose tasks have not all been announced: no more will be.
+    pub(crate) fn end(&mut self) {
+        for (sum, _) in std::mem::take(&mut self.0).into_values() {
+            let message = "the stream ended before all tasks of its reduction group had come";
+            sum.end(Err(TaskError::new(ErrorKind::Corrupt, message)));
+        }
+    }
+
     /// The place of a task that has been announced; `None` for one whose gradients go alone.
     ///
     /// # Errors
@@ -99,55 +107,74 @@ impl GroupSum {
     }
 
     fn end(&self, how: Result<(), TaskError>) {
+        let failed = how.is_err();
         self.ended.send_if_modified(|ended| {
             let first = ended.is_none();
             ended.get_or_insert(how);
             first
         });
+        if failed {
+            // Their tasks give their memory back now.
+            self.parts().clear();
+        }
     }
 
-    /// Takes a part; all of them once they are there.
-    fn add(&self, part: Part) -> Option<Vec<Part>> {
-        let mut parts = self.parts.lock().unwrap_or_else(PoisonError::into_inner);
+    /// Takes a part; gives back all of them once they are there.
+    fn add(&self, part: Part) -> Result<Option<Vec<Part>>, TaskError> {
+        let mut parts = self.parts();
+        if let Some(Err(error)) = &*self.ended.borrow() {
+            return Err(error.clone());
+        }
+        if parts.iter().any(|other| other.position == part.position) {
+            let position = part.position;
+            return Err(TaskError::invalid(format!(
+                "two tasks of its reduction group are number {position}"
+            )));
+        }
         parts.push(part);
-        (parts.len() >= self.tasks).then(|| std::mem::take(&mut *parts))
+        Ok((parts.len() >= self.tasks).then(|| std::mem::take(&mut *parts)))
+    }
+
+    fn parts(&self) -> MutexGuard<'_, Vec<Part>> {
+        self.parts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Member {
     /// Gives the task's dK and dV; returns once the sum has been delivered, with the bytes that went over the network for
-    /// it where this task was the last.
+    /// it where this task was the last. Whoever is dropped meanwhile fails the sum.
     pub(crate) async fn give(
         mut self,
         homes: &Homes,
         header: &TaskHeader,
         gradients: [Vec<f32>; 2],
     ) -> Result<u64, TaskError> {
-        // It is given back below; whoever is dropped meanwhile fails the sum.
-        let Some(sum) = self.0.clone() else { return Ok(0) };
+        let gone = || TaskError::internal("the sum of its reduction group is gone");
+        let sum = self.0.clone().ok_or_else(gone)?;
         let part = Part { position: header.position, kv: header.task.kv(), gradients };
-        let outcome = match sum.add(part) {
-            Some(parts) => {
-                let mut sent = Ok(0);
-                for delivery in add_up(parts) {
-                    sent = match (sent, homes.deliver(header, delivery).await) {
-                        (Ok(sum), Ok(bytes)) => Ok(sum + bytes),
-                        (Err(error), _) | (_, Err(error)) => Err(error),
-                    };
-                }
-                sum.end(sent.as_ref().map(|_| ()).map_err(Clone::clone));
-                sent
-            }
-            None => {
-                let mut ended = sum.ended.subscribe();
-                let ended = ended.wait_for(Option::is_some).await;
-                // The sender lives in the sum.
-                ended.map_or(Ok(0), |ended| ended.clone().unwrap_or(Ok(())).map(|()| 0))
-            }
+        let Some(parts) = sum.add(part)? else {
+            let mut ended = sum.ended.subscribe();
+            // Until then this task, too, is part of the sum.
+            let outcome = ended.wait_for(Option::is_some).await.map_err(|_| gone())?.clone();
+            self.0 = None;
+            return outcome.ok_or_else(gone)?.map(|()| 0);
         };
+        let outcome = deliver_sum(homes, header, parts).await;
+        sum.end(outcome.as_ref().map(|_| ()).map_err(Clone::clone));
         self.0 = None;
         outcome
     }
+}
+
+async fn deliver_sum(homes: &Homes, header: &TaskHeader, parts: Vec<Part>) -> Result<u64, TaskError> {
+    // It may take a while, and others' tensors must come and go meanwhile.
+    let added = tokio::task::spawn_blocking(|| add_up(parts)).await;
+    let added = added.map_err(|error| TaskError::internal(format!("adding gradients up failed: {error}")))?;
+    let mut sent = 0;
+    for delivery in added {
+        sent += homes.deliver(header, delivery).await?;
+    }
+    Ok(sent)
 }
 
 impl Drop for Member {
@@ -155,7 +182,8 @@ impl Drop for Member {
         if let Some(sum) = self.0.take() {
             let message = "another task of its reduction group has no result, so that there is no sum";
             let error = TaskError::new(ErrorKind::Aborted, message);
-            sum.end(Err(TaskError { retry: RetryHint::Elsewhere, ..error }));
+            // That says nothing about the server: the others' own results may be had there.
+            sum.end(Err(TaskError { retry: RetryHint::Later, ..error }));
         }
     }
 }
@@ -167,7 +195,8 @@ fn add_up(mut parts: Vec<Part>) -> Vec<Delivery> {
     let hull = parts.iter().map(|part| part.kv).reduce(Span::hull).unwrap_or_default();
     let first = parts.first().map_or(0, |part| part.position);
     let Some(widest) = parts.iter().position(|part| part.kv == hull) else {
-        let alone = |Part { position, kv, gradients }| Delivery { kv, position, summed: false, gradients };
+        let alone =
+            |Part { position, kv, gradients }| Delivery { kv, position, summed: Vec::new(), gradients };
         return parts.into_iter().map(alone).collect();
     };
     for tensor in 0..2 {
@@ -185,8 +214,9 @@ fn add_up(mut parts: Vec<Part>) -> Vec<Delivery> {
             }
         }
     }
+    let summed = parts.iter().map(|part| part.kv).collect();
     let gradients = parts.swap_remove(widest).gradients;
-    vec![Delivery { kv: hull, position: first, summed: true, gradients }]
+    vec![Delivery { kv: hull, position: first, summed, gradients }]
 }
 
 #[cfg(test)]
@@ -227,7 +257,8 @@ mod tests {
             turned.reverse();
             let made = add_up(turned);
             if spans.iter().any(|at| span(at) == hull) {
-                prop_assert!(made.len() == 1 && made[0].summed && made[0].kv == hull && made[0].position == 0);
+                prop_assert!(made.len() == 1 && made[0].kv == hull && made[0].position == 0);
+                prop_assert_eq!(made[0].summed.len(), spans.len());
                 for (tensor, width) in [widths.0, widths.1].into_iter().enumerate() {
                     let parts = parts();
                     let partials: Vec<_> = parts.iter().map(|part| GradientPartial {
@@ -243,7 +274,7 @@ mod tests {
                 }
             } else {
                 prop_assert_eq!(made.len(), spans.len());
-                prop_assert!(made.iter().all(|delivery| !delivery.summed));
+                prop_assert!(made.iter().all(|delivery| delivery.summed.is_empty()));
             }
         }
     }

@@ -142,7 +142,7 @@ fn refusals() -> Vec<(TaskError, RetryHint)> {
     let never = [ErrorKind::Invalid, ErrorKind::NotFound, ErrorKind::Unsupported];
     let elsewhere = [ErrorKind::Busy, ErrorKind::Unavailable, ErrorKind::Internal, ErrorKind::Aborted];
     let never = never.map(|kind| (error(kind), RetryHint::Never));
-    never.into_iter().chain(elsewhere.map(|kind| (error(kind), RetryHint::Elsewhere))).collect()
+    never.into_iter().chain(elsewhere.map(|kind| (error(kind), RetryHint::Later))).collect()
 }
 
 async fn homes_that_give_no_keys_fail_their_tasks_alone(kind: Kind) {
@@ -151,7 +151,7 @@ async fn homes_that_give_no_keys_fail_their_tasks_alone(kind: Kind) {
         check_fault(kind, Direction::Forward, Spec::Beside, Fault::Refuses(error), retry).await;
     }
     for spec in [Spec::Real, Spec::Beside] {
-        check_fault(kind, Direction::Forward, spec, Fault::Short, RetryHint::Elsewhere).await;
+        check_fault(kind, Direction::Forward, spec, Fault::Short, RetryHint::Later).await;
     }
     let faults = [
         WireFault::Silent,
@@ -165,7 +165,7 @@ async fn homes_that_give_no_keys_fail_their_tasks_alone(kind: Kind) {
         WireFault::NamesAnotherTensor,
     ];
     for spec in faults.map(Spec::Wire).into_iter().chain([Spec::Gone]) {
-        check_fault(kind, Direction::Backward, spec, Fault::None, RetryHint::Elsewhere).await;
+        check_fault(kind, Direction::Backward, spec, Fault::None, RetryHint::Later).await;
     }
 }
 
@@ -177,7 +177,7 @@ async fn homes_that_take_no_gradients_fail_their_tasks_alone(kind: Kind) {
         }
     }
     let silent = Spec::Wire(WireFault::TakesNothing);
-    check_fault(kind, Direction::Backward, silent, Fault::None, RetryHint::Elsewhere).await;
+    check_fault(kind, Direction::Backward, silent, Fault::None, RetryHint::Later).await;
 }
 
 async fn a_home_killed_while_keys_come_is_found_again_when_it_is_back(kind: Kind) {
@@ -196,7 +196,7 @@ async fn a_home_killed_while_keys_come_is_found_again_when_it_is_back(kind: Kind
     places.0[1].kill();
     for outcome in join_all(pendings).await {
         let error = outcome.expect_err("the home is gone");
-        assert_eq!((error.kind, error.retry), (ErrorKind::Aborted, RetryHint::Elsewhere), "{error}");
+        assert_eq!((error.kind, error.retry), (ErrorKind::Aborted, RetryHint::Later), "{error}");
         assert!(error.message.contains(&address), "{error}");
     }
     // Lost in mid-fetch, then while idle.

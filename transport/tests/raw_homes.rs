@@ -39,7 +39,7 @@ impl Setup {
         let range = header.key_range(outboard_attention::Span::to(tokens));
         let document = header.task.document();
         home.hold(header.step, Held { document, keys, geometry, tokens: vec![range.tokens] });
-        let share = GradientHeader { range, group: 4, position: 2, summed: false };
+        let share = GradientHeader { range, group: 4, position: 2, summed: 0 };
         home.expect(&share);
         let (handler, link) =
             (Arc::clone(&home), LinkConfig { stall_timeout: Duration::from_millis(300), ..quick() });

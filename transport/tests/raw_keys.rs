@@ -255,7 +255,7 @@ fn a_later_task_that_names_lost_keys_fails_as_their_own_did() {
             let (task, error) = raw.failure().await;
             assert_eq!(
                 (task, error.kind, error.retry),
-                (id, ErrorKind::Aborted, RetryHint::Elsewhere),
+                (id, ErrorKind::Aborted, RetryHint::Later),
                 "{error}"
             );
             assert!(error.message.contains("rank 11"), "{error}");

@@ -76,11 +76,9 @@ async fn a_task_without_a_result_fails_its_group_alone(kind: Kind) {
     drop(pendings.remove(rng.between(0, pendings.len() - 1)));
     let others = bench.transport.ship(other.tasks.clone());
     let outcomes = join_all(pendings).await;
-    let failed = outcomes.iter().filter_map(|outcome| outcome.as_ref().err()).collect::<Vec<_>>();
-    // It may have been computed and delivered before it was given up.
-    assert!(failed.is_empty() || failed.len() == outcomes.len(), "{failed:?}");
-    for error in failed {
-        assert_eq!((error.kind, error.retry), (ErrorKind::Aborted, RetryHint::Elsewhere), "{error}");
+    // The sum may have been delivered before, or be just then by the last of them: that one has its result.
+    for error in outcomes.iter().filter_map(|outcome| outcome.as_ref().err()) {
+        assert_eq!((error.kind, error.retry), (ErrorKind::Aborted, RetryHint::Later), "{error}");
         assert!(error.message.contains("reduction group"), "{error}");
     }
     for (n, outcome) in join_all(others).await.into_iter().enumerate() {
@@ -98,7 +96,7 @@ async fn a_sum_that_a_home_refuses_fails_its_group(kind: Kind) {
     let (homed, _) = group(&mut Rng(44), kind, 0, &places, true);
     for outcome in join_all(bench.transport.ship(homed.tasks.clone())).await {
         let error = outcome.expect_err("its home takes nothing");
-        assert_eq!((error.kind, error.retry), (ErrorKind::Aborted, RetryHint::Elsewhere), "{error}");
+        assert_eq!((error.kind, error.retry), (ErrorKind::Aborted, RetryHint::Later), "{error}");
         assert!(error.message.contains("no gradients now"), "{error}");
     }
     check_freed(bench).await;

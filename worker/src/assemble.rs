@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use outboard_attention::kernel::Results;
 use outboard_attention::merge::{Corner, GradientPartial, OutputMerge, TensorViewMut, add_gradients};
-use outboard_attention::{InvalidAttention, Task, TensorView};
+use outboard_attention::{InvalidAttention, Span, Task, TensorView};
 use outboard_proto::{GradientHeader, KeyRange};
 use outboard_transport::KeyGradient;
 
@@ -72,7 +72,9 @@ pub(crate) fn sum_gradients(
     for KeyGradient { header, dk, dv } in delivered {
         let GradientHeader { range: KeyRange { document, tokens, kv_heads, .. }, group, position, .. } =
             header;
-        let Some(row) = call.row_of(*document, *tokens) else { continue };
+        let (field, bound_name, span) = ("keys of a delivered gradient", "the document's rows", *tokens);
+        let outside = || InvalidAttention::OutsideSpan { field, span, bound_name, bound: Span::default() };
+        let row = call.row_of(*document, *tokens).ok_or_else(outside)?;
         let (tokens, heads, at) = (tokens.len(), kv_heads.len(), Corner { row, head: kv_heads.start() });
         let partial = |values| GradientPartial { group: *group, position: *position, at, values };
         of_k.push(partial(TensorView::contiguous("dk", dk, [tokens, heads, geometry.head_dim()])?));

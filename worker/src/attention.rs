@@ -181,7 +181,8 @@ pub struct QkvGradient {
 }
 
 /// Computes core attention for a model: on this device alone, or through the pool. Calls block until the result is
-/// there; each may fail with an error that names job, step, layer and rank.
+/// there; each may fail with an error that names job, step, layer and rank. Where ranks share documents a layer of a step has
+/// one set of keys: forward may be asked for again with the same, and backward once.
 pub trait CoreAttention: Send + Sync {
     /// O and LSE of one layer.
     ///

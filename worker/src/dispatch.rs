@@ -37,8 +37,10 @@ pub(crate) struct Dispatch<'a> {
     /// Servers that may compute the tasks, planned and spare, by id.
     pub(crate) peers: &'a BTreeMap<u64, Arc<Peer>>,
     pub(crate) counters: &'a DispatchCounters,
-    /// When every task must be done, however often it is sent.
-    pub(crate) deadline: Instant,
+    /// How long a task may take, however often it is sent.
+    pub(crate) limit: Duration,
+    /// Since when: the call, or the time when all homes had their keys.
+    pub(crate) began: Mutex<Instant>,
 }
 
 /// Results of all tasks in the order of their requests.
@@ -84,6 +86,7 @@ impl Dispatch<'_> {
                 biased;
                 open = &mut gate, if waiting.is_some() => {
                     open?;
+                    *self.began.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
                     self.take_off(&requests, waiting.take().unwrap_or_default(), &mut flights)?;
                     continue;
                 }
@@ -223,7 +226,8 @@ impl Dispatch<'_> {
             tokio::time::sleep(wait).await;
         }
         let mut again = request.request.clone();
-        let left = self.deadline.saturating_duration_since(Instant::now());
+        let began = *self.began.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = self.limit.saturating_sub(began.elapsed());
         if left.is_zero() {
             let limit = again.header.deadline.unwrap_or_default();
             let late = TaskError::deadline("the task, sent to one server after another,", limit);

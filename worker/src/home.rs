@@ -81,7 +81,7 @@ impl Delivered {
     }
 
     fn take(&mut self, gradient: KeyGradient) {
-        if gradient.header.summed {
+        if gradient.header.summed > 0 {
             self.tasks.clear();
             self.sum.get_or_insert(gradient);
         } else if self.sum.is_none() {
@@ -108,6 +108,10 @@ impl Home {
         let listener = TcpListener::bind(listen).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
+        if advertise.is_none() && address.ip().is_unspecified() {
+            let message = "no other process could reach it there; name the address to advertise";
+            return Err(failed(std::io::Error::new(std::io::ErrorKind::InvalidInput, message)));
+        }
         let listener = {
             let _inside = runtime.enter();
             tokio::net::TcpListener::from_std(listener).map_err(failed)?
@@ -140,6 +144,14 @@ impl Drop for Home {
     }
 }
 
+/// True when two tensors are the same, NaNs included.
+fn same_bits(a: &Elements, b: &Elements) -> bool {
+    let (x, y) = (a.values(), b.values());
+    a.dtype() == b.dtype()
+        && x.len() == y.len()
+        && (x.as_ptr() == y.as_ptr() || x.iter().zip(&*y).all(|(x, y)| x.to_bits() == y.to_bits()))
+}
+
 impl Default for HomeStore {
     fn default() -> HomeStore {
         let (changed, _) = watch::channel(());
@@ -161,12 +173,28 @@ impl HomeStore {
     }
 
     /// Gives out the keys of a layer from now on, until the step is over.
-    pub(crate) fn publish(&self, call: &LayerCall, qkv: &Qkv) {
+    ///
+    /// # Errors
+    /// When the layer had other keys before in the step: ranks may have read those. The same once more, as of activations
+    /// that are computed again, changes nothing.
+    pub(crate) fn publish(&self, call: &LayerCall, qkv: &Qkv) -> Result<(), TaskError> {
         let mut state = self.lock();
-        let layer = state.layer_of(call);
-        state.layers.entry(layer).or_default().keys = Some((call.clone(), qkv.k.clone(), qkv.v.clone()));
+        let name = state.layer_of(call);
+        let keys = &mut state.layers.entry(name.clone()).or_default().keys;
+        let Some((_, k, v)) = keys.clone() else {
+            *keys = Some((call.clone(), qkv.k.clone(), qkv.v.clone()));
+            drop(state);
+            self.changed.send_replace(());
+            return Ok(());
+        };
         drop(state);
-        self.changed.send_replace(());
+        if same_bits(&k, &qkv.k) && same_bits(&v, &qkv.v) {
+            return Ok(());
+        }
+        let message = format!(
+            "{name}: the rank has given out other keys of it before; a layer whose documents ranks share has one set of keys a step"
+        );
+        Err(TaskError::invalid(message))
     }
 
     /// All that was to be delivered of a layer, waiting for what has not come.
@@ -180,11 +208,17 @@ impl HomeStore {
         loop {
             let missing = {
                 let mut state = self.lock();
-                let shares = state.shares.get(&call.step).cloned();
-                let expected = shares.as_ref().and_then(|shares| shares.get(&call.tick));
-                let Some(expected) = expected else { return Ok(Vec::new()) };
                 let name = state.layer_of(call);
-                let layer = state.layers.entry(name).or_default();
+                let unknown = || TaskError::invalid(format!("{name}: the step is over, or not planned"));
+                let shares = state.shares.get(&call.step).cloned().ok_or_else(unknown)?;
+                let Some(expected) = shares.get(&call.tick) else { return Ok(Vec::new()) };
+                let layer = state.layers.entry(name.clone()).or_default();
+                if layer.taken {
+                    let message = format!(
+                        "{name}: the gradients of its keys were taken before; a layer whose documents ranks share goes backward once a step"
+                    );
+                    return Err(TaskError::invalid(message));
+                }
                 let whole =
                     |key, share| layer.delivered.get(key).is_some_and(|d: &Delivered| d.is_whole(share));
                 let mut missing = expected.iter().filter(|(key, share)| !whole(*key, *share));
@@ -281,12 +315,19 @@ impl State {
         let upto = (*group, range.tokens.start());
         let share = shares.and_then(|shares| shares.range((*group, 0)..=upto).next_back());
         let fits = |(_, share): &(&ShareKey, &Share)| {
-            let expected = if *summed { Some(&share.tokens) } else { share.tasks.get(position) };
+            // The sum of some of them would pass for that of all.
+            let expected = match *summed as usize {
+                0 => share.tasks.get(position),
+                tasks => Some(&share.tokens).filter(|_| tasks == share.tasks.len()),
+            };
             let same = (share.document, share.kv_heads) == (range.document, range.kv_heads);
             same && expected == Some(&range.tokens)
         };
         let unknown = || {
-            let what = if *summed { "sum".to_owned() } else { format!("share of task {position}") };
+            let what = match summed {
+                0 => format!("share of task {position}"),
+                tasks => format!("sum of {tasks} tasks"),
+            };
             TaskError::invalid(format!("{range}: no such {what} of group {group} is planned here"))
         };
         share.filter(fits).map(|(key, share)| (*key, share)).ok_or_else(unknown)
@@ -369,3 +410,6 @@ impl HomeHandler for HomeStore {
         self.sent.fetch_add(sent, Ordering::Relaxed);
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -380,3 +380,6 @@ fn check(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

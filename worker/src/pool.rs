@@ -103,7 +103,8 @@ pub struct StepStats {
     pub attention: Duration,
     /// Of that, the time in which this rank's own device computed no attention, for anybody.
     pub exposed: Duration,
-    /// Time that tensors of this rank's tasks were on their way: for each call that of the longest task, summed.
+    /// Time that tensors of this rank's tasks were on their way, those to and from homes of keys included: for each call
+    /// that of the longest task, summed.
     pub communication: Duration,
 }
 
@@ -266,7 +267,7 @@ impl PoolAttention {
         }
         step.plan.check_call(call).map_err(|message| self.bad_plan(call.step, message))?;
         if let (Some((home, _)), None) = (&self.home, gradient) {
-            home.store.publish(call, qkv);
+            home.store.publish(call, qkv).map_err(|source| self.shared(call, source))?;
         }
         let busy_before = self.device_busy();
         let shipping = Shipping { options, numerics_id: self.job.numerics_id(), plan: &step.plan };
@@ -277,7 +278,8 @@ impl PoolAttention {
             numerics_id: self.job.numerics_id(),
             peers: &step.peers,
             counters: &self.counters,
-            deadline: started + options.task_timeout,
+            limit: options.task_timeout,
+            began: Mutex::new(started),
         };
         // Backward, every home has given its keys out already.
         let elsewhere =

@@ -6,7 +6,7 @@ use super::{check_name, convert, not_empty};
 use crate::{TaskError, v1};
 
 /// Most homes that a task may name. With the longest addresses its header still is a message that peers read.
-const MAX_HOMES: usize = 8192;
+pub const MAX_KEY_HOMES: usize = 8192;
 
 /// Where the keys of some tokens lie.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +45,7 @@ pub struct KeyRange {
     pub kv_heads: Span,
 }
 
-/// Names a task's share of the gradients of a range of keys.
+/// Names a task's share of the gradients of a range of keys, or its group's.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct GradientHeader {
     /// Of what.
@@ -54,9 +54,9 @@ pub struct GradientHeader {
     pub group: u32,
     /// Place within the group.
     pub position: u32,
-    /// True for the sum of all tasks of the group that read keys of the home; the position is that of the group's first
-    /// then.
-    pub summed: bool,
+    /// How many tasks were added up that read any of the range's keys; the position is that of the group's first then. 0
+    /// for the share of one task alone.
+    pub summed: u32,
 }
 
 impl std::fmt::Display for LayerRef {
@@ -89,10 +89,10 @@ pub(super) fn key_homes(homes: Vec<v1::KeyHome>, kv: Span) -> Result<Vec<KeyHome
 /// # Errors
 /// [`crate::ErrorKind::Invalid`], naming what does not follow what.
 pub fn check_key_homes(homes: &[KeyHome], kv: Span) -> Result<(), TaskError> {
-    if homes.len() > MAX_HOMES {
+    if homes.len() > MAX_KEY_HOMES {
         let count = homes.len();
         return Err(TaskError::invalid(format!(
-            "key_homes holds {count} homes; at most {MAX_HOMES} are allowed"
+            "key_homes holds {count} homes; at most {MAX_KEY_HOMES} are allowed"
         )));
     }
     let (Some(first), Some(last)) = (homes.first(), homes.last()) else {

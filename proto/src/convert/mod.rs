@@ -7,7 +7,7 @@ mod task;
 mod tensor;
 mod types;
 
-pub use home::{GradientHeader, KeyHome, KeyRange, LayerRef, check_key_homes};
+pub use home::{GradientHeader, KeyHome, KeyRange, LayerRef, MAX_KEY_HOMES, check_key_homes};
 pub use plan::AssignedTask;
 pub use task::WireTask;
 pub use tensor::{TensorKind, TensorRef};

@@ -298,6 +298,8 @@ impl Reader {
         let task = WireTask::try_from(wire)?;
         let name = task.header.name();
         let named = |error: TaskError| error.context(&name);
+        // First of all, so that a task that is refused fails its sum.
+        let member = self.sums.member(&task.header, self.shared.config.max_tasks).map_err(named)?;
         self.arrivals.check(&task).map_err(named)?;
         let leases = self.account.spend(&costs(&task)).map_err(named)?;
         let room = self.arrivals.check_room(self.running.len());
@@ -305,7 +307,6 @@ impl Reader {
         let refused = given.and_then(|()| refuse(&*self.shared.handler, &task.header));
         // Even a refused task spends its credit, which comes back to the client, and its tensors are taken in where later
         // tasks may name them.
-        let member = self.sums.member(&task.header, self.shared.config.max_tasks).map_err(named)?;
         let (fetch, whole) = self.arrivals.announce(task, leases, member);
         fetch.into_iter().for_each(|fetch| self.fetch(fetch));
         if let Err(error) = refused {
@@ -359,6 +360,7 @@ impl Reader {
 
     /// Gives up the tasks whose client ended the stream half-way. Those that wait for their homes alone go on.
     async fn give_up_arriving(&mut self) -> Result<(), TaskError> {
+        self.sums.end();
         for (id, header) in self.arrivals.end() {
             let error = TaskError::new(
                 ErrorKind::Corrupt,

@@ -25,8 +25,8 @@ pub enum Fault {
     Short,
 }
 
-/// The layer, the tokens, the kv heads, the group, the position, and whether it is a sum.
-type ShareName = (LayerRef, Span, Span, u32, u32, bool);
+/// The layer, the tokens, the kv heads, the group, the position, and how many tasks were added up.
+type ShareName = (LayerRef, Span, Span, u32, u32, u32);
 
 #[derive(Default)]
 pub struct TestHome {

@@ -94,7 +94,7 @@ impl Homed {
                     let (range, group, position) = (header.key_range(tokens), header.group, header.position);
                     shares.push((
                         places.at(&home.address),
-                        GradientHeader { range, group, position, summed: false },
+                        GradientHeader { range, group, position, summed: 0 },
                     ));
                 }
             }
@@ -156,8 +156,9 @@ impl Homed {
         let header = &self.tasks[0].header;
         let parts = header.key_homes.iter().map(|home| (home, home.tokens.intersect(hull)));
         let sum = |(home, tokens): (&KeyHome, Span)| {
-            let range = header.key_range(tokens);
-            (places.at(&home.address), GradientHeader { range, group: 7, position: 0, summed: true })
+            let reads = |task: &&TaskRequest| !task.header.task.kv().intersect(tokens).is_empty();
+            let (range, summed) = (header.key_range(tokens), self.tasks.iter().filter(reads).count() as u32);
+            (places.at(&home.address), GradientHeader { range, group: 7, position: 0, summed })
         };
         parts.filter(|(_, tokens)| !tokens.is_empty()).map(sum).collect()
     }
