@@ -1,6 +1,6 @@
 //! Order and reduction groups: in which order partial dK and dV are summed.
 
-use outboard_attention::{PlannedTask, Span};
+use outboard_attention::PlannedTask;
 
 use crate::PlanError;
 use crate::sheet::{Sheet, Strip};
@@ -20,32 +20,26 @@ pub(crate) fn tasks(
         placed.extend(strips.iter().map(|strip| (slot, *strip)));
     }
     // Sheets lie in order of documents and heads.
-    let group_key =
-        |slot: u32, strip: &Strip| (strip.sheet, strip.kv_heads, slot, home_of(&sheets[strip.sheet], strip));
-    placed.sort_unstable_by_key(|(slot, strip)| (group_key(*slot, strip), strip.q, strip.kv));
+    let group_key = |(slot, strip): &(u32, Strip)| {
+        (strip.sheet, strip.kv_heads, *slot, home_of(&sheets[strip.sheet], strip))
+    };
+    placed.sort_unstable_by_key(|placed| (group_key(placed), placed.1.q, placed.1.kv));
     let mut tasks = Vec::with_capacity(placed.len());
-    let mut current: Option<((usize, Span, u32, Option<u32>), u32, u32)> = None;
-    for (slot, strip) in &placed {
-        let key = group_key(*slot, strip);
-        let (group, position) = match current {
-            Some((same, group, position)) if same == key => (group, position + 1),
-            _ => {
-                let group = *next_group;
-                *next_group = group.checked_add(1).ok_or(PlanError::TooManyTasks { max: u32::MAX })?;
-                (group, 0)
-            }
-        };
-        current = Some((key, group, position));
-        let sheet = &sheets[strip.sheet];
-        tasks.push(PlannedTask {
-            document: sheet.document.id(),
-            q: strip.q,
-            kv: strip.keys(sheets),
-            kv_heads: strip.kv_heads,
-            slot: *slot,
-            group,
-            position,
-        });
+    for members in placed.chunk_by(|a, b| group_key(a) == group_key(b)) {
+        let group = *next_group;
+        *next_group = group.checked_add(1).ok_or(PlanError::TooManyTasks { max: u32::MAX })?;
+        for (position, (slot, strip)) in (0..).zip(members) {
+            let sheet = &sheets[strip.sheet];
+            tasks.push(PlannedTask {
+                document: sheet.document.id(),
+                q: strip.q,
+                kv: strip.keys(sheets),
+                kv_heads: strip.kv_heads,
+                slot: *slot,
+                group,
+                position,
+            });
+        }
     }
     Ok(tasks)
 }

@@ -36,6 +36,12 @@ pub(crate) struct PlacedTask {
     pub(crate) group_tasks: u32,
 }
 
+/// Keys that tasks read, and which these are.
+struct Hull {
+    keys: Span,
+    tasks: Vec<usize>,
+}
+
 /// Keys that a server fetches for tasks of this rank: the hull of what those of one document and kv-head range need.
 #[derive(Clone, Debug)]
 pub(crate) struct Fetch {
@@ -196,16 +202,17 @@ impl RankPlan {
         documents: &BTreeMap<DocumentId, Known>,
         reading: Reading<'_>,
     ) -> Result<(), String> {
-        let mut hulls: BTreeMap<(u32, u64, DocumentId, Span), (Span, Vec<usize>)> = BTreeMap::new();
+        // By tick, server, document and kv heads: the keys, and the tasks that read some of them.
+        let mut hulls: BTreeMap<(u32, u64, DocumentId, Span), Hull> = BTreeMap::new();
         let mut servers: BTreeMap<(u32, u32), Vec<u64>> = BTreeMap::new();
         for (n, placed) in self.tasks.iter().enumerate() {
             let PlannedTask { document, kv, kv_heads, group, .. } = placed.planned;
             servers.entry((placed.tick, group)).or_default().push(placed.server);
             if elsewhere.contains(&(placed.tick, group)) {
                 let key = (placed.tick, placed.server, document, kv_heads);
-                let (hull, tasks) = hulls.entry(key).or_insert_with(|| (kv, Vec::new()));
-                *hull = hull.hull(kv);
-                tasks.push(n);
+                let hull = hulls.entry(key).or_insert_with(|| Hull { keys: kv, tasks: Vec::new() });
+                hull.keys = hull.keys.hull(kv);
+                hull.tasks.push(n);
             }
         }
         for placed in &mut self.tasks {
@@ -214,9 +221,9 @@ impl RankPlan {
             let together = servers.iter().all(|server| *server == placed.server);
             placed.group_tasks = if together { servers.len() as u32 } else { 0 };
         }
-        for ((tick, _, document, _), (hull, tasks)) in hulls {
+        for ((tick, _, document, _), Hull { keys, tasks }) in hulls {
             let home = |run: &HomeRange| {
-                let tokens = run.tokens.intersect(hull);
+                let tokens = run.tokens.intersect(keys);
                 let address = reading.home_addresses.get(run.rank as usize).ok_or_else(|| {
                     format!("document {document} has a home on rank {}, whose address is not known", run.rank)
                 });
