@@ -278,7 +278,7 @@ fn placed_documents_attend_as_on_one_device() {
         );
         let moved: u64 = stats.iter().map(|s| s.bytes_moved).sum();
         // Backward, Q, K and V travel again: the planner assumes servers that keep them. And a server that computes for two
-        // homes of one document fetches its keys for each.
+        // homes of one document delivers gradients of its keys for each.
         let least = u64::from(LAYERS) * (summary.forward_bytes + summary.backward_bytes);
         let most = 2 * least;
         assert!(moved >= least && moved <= most, "{moved} bytes moved, {least} to {most} planned");

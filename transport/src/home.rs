@@ -14,6 +14,7 @@ use outboard_proto::{
 
 use crate::grpc::LinkConfig;
 use crate::grpc::home_client::{HomeLink, MAX_PARTS, fetch};
+use crate::parts::{Claim, Part, Parts, Segment};
 use crate::sizes::{Row, fetched_bytes, row_of};
 use crate::sums::{Delivery, Member};
 use crate::{TaskHandler, TaskOutcome};
@@ -71,6 +72,7 @@ struct Inner {
     local: Option<Local>,
     config: LinkConfig,
     links: Mutex<HashMap<String, HomeLink>>,
+    parts: Parts,
 }
 
 /// The home in this process, whose tensors go by pointer.
@@ -93,12 +95,15 @@ pub(crate) struct Fetched {
     pub(crate) k: TensorSlice,
     pub(crate) v: TensorSlice,
     pub(crate) received: u64,
+    /// For as long as these are held, other fetches of the same keys find them here.
+    pub(crate) claims: Vec<Claim>,
 }
 
 /// Where one home's part of some keys comes from.
 pub(crate) enum Source {
     Here([TensorSlice; 2]),
-    There(HomeLink, KeyRange),
+    /// At the home, or, sooner, where another fetch puts it.
+    There(HomeLink, KeyRange, Option<Arc<Part>>),
 }
 
 impl Homes {
@@ -109,7 +114,7 @@ impl Homes {
 
     /// The same, with connections of its own by `config`.
     pub fn with_link(self, config: LinkConfig) -> Homes {
-        Homes(Arc::new(Inner { local: self.0.local.clone(), config, links: Mutex::default() }))
+        Homes(Arc::new(Inner { local: self.0.local.clone(), config, ..Inner::default() }))
     }
 
     /// Resolves once a home has the keys of a layer.
@@ -137,24 +142,43 @@ impl Homes {
         }
     }
 
-    /// Fetches K and V of a task that names their homes; memory for them has been counted.
+    /// Fetches K and V of a task that names their homes; memory for them has been counted. What another fetch of this
+    /// process has, or will have, is not fetched again.
     pub(crate) async fn fetch(&self, header: &TaskHeader, tokens: Span) -> Result<Fetched, TaskError> {
-        let mut sources = Vec::with_capacity(header.key_homes.len());
+        let (mut sources, mut elsewhere) = (Vec::with_capacity(header.key_homes.len()), Vec::new());
         for home in &header.key_homes {
             let range = header.key_range(home.tokens);
-            let source = match self.local(home) {
-                Some(handler) => {
-                    let keys = handler.keys(&range).and_then(|keys| fit(header, &range, keys));
-                    Source::Here(keys.map_err(|error| named(error, home, "its keys"))?)
-                }
-                None => Source::There(self.link(home)?, range),
+            let Some(handler) = self.local(home) else {
+                elsewhere.push((home, self.link(home)?, range));
+                continue;
             };
-            sources.push((home, source));
+            let keys = handler.keys(&range).and_then(|keys| fit(header, &range, keys));
+            let keys = keys.map_err(|error| named(error, home, "its keys"))?;
+            sources.push((home, home.tokens, Source::Here(keys)));
         }
-        if let [(_, Source::Here([k, v]))] = &sources[..] {
-            return Ok(Fetched { k: k.clone(), v: v.clone(), received: 0 });
+        if let ([], [(_, _, Source::Here([k, v]))]) = (&elsewhere[..], &sources[..]) {
+            return Ok(Fetched { k: k.clone(), v: v.clone(), received: 0, claims: Vec::new() });
         }
-        fetch(header, tokens, sources).await
+        let wanted: Vec<(KeyRange, &str)> =
+            elsewhere.iter().map(|(home, _, range)| (range.clone(), &*home.address)).collect();
+        let mut claims = Vec::new();
+        for ((home, link, range), segments) in elsewhere.into_iter().zip(self.0.parts.claim(&wanted)) {
+            for segment in segments {
+                let (tokens, part) = match segment {
+                    Segment::Held(part, tokens) => (tokens, Some(part)),
+                    Segment::New(claim) => {
+                        let tokens = claim.tokens();
+                        claims.push(claim);
+                        (tokens, None)
+                    }
+                };
+                let range = KeyRange { tokens, ..range.clone() };
+                sources.push((home, tokens, Source::There(link.clone(), range, part)));
+            }
+        }
+        let Fetched { k, v, received, .. } = fetch(header, tokens, sources).await?;
+        claims.iter().for_each(|claim| claim.give(&k, &v));
+        Ok(Fetched { k, v, received, claims })
     }
 
     /// Delivers dK and dV of a backward task, or of its group, each home its tokens. Gives back the bytes that went over the

@@ -1,7 +1,7 @@
 //! Tasks for the attention server in this process: tensors go by pointer.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 
 use outboard_attention::TensorSlice;
 use outboard_proto::{ErrorKind, TaskError, TaskHeader};
@@ -10,6 +10,7 @@ use tokio::sync::{OnceCell, Semaphore};
 
 use crate::guard::{Deadline, guard};
 use crate::home::{Fetched, deliver};
+use crate::parts::Claim;
 use crate::sizes::{check, numerics_ids, refuse, result_bytes};
 use crate::sums::{GroupSum, Member, SumKey, counted, sum_of};
 use crate::{
@@ -113,6 +114,8 @@ struct FetchedKeys {
     cell: OnceCell<Result<[TensorSlice; 2], TaskError>>,
     /// Their memory.
     lease: ByteLease,
+    /// By which others find them while they are here.
+    claims: OnceLock<Vec<Claim>>,
 }
 
 /// The fetched keys of a shipment, by what their tasks share.
@@ -154,7 +157,8 @@ impl SharedKeys {
         };
         let Some(share) = share else { return Ok((own, None)) };
         let keys = known.unwrap_or_else(|| {
-            let new = Arc::new(FetchedKeys { cell: OnceCell::new(), lease: of_keys });
+            let new =
+                Arc::new(FetchedKeys { cell: OnceCell::new(), lease: of_keys, claims: OnceLock::new() });
             self.known.insert(share, Arc::downgrade(&new));
             self.kept.push(Arc::clone(&new));
             new
@@ -281,8 +285,10 @@ impl Server {
         // When the task that fetches is cancelled, the next one fetches in its place.
         let fetch = async || {
             let tokens = header.fetched_keys().unwrap_or_default();
-            let Fetched { k, v, received } = self.homes.fetch(&header, tokens).await?;
+            let Fetched { k, v, received, claims } = self.homes.fetch(&header, tokens).await?;
             self.handler.count_bytes(received, 0);
+            // There are none before: keys are fetched once.
+            let _ = keys.claims.set(claims);
             Ok([k, v])
         };
         let fetched = tokio::select! {

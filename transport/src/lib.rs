@@ -8,6 +8,7 @@ mod guard;
 mod handler;
 mod home;
 mod in_process;
+mod parts;
 mod sizes;
 mod sums;
 mod task;

@@ -25,7 +25,7 @@ struct Part {
 }
 
 impl Assembly {
-    /// Room for `tokens`, which `parts` cover one after another.
+    /// Room for `tokens`, which `parts` cover.
     pub(super) fn new(row: Row, tokens: Span, parts: &[Span]) -> Assembly {
         let bytes = |tokens: usize| row.tensor_bytes(tokens) as usize;
         let part = |span: &Span| Part {

@@ -124,24 +124,33 @@ impl HomeLink {
 pub(crate) async fn fetch(
     header: &TaskHeader,
     tokens: Span,
-    sources: Vec<(&KeyHome, Source)>,
+    sources: Vec<(&KeyHome, Span, Source)>,
 ) -> Result<Fetched, TaskError> {
-    let spans: Vec<Span> = sources.iter().map(|(home, _)| home.tokens).collect();
+    let spans: Vec<Span> = sources.iter().map(|(_, tokens, _)| *tokens).collect();
     let tensor = |kind| Assembly::new(row_of(header, kind), tokens, &spans);
     let tensors = Mutex::new([TensorKind::K, TensorKind::V].map(tensor));
     let fill = async |part, home, source| {
         let filled = match source {
             Source::Here(slices) => copy(&tensors, part, &slices),
-            Source::There(link, range) => link.fetch(&range, part, &tensors).await,
+            Source::There(link, range, held) => {
+                let held = match held {
+                    Some(held) => held.wait(range.tokens).await,
+                    None => None,
+                };
+                match held {
+                    Some(slices) => copy(&tensors, part, &slices),
+                    None => link.fetch(&range, part, &tensors).await,
+                }
+            }
         };
         filled.map_err(|error| named(error, home, "its keys"))
     };
     let parts: Vec<_> =
-        sources.into_iter().enumerate().map(|(part, (home, source))| fill(part, home, source)).collect();
+        sources.into_iter().enumerate().map(|(part, (home, _, source))| fill(part, home, source)).collect();
     let received = stream::iter(parts).buffer_unordered(MAX_PARTS);
     let received = received.try_fold(0, async |sum, bytes| Ok(sum + bytes)).await?;
     let [k, v] = tensors.into_inner().unwrap_or_else(PoisonError::into_inner);
-    Ok(Fetched { k: k.into_slice()?, v: v.into_slice()?, received })
+    Ok(Fetched { k: k.into_slice()?, v: v.into_slice()?, received, claims: Vec::new() })
 }
 
 fn put(tensors: &Tensors, part: usize, chunk: &Chunk) -> Result<(), TaskError> {

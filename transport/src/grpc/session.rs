@@ -23,6 +23,7 @@ use super::arrivals::{Arrivals, Failed, Fetch, WholeTask, costs};
 use super::results::outgoing;
 use super::writer::{FinishedTask, Outbound, Writer, write};
 use crate::home::{Fetched, deliver};
+use crate::parts::Claim;
 use crate::sizes::{numerics_ids, refuse};
 use crate::sums::{Member, Sums};
 use crate::{ArrivedTask, Homes, Origin, Pending, TaskHandler};
@@ -45,7 +46,7 @@ pub(super) struct Shared {
 }
 
 /// K and V that were fetched, or why not.
-type FetchEnd = (Fetch, Result<[TensorSlice; 2], TaskError>);
+type FetchEnd = (Fetch, Result<([TensorSlice; 2], Vec<Claim>), TaskError>);
 
 /// The reading half of a stream.
 struct Reader {
@@ -260,9 +261,9 @@ impl Reader {
                 () = fetch.given_up.cancelled() => return None,
                 fetched = homes.fetch(&fetch.header, fetch.tokens) => fetched,
             };
-            let slices = fetched.map(|Fetched { k, v, received }| {
+            let slices = fetched.map(|Fetched { k, v, received, claims }| {
                 handler.count_bytes(received, 0);
-                [k, v]
+                ([k, v], claims)
             });
             Some((fetch, slices))
         });

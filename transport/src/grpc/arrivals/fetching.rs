@@ -8,6 +8,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::{Arrivals, Content, Failed, Tensor, WholeTask};
 use crate::ByteLease;
+use crate::parts::Claim;
 
 /// A fetch that is under way.
 #[derive(Clone, Debug)]
@@ -75,9 +76,9 @@ impl Arrivals {
     pub(in super::super) fn fetched(
         &mut self,
         fetch: &Fetch,
-        outcome: Result<[TensorSlice; 2], TaskError>,
+        outcome: Result<([TensorSlice; 2], Vec<Claim>), TaskError>,
     ) -> Result<Vec<WholeTask>, Vec<Failed>> {
-        let slices = outcome.map_err(|error| {
+        let (slices, claims) = outcome.map_err(|error| {
             let mut failed = Vec::new();
             for id in fetch.ids {
                 let Some(tensor) = self.awaiting(fetch, id) else { continue };
@@ -90,8 +91,11 @@ impl Arrivals {
             failed
         })?;
         let mut whole = Vec::new();
+        // Whoever holds the tensors' memory lets others find them.
+        let claims = ByteLease::holding(0, claims);
         for (id, slice) in fetch.ids.into_iter().zip(slices) {
             let Some(tensor) = self.awaiting(fetch, id) else { continue };
+            tensor.lease = ByteLease::joined(vec![tensor.lease.clone(), claims.clone()]);
             tensor.content = Content::Whole(slice);
             let users = tensor.users.clone();
             whole.extend(self.arrived(users));

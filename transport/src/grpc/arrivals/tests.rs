@@ -103,12 +103,12 @@ fn keys_of_a_fetch_given_up_do_not_pass_for_those_of_its_ids_next_owner() {
     assert!(old.given_up.is_cancelled());
     let new = bench.announce(task(2, 7, true, true)).expect("keys to fetch");
     assert!(bench.send_q(2, 7).is_empty());
-    assert!(bench.arrivals.fetched(&old, Ok(keys(5, 5.0))).unwrap().is_empty());
+    assert!(bench.arrivals.fetched(&old, Ok((keys(5, 5.0), Vec::new()))).unwrap().is_empty());
     assert!(
         bench.arrivals.fetched(&old, Err(TaskError::internal("late"))).is_err_and(|failed| failed.is_empty())
     );
     assert!(!new.given_up.is_cancelled());
-    check_keys(&bench.arrivals.fetched(&new, Ok(keys(7, 7.0))).unwrap(), 2, 7, 7.0);
+    check_keys(&bench.arrivals.fetched(&new, Ok((keys(7, 7.0), Vec::new()))).unwrap(), 2, 7, 7.0);
     drop((old, new));
     assert!(bench.arrivals.is_empty());
     bench.check_free();
@@ -126,7 +126,7 @@ fn a_fetch_goes_on_while_a_task_waits_or_may_come() {
     assert!(!fetch.given_up.is_cancelled(), "task 2 waits");
     bench.arrivals.cancel(2);
     assert!(fetch.given_up.is_cancelled());
-    assert!(bench.arrivals.fetched(&fetch, Ok(keys(5, 5.0))).unwrap().is_empty());
+    assert!(bench.arrivals.fetched(&fetch, Ok((keys(5, 5.0), Vec::new()))).unwrap().is_empty());
     drop(fetch);
     bench.check_free();
 }
@@ -176,7 +176,7 @@ fn the_end_of_the_stream_fails_only_those_that_wait_for_chunks() {
     let given_up = bench.arrivals.end();
     assert_eq!(given_up.iter().map(|(id, _)| *id).collect::<Vec<_>>(), [2]);
     assert!(!fetch.given_up.is_cancelled());
-    check_keys(&bench.arrivals.fetched(&fetch, Ok(keys(5, 5.0))).unwrap(), 1, 5, 5.0);
+    check_keys(&bench.arrivals.fetched(&fetch, Ok((keys(5, 5.0), Vec::new()))).unwrap(), 1, 5, 5.0);
     drop(fetch);
     bench.check_free();
 }
