@@ -185,12 +185,7 @@ fn a_server_killed_with_tasks_in_hand_changes_no_bit() {
         let args = train(folder.path(), &["--steps", "12", "--pool", "3", "--attention", "pool"]);
         let mut running = Running::start(&args);
         if kill {
-            let pid = running.pid_of("attention server 1 ready");
-            running.wait_for("step   0");
-            // Stopped, it takes tasks and answers none; then it dies with them.
-            rustix::process::kill_process(pid, Signal::STOP).unwrap();
-            std::thread::sleep(Duration::from_secs(2));
-            rustix::process::kill_process(pid, Signal::KILL).unwrap();
+            running.kill_with_tasks("attention server 1 ready");
         }
         running.expect_success();
         let lines = read_json(&folder.path().join("figures.jsonl"));

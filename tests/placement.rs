@@ -5,12 +5,10 @@
 mod command_support;
 
 use std::path::Path;
-use std::time::Duration;
 
 use command_support::{
     Running, corpus, losses, outboard, outboard_fails, read_json, summary, temporary_folder,
 };
-use rustix::process::Signal;
 use serde_json::{Value, json};
 
 fn train(folder: &Path, more: &[&str]) -> Vec<String> {
@@ -84,12 +82,7 @@ fn a_server_killed_among_placed_tokens_changes_no_bit() {
         let args = train(folder.path(), &[&["--placement", "free"], &pool[..]].concat());
         let mut running = Running::start(&args);
         if kill {
-            let pid = running.pid_of("attention server 0 ready");
-            running.wait_for("step   0");
-            // Stopped, it takes tasks and answers none; then it dies with them.
-            rustix::process::kill_process(pid, Signal::STOP).unwrap();
-            std::thread::sleep(Duration::from_secs(2));
-            rustix::process::kill_process(pid, Signal::KILL).unwrap();
+            running.kill_with_tasks("attention server 0 ready");
         }
         running.expect_success();
         let lines = read_json(&folder.path().join("figures.jsonl"));

@@ -144,6 +144,16 @@ impl Running {
         Pid::from_raw(pid.parse().unwrap()).unwrap()
     }
 
+    /// Kills a process whose line starts so, with tasks in hand: stopped, it takes tasks and answers none; then it dies with
+    /// them.
+    pub fn kill_with_tasks(&mut self, start: &str) {
+        let pid = self.pid_of(start);
+        self.wait_for("step   0");
+        rustix::process::kill_process(pid, Signal::STOP).unwrap();
+        std::thread::sleep(Duration::from_secs(2));
+        rustix::process::kill_process(pid, Signal::KILL).unwrap();
+    }
+
     /// The address of a role's ready line.
     pub fn ready_address(&mut self) -> String {
         let line = self.wait_for(r#"{"#);

@@ -10,14 +10,15 @@ use std::time::Duration;
 use futures::future::join_all;
 use outboard_attention::{DType, Direction};
 use outboard_proto::{ErrorKind, RetryHint, TaskError};
-use outboard_transport::Pending;
 use outboard_transport::grpc::LinkConfig;
+use outboard_transport::{KeyShare, Keys, Pending};
 use support::*;
 
 scenarios!(
     tasks_cancelled_while_their_keys_come_free_everything,
     a_task_ends_at_its_deadline_while_its_keys_come,
     tasks_cancelled_while_their_keys_come_leave_the_others_theirs,
+    shipments_at_once_fetch_the_same_keys_once,
     a_task_cancelled_while_it_delivers_frees_everything,
     homes_that_give_no_keys_fail_their_tasks_alone,
     homes_that_take_no_gradients_fail_their_tasks_alone,
@@ -89,6 +90,37 @@ async fn tasks_cancelled_while_their_keys_come_leave_the_others_theirs(kind: Kin
         }
         check_freed(bench).await;
     }
+}
+
+async fn shipments_at_once_fetch_the_same_keys_once(kind: Kind) {
+    let places = Places::start(&[Spec::Wire(WireFault::Holds)]).await;
+    let bench = Bench::with_homes(kind, TestHandler::new(64 * MIB), places.way(quick())).await;
+    let wire = places.0[0].wire.clone().unwrap();
+    let mut rng = Rng(33);
+    let drawn = drawn(&mut rng, few_keys(kind, Direction::Forward));
+    let homed = at_homes(&mut rng, drawn, 0, &places, Cut { parts: 1, at: &[0] });
+    let first = bench.transport.ship(homed.tasks.clone());
+    eventually("keys are on their way", || wire.begun.load(SeqCst) == 1).await;
+    // As of another client: it shares nothing with the first but the homes.
+    let mut others = homed.tasks.clone();
+    let share = KeyShare::default();
+    others.iter_mut().for_each(|task| task.keys = Keys::AtHomes(share.clone()));
+    let used = bench.handler.budget.used();
+    let standing = bench.transport.traffic().sent;
+    let second = bench.transport.ship(others);
+    eventually("the others have come", || {
+        bench.handler.budget.used() > used || bench.transport.traffic().sent > standing
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    wire.release();
+    for pendings in [first, second] {
+        for (n, outcome) in join_all(pendings).await.into_iter().enumerate() {
+            homed.check(n, &outcome.expect("the task succeeds"));
+        }
+    }
+    assert_eq!(wire.begun.load(SeqCst), 1);
+    check_freed(bench).await;
 }
 
 async fn a_task_cancelled_while_it_delivers_frees_everything(kind: Kind) {

@@ -46,6 +46,8 @@ pub struct WireHome {
     released: watch::Sender<bool>,
     /// Fetches under way.
     pub fetches: Arc<AtomicUsize>,
+    /// All there have been.
+    pub begun: AtomicUsize,
 }
 
 struct UnderWay(Arc<AtomicUsize>);
@@ -58,7 +60,8 @@ impl Drop for UnderWay {
 
 impl WireHome {
     pub fn new(home: Arc<TestHome>, fault: WireFault) -> WireHome {
-        WireHome { home, fault, released: watch::channel(false).0, fetches: Arc::default() }
+        let (released, _) = watch::channel(false);
+        WireHome { home, fault, released, fetches: Arc::default(), begun: AtomicUsize::new(0) }
     }
 
     pub fn release(&self) {
@@ -131,6 +134,7 @@ impl HomeService for Edge {
         let (sender, receiver) = mpsc::channel(1);
         let mut released = self.0.released.subscribe();
         self.0.fetches.fetch_add(1, Ordering::SeqCst);
+        self.0.begun.fetch_add(1, Ordering::SeqCst);
         let under_way = UnderWay(Arc::clone(&self.0.fetches));
         tokio::spawn(async move {
             let _under_way = under_way;
