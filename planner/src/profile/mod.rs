@@ -84,6 +84,12 @@ impl Profile {
         built_in::profile(name)
     }
 
+    /// The same efficiencies of a peak that is `factor` times as high. `None` for a factor that makes no sense.
+    pub fn faster(self, factor: f64) -> Option<Profile> {
+        let peak = self.peak_flops_per_second * factor;
+        Profile::new(peak, self.task_overhead_seconds, self.grids).ok()
+    }
+
     /// The FLOPs a second that efficiencies are fractions of.
     pub fn peak_flops_per_second(&self) -> f64 {
         self.peak_flops_per_second

@@ -1,0 +1,32 @@
+//! The simulator: what a training step would take on a cluster, by one way to share core attention or another.
+
+mod batch;
+mod engine;
+mod error;
+mod gpu;
+mod layout;
+mod memory;
+mod mix;
+mod model;
+mod network;
+mod outcome;
+mod phase;
+mod policy;
+mod random;
+mod scenario;
+mod setting;
+mod tuning;
+
+pub use engine::{Account, Doing, Trace, Traced};
+pub use error::SimulationError;
+pub use gpu::Gpu;
+pub use layout::Layout;
+pub use memory::Memory;
+pub use mix::{LONG_DOCUMENTS, Mix, Stream};
+pub use model::Model;
+pub use network::{Link, Network};
+pub use outcome::{Carried, Outcome, simulate};
+pub use policy::Policy;
+pub use random::Random;
+pub use scenario::{Recompute, Scenario, Sequences};
+pub use tuning::Tuning;

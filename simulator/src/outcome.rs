@@ -1,0 +1,234 @@
+//! Simulating: the steps of a scenario by a policy, and what they come to.
+
+use crate::batch::cells;
+use crate::engine::{Account, Clocks, Trace, run};
+use crate::memory::Memory;
+use crate::policy::{Choice, Planned, Policy, choices, plan};
+use crate::scenario::Sequences;
+use crate::setting::Setting;
+use crate::{Layout, Scenario, SimulationError};
+
+/// Devices whose doings are kept.
+const TRACED: u32 = 8;
+
+/// What a policy makes of a scenario, the mean of its steps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Outcome {
+    /// How attention is shared.
+    pub policy: Policy,
+    /// The layout, with what the policy chose.
+    pub layout: Layout,
+    /// Steps whose documents change places.
+    pub window: usize,
+    /// Of a step.
+    pub seconds: f64,
+    /// Of each step.
+    pub step_seconds: Vec<f64>,
+    /// Over all GPUs.
+    pub tokens_per_second: f64,
+    /// Useful FLOPs over what all GPUs could compute at their peak.
+    pub mfu: f64,
+    /// Largest over mean seconds of attention of what is computed at one time.
+    pub imbalance: f64,
+    /// Where time goes, mean over devices.
+    pub account: Account,
+    /// Of the GPU that needs most.
+    pub memory: Memory,
+    /// Bytes that a GPU needs, mean over all.
+    pub mean_memory: f64,
+    /// Bytes of a step.
+    pub carried: Carried,
+    /// What some devices do in the first step.
+    pub trace: Trace,
+}
+
+/// Bytes that GPUs send for attention and between stages in a step, to others of their node and of other nodes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Carried {
+    /// Of all GPUs, within nodes.
+    pub within: f64,
+    /// Of all GPUs, between nodes.
+    pub between: f64,
+    /// Of the GPU that sends most, within its node.
+    pub most_within: f64,
+    /// Of the GPU that sends most between nodes.
+    pub most_between: f64,
+}
+
+/// Simulates the steps of a scenario.
+///
+/// # Errors
+/// A [`SimulationError`] for a scenario that makes no sense, that the policy has no answer for, or whose steps no GPU's
+/// memory holds in any way that the policy could choose.
+pub fn simulate(scenario: &Scenario, policy: Policy) -> Result<Outcome, SimulationError> {
+    scenario.check()?;
+    let batches = scenario.batches();
+    let setting = Setting::new(scenario, scenario.layout)?;
+    let sequences = batches.first().map_or(1, Vec::len);
+    let mut best: Option<Outcome> = None;
+    let mut refusal = None;
+    for choice in choices(&setting, policy, sequences) {
+        match outcome(scenario, policy, choice, &batches) {
+            Ok(outcome) => {
+                if best.as_ref().is_none_or(|best| outcome.seconds < best.seconds) {
+                    best = Some(outcome);
+                }
+            }
+            Err(error) => refusal = Some(nearer(refusal, error)),
+        }
+    }
+    best.ok_or_else(|| {
+        refusal.unwrap_or_else(|| SimulationError::Unsuited {
+            policy: policy.to_string(),
+            what: format!(
+                "{sequences} sequences a step on {} ranks with context {}",
+                setting.ranks(),
+                scenario.layout.context
+            ),
+        })
+    })
+}
+
+/// Of two refusals the one that is nearer to fitting.
+fn nearer(first: Option<SimulationError>, second: SimulationError) -> SimulationError {
+    match (first, &second) {
+        (Some(SimulationError::Memory { needed, .. }), SimulationError::Memory { needed: other, .. })
+            if *other < needed =>
+        {
+            second
+        }
+        (Some(first), _) => first,
+        (None, _) => second,
+    }
+}
+
+fn outcome(
+    scenario: &Scenario,
+    policy: Policy,
+    choice: Choice,
+    batches: &[Sequences],
+) -> Result<Outcome, SimulationError> {
+    let setting = Setting::new(scenario, choice.layout)?;
+    let mut sum = Sum::default();
+    for window in batches.chunks(choice.window) {
+        let planned = plan(&setting, policy, window)?;
+        check(policy, window, &planned, &setting)?;
+        for step in &planned {
+            let memory = memory(&setting, &step.held);
+            fits(scenario, policy, &memory)?;
+            sum.add(&setting, step, &memory);
+        }
+    }
+    Ok(sum.outcome(scenario, policy, choice, batches))
+}
+
+/// Checks that every cell is computed, once.
+fn check(
+    policy: Policy,
+    window: &[Sequences],
+    planned: &[Planned],
+    setting: &Setting<'_>,
+) -> Result<(), SimulationError> {
+    let documents = window.iter().flatten().flatten();
+    let asked = documents.map(|&tokens| cells(tokens)).sum::<u64>() * setting.closing.stages as u64;
+    let given: u64 = planned.iter().flat_map(|step| &step.cells).sum();
+    if asked == given {
+        return Ok(());
+    }
+    let what = format!("it computes {given} of {asked} cells");
+    Err(SimulationError::BadPlan { policy: policy.to_string(), what })
+}
+
+fn memory(setting: &Setting<'_>, held: &[crate::memory::Held]) -> Vec<Memory> {
+    let model = setting.layout.model_devices() as usize;
+    let of = |(device, held): (usize, &crate::memory::Held)| {
+        if device < model {
+            Memory::of(setting, device / setting.ranks(), *held)
+        } else {
+            Memory::of_server(setting, *held)
+        }
+    };
+    held.iter().enumerate().map(of).collect()
+}
+
+fn fits(scenario: &Scenario, policy: Policy, memory: &[Memory]) -> Result<(), SimulationError> {
+    let Some(most) = memory.iter().max_by(|a, b| a.total().total_cmp(&b.total())) else { return Ok(()) };
+    if most.total() <= scenario.gpu.memory_bytes {
+        return Ok(());
+    }
+    let (part, part_bytes) = most.largest();
+    Err(SimulationError::Memory {
+        policy: policy.to_string(),
+        gpu: scenario.gpu.name.clone(),
+        needed: most.total(),
+        available: scenario.gpu.memory_bytes,
+        part,
+        part_bytes,
+    })
+}
+
+/// Of the steps so far.
+#[derive(Debug, Default)]
+struct Sum {
+    seconds: Vec<f64>,
+    accounts: Vec<Account>,
+    imbalance: f64,
+    memory: Memory,
+    mean_memory: f64,
+    carried: Carried,
+    trace: Option<Trace>,
+}
+
+impl Sum {
+    fn add(&mut self, setting: &Setting<'_>, step: &Planned, memory: &[Memory]) {
+        let traced = if self.trace.is_none() { TRACED } else { 0 };
+        let mut clocks = Clocks::new(setting.devices(), setting.links, traced);
+        self.seconds.push(run(&mut clocks, &step.program, &setting.closing));
+        self.accounts.push(Account::mean(&clocks.accounts));
+        self.imbalance += step.imbalance;
+        self.trace.get_or_insert_with(|| std::mem::take(&mut clocks.trace));
+        let lanes = f64::from(setting.layout.tensor);
+        let all = |link: usize| clocks.carried.iter().map(|bytes| bytes[link]).sum::<f64>() * lanes;
+        let most = |link: usize| clocks.carried.iter().map(|bytes| bytes[link]).fold(0.0, f64::max);
+        self.carried.within += all(0);
+        self.carried.between += all(1);
+        self.carried.most_within += most(0);
+        self.carried.most_between += most(1);
+        self.mean_memory += memory.iter().map(Memory::total).sum::<f64>() / memory.len().max(1) as f64;
+        if let Some(most) = memory.iter().max_by(|a, b| a.total().total_cmp(&b.total()))
+            && most.total() > self.memory.total()
+        {
+            self.memory = *most;
+        }
+    }
+
+    fn outcome(self, scenario: &Scenario, policy: Policy, choice: Choice, batches: &[Sequences]) -> Outcome {
+        let steps = self.seconds.len().max(1) as f64;
+        let seconds = self.seconds.iter().sum::<f64>() / steps;
+        let documents = batches.iter().flatten().flatten();
+        let cells: f64 = documents.map(|&tokens| cells(tokens) as f64).sum::<f64>() / steps;
+        let flops = scenario.model.step_flops(scenario.tokens as f64, cells);
+        let peak = f64::from(choice.layout.gpus) * scenario.gpu.peak_flops_per_second;
+        let mean = |sum: f64| sum / steps;
+        Outcome {
+            policy,
+            layout: choice.layout,
+            window: choice.window,
+            seconds,
+            tokens_per_second: scenario.tokens as f64 / seconds,
+            mfu: flops / peak / seconds,
+            imbalance: mean(self.imbalance),
+            account: Account::mean(&self.accounts),
+            memory: self.memory,
+            mean_memory: mean(self.mean_memory),
+            carried: Carried {
+                within: mean(self.carried.within),
+                between: mean(self.carried.between),
+                most_within: mean(self.carried.most_within),
+                most_between: mean(self.carried.most_between),
+            },
+            trace: self.trace.unwrap_or_default(),
+            step_seconds: self.seconds,
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! Replicas that compute the attention of their own sequences: what trainers do without a pool.
+//!
+//! `fixed` is plain packing: sequences are filled in order and dealt to replicas in turn; within a replica a sequence is
+//! cut in `2 c` chunks for `c` ranks, of which rank `i` has chunks `i` and `2 c - 1 - i` (Llama 3's context parallelism,
+//! arXiv 2407.21783, section 3.3.2; Megatron-LM's). `cp` cuts each document so (per-document sharding of WLB-LLM, arXiv
+//! 2503.17924, section on context parallelism). Both gather K and V of all ranks before attention, keep them, and reduce dK and dV after
+//! the backward pass; nothing hides that. `cp-ring` passes K and V around a ring, while what has come is computed (Ring
+//! Attention, arXiv 2310.01889); the tasks that a ring computes are smaller, which is not modelled. All choose the number of
+//! ranks that share a sequence that takes the least time, where the layout names none.
+
+use super::{Choice, Planned, Policy, by_context};
+use crate::SimulationError;
+use crate::batch::{Share, by_document, by_sequence};
+use crate::engine::{Program, Replica};
+use crate::memory::Held;
+use crate::phase::{Attend, Exchange, Nano, Phase};
+use crate::scenario::Sequences;
+use crate::setting::Setting;
+
+pub(super) fn choices(setting: &Setting<'_>, sequences: usize) -> Vec<Choice> {
+    by_context(setting.layout, sequences).into_iter().map(|layout| Choice { layout, window: 1 }).collect()
+}
+
+/// Sequences dealt to replicas in turn.
+pub(super) fn plan(
+    setting: &Setting<'_>,
+    policy: Policy,
+    batch: &Sequences,
+) -> Result<Planned, SimulationError> {
+    if setting.layout.dedicated > 0 {
+        return Err(SimulationError::Unsuited {
+            policy: policy.to_string(),
+            what: "dedicated attention servers, which would be idle".to_owned(),
+        });
+    }
+    let ranks = setting.layout.context as usize;
+    let replicas = setting.ranks() / ranks;
+    let micro_batches = (setting.layout.micro_batches as usize).min(batch.len().div_ceil(replicas)).max(1);
+    let mut dealt = vec![vec![vec![Share::default(); ranks]; micro_batches]; replicas];
+    for (n, sequence) in batch.iter().enumerate() {
+        let shares = match policy {
+            Policy::Fixed => by_sequence(sequence, ranks, setting),
+            _ => by_document(sequence, ranks, setting),
+        };
+        let into = &mut dealt[n % replicas][n / replicas % micro_batches];
+        for (sum, share) in into.iter_mut().zip(shares) {
+            sum.tokens += share.tokens;
+            sum.cells += share.cells;
+            sum.seconds[0] += share.seconds[0];
+            sum.seconds[1] += share.seconds[1];
+        }
+    }
+    Ok(apart(setting, &dealt, if policy == Policy::CpRing { Keys::Ring } else { Keys::Gathered }))
+}
+
+/// How ranks that share a sequence come by its keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keys {
+    Gathered,
+    Ring,
+}
+
+/// The program of replicas whose ranks compute `dealt[replica][micro-batch][rank]`.
+pub(super) fn apart(setting: &Setting<'_>, dealt: &[Vec<Vec<Share>>], keys: Keys) -> Planned {
+    let ranks = dealt.first().and_then(|replica| replica.first()).map_or(1, Vec::len);
+    let mut replicas = Vec::with_capacity(dealt.len());
+    let mut cells = vec![0u64; setting.devices()];
+    let mut held = vec![Held::default(); setting.devices()];
+    let (mut most, mut mean) = (0.0, 0.0);
+    for (n, micro_batches) in dealt.iter().enumerate() {
+        let first = n * ranks;
+        let phases = micro_batches.iter().map(|shares| phase(setting, first, shares, keys)).collect();
+        replicas.push(Replica { first, micro_batches: phases });
+        for shares in micro_batches {
+            let together: f64 = shares.iter().map(|share| share.tokens as f64).sum();
+            for (rank, share) in shares.iter().enumerate() {
+                for stage in 0..setting.closing.stages {
+                    let device = stage * setting.ranks() + first + rank;
+                    cells[device] += share.cells;
+                    let held = &mut held[device];
+                    held.tokens = held.tokens.max(share.tokens as f64);
+                    held.in_flight = (setting.closing.stages - stage).min(micro_batches.len()) as f64;
+                    held.keys = held.keys.max(together - share.tokens as f64);
+                    held.layers = match keys {
+                        Keys::Gathered => f64::from(setting.closing.layers) * held.in_flight,
+                        Keys::Ring => 2.0 / ranks as f64,
+                    };
+                }
+            }
+        }
+    }
+    let micro_batches = dealt.iter().map(Vec::len).max().unwrap_or(0);
+    for at in 0..micro_batches {
+        let at_once = dealt.iter().filter_map(|replica| replica.get(at)).flatten();
+        let seconds: Vec<f64> = at_once.map(|share| share.seconds[0] + share.seconds[1]).collect();
+        most += seconds.iter().copied().fold(0.0, f64::max);
+        mean += seconds.iter().sum::<f64>() / (dealt.len() * ranks) as f64;
+    }
+    let imbalance = if mean > 0.0 { most / mean } else { 1.0 };
+    Planned { program: Program::Apart(replicas), cells, imbalance, held }
+}
+
+fn phase(setting: &Setting<'_>, first: usize, shares: &[Share], keys: Keys) -> Phase {
+    let ranks = shares.len();
+    let seconds = |direction: usize| shares.iter().map(|share| share.seconds[direction]).collect::<Vec<_>>();
+    let (mut forward, mut backward) = (Attend::local(seconds(0)), Attend::local(seconds(1)));
+    if ranks > 1 {
+        let weight = setting.gather_weight();
+        let bytes = |device: u32| shares[device as usize].tokens as f64 * setting.key_bytes() * weight;
+        let near = |a: u32, b: u32| setting.closing.near(first as u32 + a, first as u32 + b);
+        let group = vec![(0..ranks as u32).collect::<Vec<_>>()];
+        let gather = Exchange::gather(ranks, group, bytes, near);
+        match keys {
+            Keys::Gathered => {
+                forward.there = gather.clone();
+                backward.back = gather;
+            }
+            Keys::Ring => {
+                let last = 1.0 / ranks as f64;
+                backward.there = gather.clone().and(&gather);
+                forward.there = gather;
+                (forward.waits, backward.waits) = (last, last);
+            }
+        }
+    }
+    let tokens = shares.iter().map(|share| share.tokens as f64).collect();
+    Phase { nanos: vec![Nano { tokens, forward, backward }] }
+}

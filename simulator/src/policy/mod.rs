@@ -1,0 +1,142 @@
+//! Policies: who computes and sends what.
+
+mod alone;
+mod flexsp;
+mod hdp;
+mod pool;
+mod wlb;
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::engine::Program;
+use crate::memory::Held;
+use crate::scenario::Sequences;
+use crate::setting::Setting;
+use crate::{Layout, SimulationError};
+
+/// A way to share the work of a step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Policy {
+    /// Attention servers, planned by Outboard's planner, which chooses homes too.
+    Outboard,
+    /// The same, with homes in the order of the documents.
+    OutboardFixedHomes,
+    /// Plain packing.
+    Fixed,
+    /// Variable-length packing.
+    Wlb,
+    /// Context parallelism of each document, keys and values gathered.
+    Cp,
+    /// The same, keys and values around a ring.
+    CpRing,
+    /// Attention servers, planned by DistCA's greedy planner.
+    Distca,
+    /// Sequence-parallel groups of several degrees.
+    Flexsp,
+    /// A degree for each sequence.
+    Hdp,
+}
+
+impl Policy {
+    /// Every policy.
+    pub const ALL: [Policy; 9] = [
+        Policy::Outboard,
+        Policy::OutboardFixedHomes,
+        Policy::Fixed,
+        Policy::Wlb,
+        Policy::Cp,
+        Policy::CpRing,
+        Policy::Distca,
+        Policy::Flexsp,
+        Policy::Hdp,
+    ];
+    /// Their names, as they are read and printed.
+    pub const NAMES: [&str; 9] =
+        ["outboard", "outboard-fixed-homes", "fixed", "wlb", "cp", "cp-ring", "distca", "flexsp", "hdp"];
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        Policy::NAMES[self as usize]
+    }
+
+    /// Whether attention is computed by attention servers.
+    pub fn disaggregates(self) -> bool {
+        matches!(self, Policy::Outboard | Policy::OutboardFixedHomes | Policy::Distca)
+    }
+}
+
+impl fmt::Display for Policy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Policy {
+    type Err = SimulationError;
+
+    fn from_str(name: &str) -> Result<Policy, SimulationError> {
+        let named = Policy::ALL.into_iter().find(|policy| policy.name() == name);
+        named.ok_or_else(|| SimulationError::unknown("policy", name, &Policy::NAMES))
+    }
+}
+
+/// What a policy may choose; of several choices the one whose steps take the least time is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Choice {
+    pub(crate) layout: Layout,
+    /// Steps whose documents may change places.
+    pub(crate) window: usize,
+}
+
+/// A step by a policy.
+#[derive(Clone, Debug)]
+pub(crate) struct Planned {
+    pub(crate) program: Program,
+    /// Cells of one kv head that each device computes, over the micro-batches.
+    pub(crate) cells: Vec<u64>,
+    /// Largest over mean seconds of attention, of what is computed at one time, weighted by seconds.
+    pub(crate) imbalance: f64,
+    /// What each device holds.
+    pub(crate) held: Vec<Held>,
+}
+
+/// What `policy` may choose in a scenario.
+pub(crate) fn choices(setting: &Setting<'_>, policy: Policy, sequences: usize) -> Vec<Choice> {
+    match policy {
+        Policy::Outboard | Policy::OutboardFixedHomes | Policy::Distca | Policy::Flexsp | Policy::Hdp => {
+            vec![Choice { layout: setting.layout, window: 1 }]
+        }
+        Policy::Fixed | Policy::Cp | Policy::CpRing => alone::choices(setting, sequences),
+        Policy::Wlb => wlb::choices(setting, sequences),
+    }
+}
+
+/// The steps of a window by `policy`, in order.
+pub(crate) fn plan(
+    setting: &Setting<'_>,
+    policy: Policy,
+    window: &[Sequences],
+) -> Result<Vec<Planned>, SimulationError> {
+    let each =
+        |plan: &dyn Fn(&Sequences) -> Result<Planned, SimulationError>| window.iter().map(plan).collect();
+    match policy {
+        Policy::Outboard | Policy::OutboardFixedHomes | Policy::Distca => {
+            each(&|batch| pool::plan_step(setting, policy, batch))
+        }
+        Policy::Fixed | Policy::Cp | Policy::CpRing => each(&|batch| alone::plan(setting, policy, batch)),
+        Policy::Wlb => Ok(wlb::plan(setting, window)),
+        Policy::Flexsp => each(&|batch| flexsp::plan(setting, batch)),
+        Policy::Hdp => each(&|batch| hdp::plan(setting, batch)),
+    }
+}
+
+/// Layouts with every number of ranks that may share a sequence, or the one that the scenario names, and every replica
+/// with a sequence at least.
+pub(crate) fn by_context(layout: Layout, sequences: usize) -> Vec<Layout> {
+    let ranks = layout.ranks();
+    let divisors = (1..=ranks).filter(|context| ranks.is_multiple_of(*context));
+    let asked = |context: &u32| layout.context == 1 || layout.context == *context;
+    let fed = |context: &u32| (ranks / context) as usize <= sequences;
+    divisors.filter(asked).filter(fed).map(|context| Layout { context, ..layout }).collect()
+}

@@ -1,0 +1,57 @@
+//! What is not known beforehand of a cluster and is measured, or fitted to published figures.
+
+use crate::SimulationError;
+use crate::error::in_range;
+
+/// The parameters of the simulator that stand for efficiencies and overheads. They are printed with every result.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Tuning {
+    /// What matrix products outside of core attention reach, as a fraction of the GPU's peak.
+    pub matmul_efficiency: f64,
+    /// What core attention reaches of its profile.
+    pub attention_efficiency: f64,
+    /// What tasks and collectives reach of a link's bytes a second.
+    pub link_efficiency: f64,
+    /// What an all-gather among ranks that share a sequence reaches of a link's bytes a second.
+    pub gather_efficiency: f64,
+    /// Seconds that a device is kept from computing for each nano-batch, layer and direction whose tasks it sends and
+    /// receives: laying tensors out, launching transfers.
+    pub dispatch_seconds: f64,
+}
+
+impl Default for Tuning {
+    fn default() -> Tuning {
+        Tuning {
+            matmul_efficiency: 0.55,
+            attention_efficiency: 0.9,
+            link_efficiency: 0.7,
+            gather_efficiency: 0.7,
+            dispatch_seconds: 100e-6,
+        }
+    }
+}
+
+impl Tuning {
+    /// Every parameter with its name and unit.
+    pub fn entries(&self) -> [(&'static str, f64, &'static str); 5] {
+        [
+            ("matmul_efficiency", self.matmul_efficiency, "of the peak"),
+            ("attention_efficiency", self.attention_efficiency, "of the profile"),
+            ("link_efficiency", self.link_efficiency, "of the link"),
+            ("gather_efficiency", self.gather_efficiency, "of the link"),
+            ("dispatch_seconds", self.dispatch_seconds, "s a nano-batch, layer and direction"),
+        ]
+    }
+
+    /// Checks that every number makes sense.
+    ///
+    /// # Errors
+    /// The first that does not.
+    pub fn check(&self) -> Result<(), SimulationError> {
+        for (name, value, _) in self.entries() {
+            let (least, most) = if name == "dispatch_seconds" { (0.0, 1.0) } else { (1e-3, 2.0) };
+            in_range(&format!("tuning.{name}"), value, least, most)?;
+        }
+        Ok(())
+    }
+}
