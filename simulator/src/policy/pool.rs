@@ -68,22 +68,24 @@ pub(super) fn plan_step(
     if stages == 1 {
         backward.clone_from(&forward);
     }
-    for group in groups.iter().flatten() {
-        tally.count(setting, group);
+    for nanos in &groups {
+        tally.count(nanos);
     }
     Ok(tally.planned(setting, count, Program::Together { forward, backward }))
 }
 
 /// The documents of each micro-batch, in nano-batches: whole sequences where there are enough, else documents.
-fn micro_batches(setting: &Setting<'_>, policy: Policy, batch: &Sequences) -> Vec<[Vec<usize>; 2]> {
-    let count = setting.layout.micro_batches as usize;
-    let parts = 2 * count;
+fn micro_batches(setting: &Setting<'_>, policy: Policy, batch: &Sequences) -> Vec<Vec<Vec<usize>>> {
+    let nanos = setting.scenario.nano_batches as usize;
+    let parts = nanos * setting.layout.micro_batches as usize;
     let mut groups: Vec<Vec<usize>> = vec![Vec::new(); parts];
     if policy == Policy::Distca && batch.len() >= parts {
         // In the order in which they come.
         for (n, sequence) in batch.iter().enumerate() {
             groups[n * parts / batch.len()].extend(sequence);
         }
+    } else if parts == 1 {
+        groups[0].extend(batch.iter().flatten());
     } else {
         // Longest first, each where there are the fewest tokens, and of these the least work.
         let mut documents: Vec<usize> = batch.iter().flatten().copied().collect();
@@ -96,8 +98,7 @@ fn micro_batches(setting: &Setting<'_>, policy: Policy, batch: &Sequences) -> Ve
             groups[least].push(tokens);
         }
     }
-    let mut groups = groups.into_iter();
-    std::iter::from_fn(|| Some([groups.next()?, groups.next()?])).collect()
+    groups.chunks(nanos).map(<[_]>::to_vec).collect()
 }
 
 /// Documents with homes on ranks, as many tokens on each as on any other, or about as many.
@@ -195,7 +196,7 @@ fn phase(
     backward_only: bool,
     tally: &mut Tally,
 ) -> Result<Phase, PlanError> {
-    let nanos = (0..2).map(|nano| {
+    let nanos = (0..setting.scenario.nano_batches as usize).map(|nano| {
         let groups: Vec<(usize, &Group)> =
             active.iter().filter_map(|(stage, groups)| Some((*stage, groups.get(nano)?))).collect();
         self::nano(setting, policy, &groups, backward_only, tally)
@@ -351,12 +352,12 @@ impl Tally {
         }
     }
 
-    /// Adds a nano-batch of a micro-batch.
-    fn count(&mut self, setting: &Setting<'_>, group: &Group) {
-        for (rank, &tokens) in group.tokens.iter().enumerate() {
-            self.tokens[rank] = self.tokens[rank].max(2.0 * tokens as f64);
+    /// Adds a micro-batch.
+    fn count(&mut self, nanos: &[Group]) {
+        for (rank, most) in self.tokens.iter_mut().enumerate() {
+            let tokens: u64 = nanos.iter().map(|group| group.tokens[rank]).sum();
+            *most = most.max(tokens as f64);
         }
-        let _ = setting;
     }
 
     fn planned(mut self, setting: &Setting<'_>, micro_batches: usize, program: Program) -> Planned {
