@@ -151,7 +151,7 @@ fn memory(setting: &Setting<'_>, held: &[crate::memory::Held]) -> Vec<Memory> {
     held.iter().enumerate().map(of).collect()
 }
 
-fn fits(scenario: &Scenario, policy: Policy, memory: &[Memory]) -> Result<(), SimulationError> {
+pub(crate) fn fits(scenario: &Scenario, policy: Policy, memory: &[Memory]) -> Result<(), SimulationError> {
     let Some(most) = memory.iter().max_by(|a, b| a.total().total_cmp(&b.total())) else { return Ok(()) };
     if most.total() <= scenario.gpu.memory_bytes {
         return Ok(());

@@ -13,6 +13,9 @@ pub(crate) enum Program {
     /// passes. With `p` stages and `m` micro-batches there are `m + p - 1` phases of each kind, and stage `s` has
     /// micro-batch `n - s` of forward phase `n`, and `n - (p - 1) + s` of backward phase `n`.
     Together { forward: Vec<Phase>, backward: Vec<Phase> },
+    /// All ranks go through micro-batches, each forward and backward, and wait for each other after each. There is no
+    /// pipeline.
+    Rounds(Vec<Phase>),
     /// Replicas of the model go through their own micro-batches, one forward, one backward; they wait for each other at
     /// the end of the step.
     Apart(Vec<Replica>),
@@ -57,6 +60,15 @@ pub(crate) fn run(clocks: &mut Clocks, program: &Program, closing: &Closing) -> 
     match program {
         Program::Together { forward, backward } => {
             together(clocks, forward, backward, closing, &mut last_backward)
+        }
+        Program::Rounds(phases) => {
+            for phase in phases.iter().map(std::slice::from_ref) {
+                together(clocks, phase, phase, closing, &mut last_backward);
+                let last = (0..closing.ranks).map(|device| clocks.free(device)).fold(0.0, f64::max);
+                for device in 0..closing.ranks {
+                    clocks.pass(device, last, |account, gap| account.imbalance += gap);
+                }
+            }
         }
         Program::Apart(replicas) => {
             for replica in replicas {

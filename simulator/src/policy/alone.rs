@@ -116,10 +116,10 @@ fn phase(setting: &Setting<'_>, first: usize, shares: &[Share], keys: Keys) -> P
                 backward.back = gather;
             }
             Keys::Ring => {
-                let last = 1.0 / ranks as f64;
+                let last = vec![1.0 / ranks as f64; ranks];
                 backward.there = gather.clone().and(&gather);
                 forward.there = gather;
-                (forward.waits, backward.waits) = (last, last);
+                (forward.waits, backward.waits) = (last.clone(), last);
             }
         }
     }

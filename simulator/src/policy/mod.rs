@@ -2,6 +2,7 @@
 
 mod alone;
 mod flexsp;
+mod groups;
 mod hdp;
 mod pool;
 mod wlb;

@@ -280,7 +280,7 @@ fn nano(
         dispatch: dispatch.clone(),
         there: exchange(bytes, true),
         back: exchange(bytes, false),
-        waits: 1.0,
+        waits: vec![1.0; devices],
     };
     let nano = Nano {
         tokens,
