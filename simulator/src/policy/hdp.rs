@@ -2,10 +2,11 @@
 //! each sequence gets as many ranks as it needs, `ceil(length / capacity)`, which pass K and V around a ring of their own
 //! (as in `cp-ring`); shorter ones are packed up to the capacity and need no others. Ranks run as many micro-batches as
 //! they come to, and meet only at the end of the step, so what is balanced is their time over the step: longest first, each
-//! onto the ranks with the least so far.
+//! onto the ranks with the least so far. They are computed in the opposite order, so that gradients are reduced while the
+//! longest, which are on most ranks, go through the backward pass.
 //!
-//! The capacity, tokens of a rank in a micro-batch, is the operator's to set. Here it is what memory holds, or that halved as
-//! often as makes the step shortest by prediction. Documents are the sequences, wherever the batch packed them.
+//! The capacity, tokens of a rank in a micro-batch, is the operator's to set. Here it is what memory holds, or whatever less
+//! makes the step shortest by prediction. Documents are the sequences, wherever the batch packed them.
 //!
 //! Simplified: no activations are offloaded to hosts, so a long sequence never gets by with fewer ranks; there is no pipeline
 //! (its balance of stages is a second scheduler of the paper); a ring's latency counts once, not for every neighbour.
@@ -38,11 +39,15 @@ pub(super) fn plan(setting: &Setting<'_>, batch: &Sequences) -> Result<Planned, 
             ),
         });
     }
-    let even = documents.iter().sum::<usize>() / ranks;
-    let finest = (even / FINEST).max(longest.div_ceil(ranks)).max(LEAST);
-    let capacities = std::iter::successors(Some(most.min(longest.max(even)).max(1)), |c| {
-        Some(c / 2).filter(|half| *half >= finest)
-    });
+    let even = (documents.iter().sum::<usize>() / ranks).max(1);
+    // Of the longest document on so many ranks; with all of them the capacity may still be more than short ones fill.
+    let degrees =
+        std::iter::successors(Some(longest.div_ceil(most)), |degree| Some(degree + degree.div_ceil(4)));
+    let degrees = degrees.take_while(|degree| *degree < ranks).chain([ranks]);
+    let by_degree = degrees.map(|degree| longest.div_ceil(degree).max(LEAST));
+    let evenly = std::iter::successors(Some(most.min(even)), |capacity| Some(capacity / 2))
+        .take_while(|capacity| *capacity >= LEAST.max(even / FINEST).max(longest.div_ceil(ranks)));
+    let capacities = [most].into_iter().chain(by_degree).chain(evenly);
     let arranged = capacities.map(|capacity| Arranged::new(setting, &documents, capacity));
     let best = arranged.min_by(|a, b| a.seconds().total_cmp(&b.seconds()));
     Ok(best.unwrap_or_else(|| Arranged::new(setting, &documents, most)).planned(setting))
@@ -131,7 +136,7 @@ impl Arranged {
         let mut totals = vec![Share::default(); setting.ranks()];
         let mut most = vec![held(0.0, 0.0); setting.ranks()];
         let mut forward = Vec::with_capacity(self.micro_batches.len());
-        for groups in &self.micro_batches {
+        for groups in self.micro_batches.iter().rev() {
             let phase = phase(setting, Sharing::Ring, groups, &mut totals);
             for group in groups {
                 let together: usize = group.documents.iter().sum();
