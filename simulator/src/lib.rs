@@ -1,5 +1,6 @@
 //! The simulator: what a training step would take on a cluster, by one way to share core attention or another.
 
+mod advise;
 mod batch;
 mod engine;
 mod error;
@@ -17,6 +18,7 @@ mod scenario;
 mod setting;
 mod tuning;
 
+pub use advise::{Advice, Doubt, LinkGain, advise};
 pub use engine::{Account, Doing, Trace, Traced};
 pub use error::SimulationError;
 pub use gpu::Gpu;
