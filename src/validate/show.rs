@@ -6,6 +6,7 @@ use serde::Serialize;
 use super::cases::{Group, Published};
 use super::facts::Fact;
 use super::gains::{Predicted, Step};
+use super::own::Own;
 use crate::bench::kernel::show::{Output, table};
 
 /// One group; the field names are those of the JSON lines.
@@ -37,6 +38,17 @@ struct FactLine<'a> {
     published: &'a str,
     predicted: f64,
     assumed: &'a str,
+}
+
+/// A run of this machine: what was measured, then what is predicted.
+#[derive(Debug, Serialize)]
+struct OwnLine<'a> {
+    kind: &'static str,
+    run: &'a str,
+    steps: usize,
+    local_seconds: [f64; 2],
+    pool_seconds: [f64; 2],
+    speedup: [f64; 2],
 }
 
 pub(super) fn show(
@@ -128,6 +140,52 @@ pub(super) fn show(
     let entries: Vec<String> =
         entries.iter().map(|(name, value, unit)| format!("{name} {value} {unit}")).collect();
     output.say(&format!("\nparameters, fitted to the groups that say so: {}", entries.join(", ")))
+}
+
+/// Runs of this machine.
+pub(super) fn show_own(runs: &[Own], output: &mut Output) -> anyhow::Result<()> {
+    output.say("steps of outboard train on this machine, s, measured and predicted")?;
+    let header = [
+        "run",
+        "steps",
+        "local",
+        "predicted",
+        "difference",
+        "pool",
+        "predicted",
+        "difference",
+        "speedup",
+        "predicted",
+        "points",
+    ];
+    let mut rows = table(header, 1);
+    for own in runs {
+        let Own { run, steps, local, pool } = own;
+        let speedup = own.speedup();
+        output.write(&OwnLine {
+            kind: "validation-run",
+            run,
+            steps: *steps,
+            local_seconds: *local,
+            pool_seconds: *pool,
+            speedup,
+        })?;
+        let off = |pair: &[f64; 2]| format!("{:+.1}%", 100.0 * (pair[1] / pair[0] - 1.0));
+        rows.add_row([
+            run.clone(),
+            steps.to_string(),
+            format!("{:.3}", local[0]),
+            format!("{:.3}", local[1]),
+            off(local),
+            format!("{:.3}", pool[0]),
+            format!("{:.3}", pool[1]),
+            off(pool),
+            format!("{:.3}", speedup[0]),
+            format!("{:.3}", speedup[1]),
+            format!("{:+.1}", 100.0 * (speedup[1] - speedup[0])),
+        ]);
+    }
+    output.say(&rows.to_string())
 }
 
 fn range(ends: [Option<String>; 2]) -> String {
