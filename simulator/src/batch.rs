@@ -66,11 +66,10 @@ impl Share {
         let heads = &setting.heads;
         let rows = piece.rows();
         let own = Piece { start: 0, end: rows }.seconds(setting);
-        let shape = TaskShape {
-            rows: rows * heads.group(),
-            keys: rows,
-            cells: (rows * rows * heads.kv_heads()) as u64,
-        };
+        // Chunks differ by a token where they do not divide the document.
+        let others = (piece.cells() - cells(rows)).div_ceil(before.max(1) as u64);
+        let shape =
+            TaskShape { rows: rows * heads.group(), keys: rows, cells: others * heads.kv_heads() as u64 };
         self.tokens += rows as u64;
         self.cells += piece.cells();
         for (n, direction) in [Direction::Forward, Direction::Backward].into_iter().enumerate() {

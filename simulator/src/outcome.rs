@@ -151,7 +151,8 @@ fn check(
     setting: &Setting<'_>,
 ) -> Result<(), SimulationError> {
     let documents = window.iter().flatten().flatten();
-    let asked = documents.map(|&tokens| cells(tokens)).sum::<u64>() * setting.closing.stages as u64;
+    let times = (setting.closing.stages * setting.heads.kv_heads()) as u64;
+    let asked = documents.map(|&tokens| cells(tokens)).sum::<u64>() * times;
     let given: u64 = planned.iter().flat_map(|step| &step.cells).sum();
     if asked == given {
         return Ok(());

@@ -77,7 +77,7 @@ pub(super) fn apart(setting: &Setting<'_>, dealt: &[Vec<Vec<Share>>], keys: Keys
             for (rank, share) in shares.iter().enumerate() {
                 for stage in 0..setting.closing.stages {
                     let device = stage * setting.ranks() + first + rank;
-                    cells[device] += share.cells;
+                    cells[device] += share.cells * setting.heads.kv_heads() as u64;
                     let held = &mut held[device];
                     held.tokens = held.tokens.max(share.tokens as f64);
                     held.in_flight = (setting.closing.stages - stage).min(micro_batches.len()) as f64;

@@ -16,7 +16,7 @@
 //! (ZeRO-3's collectives join all ranks); weights are held as by all policies, not sharded, and gathering them costs nothing.
 
 use super::groups::{
-    Group, Sharing, capacity, heads_seconds, keys_to_each, longest_first, passes, phase, suited,
+    Group, Sharing, all_heads, capacity, heads_seconds, keys_to_each, longest_first, passes, phase, suited,
     token_seconds,
 };
 use super::{Planned, Policy};
@@ -290,7 +290,7 @@ fn planned(setting: &Setting<'_>, micro_batches: &[Vec<Group>]) -> Planned {
     }
     Planned {
         program: Program::Rounds(phases),
-        cells: totals.iter().map(|share| share.cells).collect(),
+        cells: all_heads(setting, &totals),
         imbalance: if mean > 0.0 { slowest / mean } else { 1.0 },
         held: most,
     }

@@ -123,6 +123,11 @@ pub(super) fn shares(setting: &Setting<'_>, sharing: Sharing, group: &Group) -> 
     (0..degree).map(|n| Share { tokens: part(tokens, n), cells: part(cells, n), seconds }).collect()
 }
 
+/// Cells that each rank computes, of all kv heads of a lane.
+pub(super) fn all_heads(setting: &Setting<'_>, totals: &[Share]) -> Vec<u64> {
+    totals.iter().map(|share| share.cells * setting.heads.kv_heads() as u64).collect()
+}
+
 /// A micro-batch of all ranks, each in one group or in none, which has nothing to do. Adds what each rank computes to
 /// `totals`.
 pub(super) fn phase(

@@ -11,7 +11,9 @@
 //! Simplified: no activations are offloaded to hosts, so a long sequence never gets by with fewer ranks; there is no pipeline
 //! (its balance of stages is a second scheduler of the paper); a ring's latency counts once, not for every neighbour.
 
-use super::groups::{Group, Sharing, capacity, longest_first, passes, phase, shares, suited, token_seconds};
+use super::groups::{
+    Group, Sharing, all_heads, capacity, longest_first, passes, phase, shares, suited, token_seconds,
+};
 use super::{Planned, Policy};
 use crate::SimulationError;
 use crate::batch::Share;
@@ -155,7 +157,7 @@ impl Arranged {
         let imbalance = if mean > 0.0 { seconds.iter().copied().fold(0.0, f64::max) / mean } else { 1.0 };
         Planned {
             program: Program::Together { backward: forward.clone(), forward },
-            cells: totals.iter().map(|share| share.cells).collect(),
+            cells: all_heads(setting, &totals),
             imbalance,
             held: most,
         }

@@ -94,7 +94,7 @@ pub(crate) struct Choice {
 #[derive(Clone, Debug)]
 pub(crate) struct Planned {
     pub(crate) program: Program,
-    /// Cells of one kv head that each device computes, over the micro-batches.
+    /// Cells that each device computes, of all kv heads of a lane, over the micro-batches.
     pub(crate) cells: Vec<u64>,
     /// Largest over mean seconds of attention, of what is computed at one time, weighted by seconds.
     pub(crate) imbalance: f64,

@@ -154,10 +154,9 @@ impl Tally {
             held.layers = if setting.scenario.keep { f64::from(setting.closing.layers) } else { 2.0 };
         }
         if !backward_only {
-            let heads = setting.heads.kv_heads() as u64;
             let loads = Loads::planned(plan, &problem.documents, &problem.geometry).totals();
             for (slot, load) in loads.into_iter().enumerate() {
-                self.cells[first + slot] += load / heads.max(1);
+                self.cells[first + slot] += load;
             }
         }
     }
