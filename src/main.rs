@@ -16,6 +16,7 @@ mod cuda;
 mod device;
 mod holdings;
 mod lifetime;
+mod page;
 mod plan;
 mod profile;
 mod slices;
