@@ -19,6 +19,7 @@ mod lifetime;
 mod page;
 mod plan;
 mod profile;
+mod simulate;
 mod slices;
 mod step;
 mod train;
@@ -55,6 +56,9 @@ enum Role {
     Bench(bench::Args),
     /// Measure what this machine reaches on tasks of each size, for the cost model: print or write PROFILE.json.
     Profile(profile::Args),
+    /// Simulate training steps on a cluster, by each way to share core attention: what each would take, where the time
+    /// goes, and what fits.
+    Simulate(Box<simulate::Args>),
     /// One rank of `outboard train`, which starts it.
     #[command(hide = true)]
     TrainRank,
@@ -76,6 +80,7 @@ fn main() -> ExitCode {
         Role::Compute(args) => compute::run(args),
         Role::Bench(args) => bench::run(args),
         Role::Profile(args) => profile::run(args),
+        Role::Simulate(args) => simulate::run(*args),
         Role::TrainRank => return train::rank::run(),
     };
     match outcome {
