@@ -60,9 +60,42 @@ impl Share {
     }
 }
 
+impl Share {
+    /// Adds rows whose keys come in `before` chunks of as many keys as there are rows, and then their own.
+    fn add_by_chunk(&mut self, piece: Piece, before: usize, setting: &Setting<'_>) {
+        let heads = &setting.heads;
+        let rows = piece.rows();
+        let own = Piece { start: 0, end: rows }.seconds(setting);
+        let shape = TaskShape {
+            rows: rows * heads.group(),
+            keys: rows,
+            cells: (rows * rows * heads.kv_heads()) as u64,
+        };
+        self.tokens += rows as u64;
+        self.cells += piece.cells();
+        for (n, direction) in [Direction::Forward, Direction::Backward].into_iter().enumerate() {
+            self.seconds[n] += own[n] + before as f64 * setting.seconds(direction, shape);
+        }
+    }
+}
+
+/// The keys of a document that come to a rank at one time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arriving {
+    /// All that its rows see.
+    AtOnce,
+    /// Those of one chunk: rows and keys of every two chunks are a task of their own.
+    ByChunk,
+}
+
 /// Every document in chunks of equal rows, two for each of `ranks` ranks: rank `i` has chunks `i` and `2 ranks - 1 - i`.
 /// A document of fewer rows goes whole to the rank with the fewest tokens.
-pub(crate) fn by_document(documents: &[usize], ranks: usize, setting: &Setting<'_>) -> Vec<Share> {
+pub(crate) fn by_document(
+    documents: &[usize],
+    ranks: usize,
+    arriving: Arriving,
+    setting: &Setting<'_>,
+) -> Vec<Share> {
     let mut shares = vec![Share::default(); ranks];
     let chunks = 2 * ranks;
     for &tokens in documents {
@@ -74,7 +107,11 @@ pub(crate) fn by_document(documents: &[usize], ranks: usize, setting: &Setting<'
         let border = |chunk: usize| tokens * chunk / chunks;
         for (rank, share) in shares.iter_mut().enumerate() {
             for chunk in [rank, chunks - 1 - rank] {
-                share.add(Piece { start: border(chunk), end: border(chunk + 1) }, setting);
+                let piece = Piece { start: border(chunk), end: border(chunk + 1) };
+                match arriving {
+                    Arriving::AtOnce => share.add(piece, setting),
+                    Arriving::ByChunk => share.add_by_chunk(piece, chunk, setting),
+                }
             }
         }
     }

@@ -25,7 +25,7 @@ pub use memory::Memory;
 pub use mix::{LONG_DOCUMENTS, Mix, Stream};
 pub use model::Model;
 pub use network::{Link, Network};
-pub use outcome::{Carried, Outcome, simulate};
+pub use outcome::{Carried, Outcome, simulate, simulate_steps};
 pub use policy::Policy;
 pub use random::Random;
 pub use scenario::{Recompute, Scenario, Sequences};

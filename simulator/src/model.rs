@@ -31,8 +31,8 @@ impl Model {
     /// Names that [`Model::built_in`] knows.
     pub const BUILT_IN: [&str; 3] = ["llama-8b", "llama-34b", "llama-70b"];
 
-    /// A model by one of the names [`Model::BUILT_IN`]. `llama-8b` and `llama-70b` are Llama 3's; `llama-34b` is Code
-    /// Llama's with 16 kv heads, as DistCA's paper (arXiv 2510.18121, evaluation) has it.
+    /// A model by one of the names [`Model::BUILT_IN`]: shapes as published with the weights of Llama 3.1 8B, Code Llama 34B
+    /// and Llama 3.1 70B.
     pub fn built_in(name: &str) -> Option<Model> {
         let shape = |layers, hidden, ffn, q_heads, kv_heads, vocabulary| Model {
             name: name.to_owned(),
@@ -47,7 +47,7 @@ impl Model {
         };
         match name {
             "llama-8b" => Some(shape(32, 4096, 14_336, 32, 8, 128_256)),
-            "llama-34b" => Some(shape(48, 8192, 22_016, 64, 16, 128_256)),
+            "llama-34b" => Some(shape(48, 8192, 22_016, 64, 8, 32_000)),
             "llama-70b" => Some(shape(80, 8192, 28_672, 64, 8, 128_256)),
             _ => None,
         }

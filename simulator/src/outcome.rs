@@ -62,13 +62,34 @@ pub struct Carried {
 /// memory holds in any way that the policy could choose.
 pub fn simulate(scenario: &Scenario, policy: Policy) -> Result<Outcome, SimulationError> {
     scenario.check()?;
-    let batches = scenario.batches();
+    simulate_steps(scenario, policy, &scenario.batches())
+}
+
+/// The same for steps whose documents are given, and not drawn.
+///
+/// # Errors
+/// As [`simulate`], and where a step has no tokens, or other than the scenario says.
+pub fn simulate_steps(
+    scenario: &Scenario,
+    policy: Policy,
+    batches: &[Sequences],
+) -> Result<Outcome, SimulationError> {
+    scenario.check()?;
+    for (step, batch) in batches.iter().enumerate() {
+        let tokens: u64 = batch.iter().flatten().map(|&tokens| tokens as u64).sum();
+        if tokens != scenario.tokens || batch.iter().any(Vec::is_empty) {
+            return Err(SimulationError::Documents(format!(
+                "step {step} has {tokens} tokens, and not the {} that a step has, or an empty sequence",
+                scenario.tokens
+            )));
+        }
+    }
     let setting = Setting::new(scenario, scenario.layout)?;
     let sequences = batches.first().map_or(1, Vec::len);
     let mut best: Option<Outcome> = None;
     let mut refusal = None;
     for choice in choices(&setting, policy, sequences) {
-        match outcome(scenario, policy, choice, &batches) {
+        match outcome(scenario, policy, choice, batches) {
             Ok(outcome) => {
                 if best.as_ref().is_none_or(|best| outcome.seconds < best.seconds) {
                     best = Some(outcome);

@@ -42,6 +42,8 @@ pub(crate) struct Exchange {
     /// What each device receives.
     pub(crate) receives: Vec<[f64; 2]>,
     pub(crate) senders: Senders,
+    /// How much longer its bytes take than others do.
+    pub(crate) drag: f64,
 }
 
 /// Whom a device waits for before it has received everything.
@@ -125,12 +127,19 @@ impl Exchange {
             sends: vec![[0.0; 2]; devices],
             receives: vec![[0.0; 2]; devices],
             senders: Senders::Nobody,
+            drag: 1.0,
         }
     }
 
     /// The same, but nobody goes on before everybody has everything.
     pub(crate) fn with_barrier(mut self) -> Exchange {
         self.senders = Senders::All;
+        self
+    }
+
+    /// The same, whose bytes take `drag` times as long.
+    pub(crate) fn dragged(mut self, drag: f64) -> Exchange {
+        self.drag = drag;
         self
     }
 
@@ -142,6 +151,7 @@ impl Exchange {
                 sum[1] += more[1];
             }
         }
+        self.drag = self.drag.max(other.drag);
         self.senders = match (self.senders, &other.senders) {
             (Senders::Nobody, senders) => senders.clone(),
             (senders, Senders::Nobody) => senders,

@@ -31,6 +31,12 @@ pub struct Scenario {
     pub update: bool,
     /// Whether attention servers keep Q, K and V for the backward pass. Otherwise they are sent again.
     pub keep: bool,
+    /// Nano-batches that take turns where attention is disaggregated: 2 (ping and pong), or 1.
+    pub nano_batches: u32,
+    /// The most tokens of a micro-batch of variable length over the mean.
+    pub token_room: f64,
+    /// The most steps whose documents variable-length packing may exchange: 1 where none is put off.
+    pub delay: u32,
     /// How far above the mean the tokens of a rank may lie where the planner chooses homes, as a fraction of it.
     pub token_slack: f64,
     /// Efficiencies and overheads.
@@ -94,6 +100,9 @@ impl Scenario {
         in_range("context", self.context as f64, 1.0, f64::from(1u32 << 28))?;
         in_range("tokens", self.tokens as f64, self.context as f64, MAX_TOKENS as f64)?;
         in_range("steps", f64::from(self.steps), 1.0, 1000.0)?;
+        in_range("nano_batches", f64::from(self.nano_batches), 1.0, 2.0)?;
+        in_range("token_room", self.token_room, 0.0, 1e6)?;
+        in_range("delay", f64::from(self.delay), 1.0, 64.0)?;
         in_range("token_slack", self.token_slack, 0.0, 1.0)?;
         let shares = u64::from(self.layout.ranks()) * u64::from(self.layout.micro_batches);
         if self.tokens < 2 * shares {

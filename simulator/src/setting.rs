@@ -90,8 +90,8 @@ impl Setting<'_> {
         (self.heads.q_heads() * self.heads.head_dim() * self.heads.dtype().bytes()) as f64
     }
 
-    /// By how much bytes of an all-gather count for more, or less, than others on a link.
-    pub(crate) fn gather_weight(&self) -> f64 {
+    /// How much longer bytes of an all-gather take than others do.
+    pub(crate) fn gather_drag(&self) -> f64 {
         self.scenario.tuning.link_efficiency / self.scenario.tuning.gather_efficiency
     }
 

@@ -106,8 +106,8 @@ impl Clocks {
             for link in 0..2 {
                 let bytes = exchange.sends.get(n).map_or(0.0, |bytes| bytes[link]);
                 if bytes > 0.0 {
-                    let end =
-                        self.out[device][link].max(ready[n]) + bytes / self.links.bytes_per_second[link];
+                    let end = self.out[device][link].max(ready[n])
+                        + bytes * exchange.drag / self.links.bytes_per_second[link];
                     self.out[device][link] = end;
                     self.carried[device][link] += bytes;
                     last = last.max(end);
@@ -146,8 +146,8 @@ impl Clocks {
             for link in 0..2 {
                 let bytes = exchange.receives.get(n).map_or(0.0, |bytes| bytes[link]);
                 if bytes > 0.0 {
-                    let end =
-                        self.into[device][link].max(waited.first) + bytes / self.links.bytes_per_second[link];
+                    let end = self.into[device][link].max(waited.first)
+                        + bytes * exchange.drag / self.links.bytes_per_second[link];
                     self.into[device][link] = end;
                     self.received[device][link] += bytes;
                     last = last.max(end);
@@ -169,6 +169,18 @@ impl Clocks {
             arrivals.iter_mut().for_each(|arrival| arrival.at = last);
         }
         arrivals
+    }
+
+    /// Sends something to one device of another stage, once it is ready; returns when it is there. Only the sender's link
+    /// is in use: receivers have it when they ask for it, in an order of their own.
+    pub(crate) fn send(&mut self, from: usize, link: usize, bytes: f64, ready: f64) -> Arrival {
+        if bytes <= 0.0 {
+            return Arrival { at: ready, made: ready };
+        }
+        let end = self.out[from][link].max(ready) + bytes / self.links.bytes_per_second[link];
+        self.out[from][link] = end;
+        self.carried[from][link] += bytes;
+        Arrival { at: end + self.links.latency_seconds[link], made: ready }
     }
 
     /// Lets time pass on a device until `until`, by the way that `account` accounts for it.

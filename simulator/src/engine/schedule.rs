@@ -3,7 +3,7 @@
 use super::clocks::{Arrival, Clocks, Operation, Wait};
 use super::layers::{self, Costs, Work};
 use super::trace::{Doing, Traced};
-use crate::phase::{Exchange, Phase, Transfer};
+use crate::phase::Phase;
 use crate::scenario::Recompute;
 
 /// A step as its policy has it. Devices are numbered rank by rank, stage after stage.
@@ -121,7 +121,7 @@ fn head(clocks: &mut Clocks, first: usize, phase: &Phase, closing: &Closing, las
     }
 }
 
-/// Sends what a stage has computed to the next, or what it has of gradients to the one before.
+/// Sends what all stages have computed to the next, or what they have of gradients to the one before.
 fn to_stage(
     clocks: &mut Clocks,
     phase: &Phase,
@@ -129,21 +129,32 @@ fn to_stage(
     closing: &Closing,
     forth: bool,
 ) -> Vec<Arrival> {
-    if closing.stages == 1 {
-        return vec![Arrival::default(); exits.len()];
-    }
-    let (devices, ranks) = (exits.len(), closing.ranks);
-    let mut transfers = Vec::new();
-    for device in 0..closing.stages * ranks {
-        let to = if forth { device.checked_add(ranks) } else { device.checked_sub(ranks) };
-        if let Some(to) = to.filter(|&to| to < closing.stages * ranks) {
-            let bytes = phase.tokens_of(device) * closing.token_bytes;
-            transfers.push(Transfer { from: device as u32, to: to as u32, bytes });
+    let mut arrivals = vec![Arrival::default(); exits.len()];
+    for (device, exit) in exits.iter().enumerate().take(closing.stages * closing.ranks) {
+        if let Some(to) = neighbour(device, closing, forth) {
+            arrivals[to] = hand_over(clocks, device, to, phase.tokens_of(device), *exit, closing);
         }
     }
-    let exchange = Exchange::of(devices, &transfers, |a, b| closing.near(a, b));
-    let ready: Vec<f64> = exits.iter().map(|exit| exit.at).collect();
-    clocks.exchange(0, &exchange, &ready)
+    arrivals
+}
+
+/// The same rank on the next stage, or on the one before.
+fn neighbour(device: usize, closing: &Closing, forth: bool) -> Option<usize> {
+    let to = if forth { device.checked_add(closing.ranks) } else { device.checked_sub(closing.ranks) };
+    to.filter(|&to| to < closing.stages * closing.ranks)
+}
+
+/// Sends activations, or gradients, of so many tokens.
+fn hand_over(
+    clocks: &mut Clocks,
+    from: usize,
+    to: usize,
+    tokens: f64,
+    exit: Arrival,
+    closing: &Closing,
+) -> Arrival {
+    let link = usize::from(!closing.near(from as u32, to as u32));
+    clocks.send(from, link, tokens * closing.token_bytes, exit.at)
 }
 
 /// What a stage of a replica does next.
@@ -197,7 +208,7 @@ fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backwar
                         let exits = layers::run(clocks, first, phase, work, &input);
                         if stage + 1 < stages {
                             forth[stage + 1][n] =
-                                Some(hand_over(clocks, first, phase, &exits, closing, true));
+                                Some(from_stage(clocks, first, phase, &exits, closing, true));
                         } else {
                             back[stage][n] = Some(exits);
                         }
@@ -213,7 +224,7 @@ fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backwar
                         }
                         if stage > 0 {
                             back[stage - 1][n] =
-                                Some(hand_over(clocks, first, phase, &exits, closing, false));
+                                Some(from_stage(clocks, first, phase, &exits, closing, false));
                         }
                     }
                 }
@@ -226,7 +237,7 @@ fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backwar
 }
 
 /// The same for one replica, whose devices on this stage start at `first`.
-fn hand_over(
+fn from_stage(
     clocks: &mut Clocks,
     first: usize,
     phase: &Phase,
@@ -234,23 +245,11 @@ fn hand_over(
     closing: &Closing,
     forth: bool,
 ) -> Vec<Arrival> {
-    let devices = phase.devices();
-    let to = if forth { first + closing.ranks } else { first - closing.ranks };
-    // Both stages side by side, the lower one first.
-    let (low, from, onto) = if forth { (first, 0, closing.ranks) } else { (to, closing.ranks, 0) };
-    let span = closing.ranks + devices;
-    let mut transfers = Vec::with_capacity(devices);
-    for device in 0..devices {
-        let bytes = phase.tokens_of(device) * closing.token_bytes;
-        transfers.push(Transfer { from: (from + device) as u32, to: (onto + device) as u32, bytes });
-    }
-    let near = |a: u32, b: u32| closing.near(low as u32 + a, low as u32 + b);
-    let exchange = Exchange::of(span, &transfers, near);
-    let mut ready = vec![0.0; span];
-    for (device, exit) in exits.iter().enumerate() {
-        ready[from + device] = exit.at;
-    }
-    clocks.exchange(low, &exchange, &ready)[onto..onto + devices].to_vec()
+    let arrival = |(n, exit): (usize, &Arrival)| {
+        let to = neighbour(first + n, closing, forth)?;
+        Some(hand_over(clocks, first + n, to, phase.tokens_of(n), *exit, closing))
+    };
+    exits.iter().enumerate().filter_map(arrival).collect()
 }
 
 /// Gradients among the ranks of each stage, the optimizer, and the end of the step.

@@ -5,12 +5,12 @@
 //! arXiv 2407.21783, section 3.3.2; Megatron-LM's). `cp` cuts each document so (per-document sharding of WLB-LLM, arXiv
 //! 2503.17924, section on context parallelism). Both gather K and V of all ranks before attention, keep them, and reduce dK and dV after
 //! the backward pass; nothing hides that. `cp-ring` passes K and V around a ring, while what has come is computed (Ring
-//! Attention, arXiv 2310.01889); the tasks that a ring computes are smaller, which is not modelled. All choose the number of
+//! Attention, arXiv 2310.01889); its tasks are those of two chunks, and smaller. All choose the number of
 //! ranks that share a sequence that takes the least time, where the layout names none.
 
 use super::{Choice, Planned, Policy, by_context};
 use crate::SimulationError;
-use crate::batch::{Share, by_document, by_sequence};
+use crate::batch::{Arriving, Share, by_document, by_sequence};
 use crate::engine::{Program, Replica};
 use crate::memory::Held;
 use crate::phase::{Attend, Exchange, Nano, Phase};
@@ -40,7 +40,8 @@ pub(super) fn plan(
     for (n, sequence) in batch.iter().enumerate() {
         let shares = match policy {
             Policy::Fixed => by_sequence(sequence, ranks, setting),
-            _ => by_document(sequence, ranks, setting),
+            Policy::CpRing => by_document(sequence, ranks, Arriving::ByChunk, setting),
+            _ => by_document(sequence, ranks, Arriving::AtOnce, setting),
         };
         let into = &mut dealt[n % replicas][n / replicas % micro_batches];
         for (sum, share) in into.iter_mut().zip(shares) {
@@ -105,11 +106,10 @@ fn phase(setting: &Setting<'_>, first: usize, shares: &[Share], keys: Keys) -> P
     let seconds = |direction: usize| shares.iter().map(|share| share.seconds[direction]).collect::<Vec<_>>();
     let (mut forward, mut backward) = (Attend::local(seconds(0)), Attend::local(seconds(1)));
     if ranks > 1 {
-        let weight = setting.gather_weight();
-        let bytes = |device: u32| shares[device as usize].tokens as f64 * setting.key_bytes() * weight;
+        let bytes = |device: u32| shares[device as usize].tokens as f64 * setting.key_bytes();
         let near = |a: u32, b: u32| setting.closing.near(first as u32 + a, first as u32 + b);
         let group = vec![(0..ranks as u32).collect::<Vec<_>>()];
-        let gather = Exchange::gather(ranks, group, bytes, near);
+        let gather = Exchange::gather(ranks, group, bytes, near).dragged(setting.gather_drag());
         match keys {
             Keys::Gathered => {
                 forward.there = gather.clone();

@@ -3,24 +3,20 @@
 //! (arXiv 2510.18121, evaluation) takes its baseline "WLB-ideal".
 //!
 //! Documents go longest first to the micro-batch with the least work if that has room, else to the one with the fewest
-//! tokens if that has, and what is left to the one with the least work. Room is [`ROOM`] times the mean number of tokens.
+//! tokens if that has, and what is left to the one with the least work. Room is [`crate::Scenario::token_room`] times the mean number of tokens.
 //! Simplified: work is what the simulator itself predicts; a delay lets all documents of a few steps change places, not only
 //! outliers, and steps take micro-batches of similar work together, which is at least as good as what WLB-LLM's queues do.
 
 use super::alone::{Keys, apart};
 use super::{Choice, Planned, by_context};
-use crate::batch::{Piece, Share, by_document, cells};
+use crate::batch::{Arriving, Piece, Share, by_document, cells};
 use crate::scenario::Sequences;
 use crate::setting::Setting;
 
-/// Steps whose documents may change places.
-const WINDOWS: [usize; 3] = [1, 2, 4];
-/// The most tokens of a micro-batch over the mean.
-const ROOM: f64 = 1.2;
-
 pub(super) fn choices(setting: &Setting<'_>, sequences: usize) -> Vec<Choice> {
-    let steps = setting.scenario.steps as usize;
-    let windows = WINDOWS.into_iter().filter(|window| *window <= steps);
+    let most = setting.scenario.delay.min(setting.scenario.steps) as usize;
+    let windows =
+        std::iter::successors(Some(1), |window| Some(2 * window)).take_while(move |window| *window <= most);
     windows
         .flat_map(|window| {
             let layouts = by_context(setting.layout, sequences).into_iter();
@@ -53,7 +49,7 @@ pub(super) fn plan(setting: &Setting<'_>, window: &[Sequences]) -> Vec<Planned> 
         for (n, bin) in bins.iter().enumerate() {
             let round = n / replicas;
             let replica = if round.is_multiple_of(2) { n % replicas } else { replicas - 1 - n % replicas };
-            dealt[replica].push(by_document(&bin.documents, ranks, setting));
+            dealt[replica].push(by_document(&bin.documents, ranks, Arriving::AtOnce, setting));
         }
         apart(setting, &dealt, Keys::Gathered)
     };
@@ -63,7 +59,7 @@ pub(super) fn plan(setting: &Setting<'_>, window: &[Sequences]) -> Vec<Planned> 
 fn packed(setting: &Setting<'_>, documents: &[usize], count: usize) -> Vec<Bin> {
     let costs = &setting.closing.costs;
     let token = 3.0 * (costs.pre + costs.post) + 2.0 * (costs.tensor_pre + costs.tensor_post);
-    let room = documents.iter().sum::<usize>() as f64 / count as f64 * ROOM;
+    let room = documents.iter().sum::<usize>() as f64 / count as f64 * setting.scenario.token_room;
     let mut bins = vec![Bin::default(); count];
     let mut left = Vec::new();
     for &tokens in documents {

@@ -1,0 +1,149 @@
+//! A nano-batch whose attention is served: planned, and laid out as seconds of servers and bytes of links.
+
+use outboard_attention::{Document, DocumentId, HomeRange, StepPlan};
+use outboard_planner::{
+    Carried, Flow, PlanError, Policy as Planner, Problem, Rates, Times, Traffic, plan, plan_by,
+};
+
+use super::Policy;
+use super::homes::{Group, slots};
+use crate::phase::{Attend, Exchange, Nano, Transfer};
+use crate::setting::Setting;
+
+/// Where DistCA's planner stops: the least tolerance that its scripts allow.
+const TOLERANCE: f64 = 0.05;
+
+/// A nano-batch with the plan by which it is served.
+#[derive(Clone, Debug)]
+pub(super) struct Served {
+    pub(super) nano: Nano,
+    pub(super) plan: StepPlan,
+    pub(super) problem: Problem,
+    /// The device of the first slot.
+    pub(super) first: usize,
+}
+
+/// Plans what the stages have in hand at one time: each one's group of documents.
+pub(super) fn serve(
+    setting: &Setting<'_>,
+    policy: Policy,
+    groups: &[(usize, &Group)],
+) -> Result<Served, PlanError> {
+    let mut tokens = vec![0.0; setting.devices()];
+    for &(stage, group) in groups {
+        for (rank, &count) in group.tokens.iter().enumerate() {
+            tokens[stage * setting.ranks() + rank] = count as f64;
+        }
+    }
+    let model = setting.layout.model_devices() as usize;
+    let documents = of_stages(setting, groups)?;
+    let problem = Problem::new(setting.heads, documents, slots(setting, model));
+    let problem = Problem { ranks: model as u32, ..problem };
+    let plan = if policy == Policy::Distca {
+        plan_by(&problem, Planner::Distca { tolerance: TOLERANCE })?
+    } else {
+        soonest(setting, &problem, &tokens)?
+    };
+    // Servers in place are numbered as the devices, dedicated ones come after these.
+    let first = if setting.layout.dedicated > 0 { model } else { 0 };
+    let nano = nano(setting, policy, &problem, &plan, tokens);
+    Ok(Served { nano, plan, problem, first })
+}
+
+/// The documents of all stages, whose homes are then devices.
+fn of_stages(setting: &Setting<'_>, groups: &[(usize, &Group)]) -> Result<Vec<Document>, PlanError> {
+    let mut documents = Vec::new();
+    for &(stage, group) in groups {
+        for document in &group.documents {
+            let id = DocumentId { rank: stage as u32, index: document.id().index };
+            let device = |rank: u32| rank + (stage * setting.ranks()) as u32;
+            let homes = document.homes().iter().map(|home| HomeRange { rank: device(home.rank), ..*home });
+            let moved = Document::new(id, document.tokens(), homes.collect());
+            documents.push(moved.map_err(|error| PlanError::BadHomes(error.to_string()))?);
+        }
+    }
+    Ok(documents)
+}
+
+/// The balanced plan of the fewest bytes. Where its bytes take longer than everything that is computed meanwhile, the plan for
+/// the least time, if that is sooner done.
+fn soonest(setting: &Setting<'_>, problem: &Problem, tokens: &[f64]) -> Result<StepPlan, PlanError> {
+    let costs = &setting.closing.costs;
+    let token = 3.0 * (costs.pre + costs.post) + 2.0 * (costs.tensor_pre + costs.tensor_post);
+    let dense = tokens.iter().copied().fold(0.0, f64::max) * token;
+    let is_far = setting.devices() > setting.closing.devices_per_node;
+    let link = setting.links.bytes_per_second[usize::from(is_far)];
+    let times = |plan: &StepPlan| {
+        let [forward, backward] = Times::planned(plan, problem, &setting.scenario.gpu.profile).busiest();
+        let attention = (forward + backward) / setting.scenario.tuning.attention_efficiency;
+        let traffic = Traffic::of(plan, problem);
+        let again = if setting.scenario.keep { 0 } else { traffic.forward.busiest };
+        let carried = (traffic.forward.busiest + traffic.backward.busiest + again) as f64 / link;
+        (attention, carried)
+    };
+    let balanced = plan(problem)?;
+    let (attention, carried) = times(&balanced);
+    if carried <= attention + dense || attention <= 0.0 {
+        return Ok(balanced);
+    }
+    // Links carry while the rest of the layer is computed too, so they count for as much faster.
+    let flops = balanced_flops(problem, &balanced);
+    let bytes_per_second = link * (1.0 + dense / attention).min(1e3);
+    let rates = Rates { flops_per_second: flops / attention, bytes_per_second };
+    let bounded = plan(&Problem { rates: Some(rates), ..problem.clone() })?;
+    let (other, less) = times(&bounded);
+    Ok(if less.max(other + dense) < carried { bounded } else { balanced })
+}
+
+/// FLOPs of both passes on the busiest slot.
+fn balanced_flops(problem: &Problem, plan: &StepPlan) -> f64 {
+    let loads = outboard_planner::Loads::planned(plan, &problem.documents, &problem.geometry).totals();
+    let most = loads.into_iter().max().unwrap_or(0);
+    problem.geometry.forward_flops(most) + problem.geometry.backward_flops(most)
+}
+
+fn nano(setting: &Setting<'_>, policy: Policy, problem: &Problem, plan: &StepPlan, tokens: Vec<f64>) -> Nano {
+    let devices = setting.devices();
+    let first = devices - problem.slots.len();
+    let times = Times::planned(plan, problem, &setting.scenario.gpu.profile);
+    let of = |ticks: &[Vec<f64>]| {
+        let mut seconds = vec![0.0; devices];
+        for (slot, of_slot) in ticks.first().into_iter().flatten().enumerate() {
+            seconds[first + slot] = of_slot / setting.scenario.tuning.attention_efficiency;
+        }
+        seconds
+    };
+    let (forward, backward) = (of(&times.forward), of(&times.backward));
+    let flows = Flow::of(plan, problem);
+    let exchange = |there: bool, bytes: &dyn Fn(&Flow) -> u64| {
+        let transfer = |flow: &Flow| {
+            let (home, server) = (flow.rank, (first + flow.slot) as u32);
+            let (from, to) = if there { (home, server) } else { (server, home) };
+            Transfer { from, to, bytes: bytes(flow) as f64 }
+        };
+        let transfers: Vec<Transfer> = flows.iter().map(transfer).collect();
+        let exchange = Exchange::of(devices, &transfers, setting.near());
+        if policy == Policy::Distca { exchange.with_barrier() } else { exchange }
+    };
+    let dispatch: Vec<f64> = (0..devices)
+        .map(|device| {
+            let takes_part = tokens[device] > 0.0 || forward[device] > 0.0;
+            if takes_part { setting.scenario.tuning.dispatch_seconds } else { 0.0 }
+        })
+        .collect();
+    let attend = |seconds: Vec<f64>, of_pass: fn(&Flow) -> Carried, again: bool| {
+        let there = |flow: &Flow| of_pass(flow).there + if again { flow.forward.there } else { 0 };
+        Attend {
+            seconds,
+            dispatch: dispatch.clone(),
+            there: exchange(true, &there),
+            back: exchange(false, &|flow| of_pass(flow).back),
+            waits: 1.0,
+        }
+    };
+    Nano {
+        forward: attend(forward, |flow| flow.forward, false),
+        backward: attend(backward, |flow| flow.backward, !setting.scenario.keep),
+        tokens,
+    }
+}
