@@ -58,6 +58,9 @@ impl Description {
             recompute: Recompute::None,
             update: true,
             keep: false,
+            nano_batches: 2,
+            token_room: 1.2,
+            delay: 4,
             token_slack: 0.02,
             tuning: Tuning::default(),
         };
@@ -113,6 +116,9 @@ impl Description {
             }
             "update" => self.scenario.update = truth(text)?,
             "keep" => self.scenario.keep = truth(text)?,
+            "nano_batches" => self.scenario.nano_batches = small(text)?,
+            "token_room" => self.scenario.token_room = number(text)?,
+            "delay" => self.scenario.delay = small(text)?,
             "token_slack" => self.scenario.token_slack = number(text)?,
             "layout.gpus" => layout.gpus = small(text)?,
             "layout.tensor" => layout.tensor = small(text)?,

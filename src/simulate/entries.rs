@@ -60,7 +60,7 @@ const fn entry(
     Entry { name, flag, kind: Kind::Value(value), default, about, heading }
 }
 
-const FIXED: [Entry; 28] = [
+const FIXED: [Entry; 31] = [
     entry(
         ["model", "model", "NAME|FILE.json", "llama-8b"],
         JOB,
@@ -135,6 +135,21 @@ const FIXED: [Entry; 28] = [
         about: "Attention servers keep Q, K and V for the backward pass, instead of being sent them again",
         heading: LAYOUT,
     },
+    entry(
+        ["nano_batches", "nano-batches", "N", "2"],
+        LAYOUT,
+        "Parts of a micro-batch that take turns where there are attention servers: 2 (ping and pong), or 1",
+    ),
+    entry(
+        ["token_room", "token-room", "X", "1.2"],
+        LAYOUT,
+        "The most tokens of a micro-batch of variable length over the mean (wlb)",
+    ),
+    entry(
+        ["delay", "delay", "N", "4"],
+        LAYOUT,
+        "The most steps whose documents may change places in variable-length packing (wlb); 1 puts none off",
+    ),
     entry(
         ["token_slack", "token-slack", "FRACTION", "0.02"],
         LAYOUT,

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use outboard_simulator::{Account, Memory, Outcome, Scenario};
 use serde::ser::{Serialize, SerializeMap, Serializer};
 
+use super::description::Named;
 use super::point::{Point, Row};
 
 /// Keys with what they are, in order.
@@ -69,6 +70,16 @@ impl Record {
     }
 }
 
+/// What was simulated, as people read it.
+pub(super) fn pairs(named: &Named) -> Vec<(&'static str, String)> {
+    let text = |field: Field| {
+        let mut text = String::new();
+        field.column(&mut text);
+        text
+    };
+    inputs(&named.scenario, &named.mix).into_iter().map(|(key, field)| (key, text(field))).collect()
+}
+
 /// What was simulated, as the policy took it.
 fn inputs(scenario: &Scenario, mix: &str) -> Vec<(&'static str, Field)> {
     let Scenario { model, gpu, network, layout, .. } = scenario;
@@ -90,6 +101,9 @@ fn inputs(scenario: &Scenario, mix: &str) -> Vec<(&'static str, Field)> {
         ("recompute", Field::text(scenario.recompute.name())),
         ("update", Field::Truth(scenario.update)),
         ("keep", Field::Truth(scenario.keep)),
+        ("nano_batches", whole(scenario.nano_batches)),
+        ("token_room", Field::Real(scenario.token_room)),
+        ("delay", whole(scenario.delay)),
         ("token_slack", Field::Real(scenario.token_slack)),
         ("peak_flops_per_second", Field::Real(gpu.peak_flops_per_second)),
         ("gpus_per_node", whole(network.gpus_per_node)),

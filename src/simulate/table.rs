@@ -19,47 +19,53 @@ pub(crate) const LOST: [(&str, &str); 5] = [
 const FIGURES: [&str; 5] = ["step s", "tokens/s", "gain", "MFU", "max/mean"];
 const BYTES: [&str; 4] = ["memory GB", "mean GB", "GB within", "GB between"];
 
+/// What columns are called.
+pub(super) fn header(description: &Description) -> Vec<&'static str> {
+    let axes = description.sweep.iter().map(|axis| axis.entry.called());
+    let figures = FIGURES.into_iter().chain(LOST.map(|(_, column)| column)).chain(BYTES);
+    axes.chain(["policy"]).chain(figures).chain(["chosen"]).collect()
+}
+
 /// A row for each policy of each point.
 pub(super) fn table(description: &Description, points: &[Point]) -> Table {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
-    let axes = description.sweep.iter().map(|axis| axis.entry.called());
-    let lost = LOST.map(|(_, column)| column);
-    let columns = [&FIGURES[..], &lost, &BYTES].concat();
-    table.set_header(axes.chain(["policy"]).chain(columns.iter().copied()).chain(["chosen"]));
+    let header = header(description);
+    table.set_header(&header);
     for point in points {
         for row in &point.rows {
-            let labels = point.labels.iter().cloned();
-            table.add_row(labels.chain(cells(point, row, columns.len())).collect::<Vec<String>>());
+            table.add_row(cells(description, point, row));
         }
     }
     let words = description.sweep.len() + 1;
-    for column in table.column_iter_mut().skip(words).take(columns.len()) {
+    for column in table.column_iter_mut().skip(words).take(header.len() - words - 1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
     table
 }
 
-fn cells(point: &Point, row: &Row, columns: usize) -> Vec<String> {
+/// The columns of a row.
+pub(super) fn cells(description: &Description, point: &Point, row: &Row) -> Vec<String> {
+    let mut cells = point.labels.clone();
     let outcome = match &row.result {
         Ok(outcome) => outcome,
         Err(reason) => {
-            let mut cells = vec![row.policy.name().to_owned()];
-            cells.extend(vec!["-".to_owned(); columns]);
+            cells.push(row.policy.name().to_owned());
+            cells.resize(header(description).len() - 1, "-".to_owned());
             cells.push(reason.replace('\n', " "));
             return cells;
         }
     };
     let is_fastest = point.fastest().is_some_and(|fastest| fastest.policy == outcome.policy);
     let gigabytes = |bytes: f64| format!("{:.1}", bytes / 1e9);
-    let mut cells = vec![
+    cells.extend([
         format!("{}{}", outcome.policy, if is_fastest { " *" } else { "" }),
         format!("{:.3}", outcome.seconds),
         count(outcome.tokens_per_second.round() as u64),
         gain(point, outcome),
         part(outcome.mfu),
         format!("{:.2}", outcome.imbalance),
-    ];
+    ]);
     cells.extend(LOST.map(|(name, _)| part(share(outcome, name))));
     cells.extend([outcome.memory.total(), outcome.mean_memory].map(gigabytes));
     cells.extend([outcome.carried.most_within, outcome.carried.most_between].map(gigabytes));
@@ -78,7 +84,8 @@ fn part(part: f64) -> String {
     format!("{:.1}%", part * 100.0)
 }
 
-fn gain(point: &Point, outcome: &Outcome) -> String {
+/// What a policy gains over the baseline.
+pub(crate) fn gain(point: &Point, outcome: &Outcome) -> String {
     match point.gain(outcome) {
         Some(_) if point.baseline().is_some_and(|baseline| baseline.policy == outcome.policy) => {
             "baseline".to_owned()
@@ -115,7 +122,7 @@ pub(crate) fn about(description: &Description, named: &Named) -> String {
     let layout = &scenario.layout;
     let entries = [
         ("model", scenario.model.name.clone()),
-        ("layout.gpus", format!("{} of {}", things(layout.gpus as usize, "GPU"), scenario.gpu.name)),
+        ("layout.gpus", format!("{} {}", layout.gpus, scenario.gpu.name)),
         ("layout.tensor", format!("tensor {}", layout.tensor)),
         ("layout.pipeline", format!("pipeline {}", layout.pipeline)),
         ("layout.dedicated", format!("{} dedicated", layout.dedicated)),
