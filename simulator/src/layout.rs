@@ -16,8 +16,8 @@ pub struct Layout {
     pub tensor: u32,
     /// Stages of the pipeline.
     pub pipeline: u32,
-    /// Ranks that share a sequence, for the policies that do not choose that themselves; it divides the ranks.
-    pub context: u32,
+    /// Ranks that share a sequence; it divides the ranks. `None` where the policy chooses, or has no notion of it.
+    pub context: Option<u32>,
     /// GPUs that do nothing but core attention, a multiple of the lanes; 0 where ranks' own devices serve it.
     pub dedicated: u32,
     /// Micro-batches of a step.
@@ -30,7 +30,7 @@ const MAX_GPUS: u32 = 1 << 20;
 impl Layout {
     /// Lanes of a node and nothing else but data parallelism.
     pub fn new(gpus: u32, tensor: u32) -> Layout {
-        Layout { gpus, tensor, pipeline: 1, context: 1, dedicated: 0, micro_batches: 1 }
+        Layout { gpus, tensor, pipeline: 1, context: None, dedicated: 0, micro_batches: 1 }
     }
 
     /// Ranks of data and context parallelism.
@@ -60,13 +60,9 @@ impl Layout {
     pub fn check(&self, model: &Model) -> Result<(), SimulationError> {
         let Layout { gpus, tensor, pipeline, context, dedicated, micro_batches } = *self;
         let most = f64::from(MAX_GPUS);
-        for (field, value) in [
-            ("gpus", gpus),
-            ("tensor", tensor),
-            ("pipeline", pipeline),
-            ("context", context),
-            ("micro_batches", micro_batches),
-        ] {
+        for (field, value) in
+            [("gpus", gpus), ("tensor", tensor), ("pipeline", pipeline), ("micro_batches", micro_batches)]
+        {
             in_range(&format!("layout.{field}"), f64::from(value), 1.0, most)?;
         }
         let bad = |what: String| Err(SimulationError::Layout(what));
@@ -88,7 +84,9 @@ impl Layout {
             ));
         }
         let ranks = self.ranks();
-        if !ranks.is_multiple_of(context) {
+        if let Some(context) = context
+            && !(context > 0 && ranks.is_multiple_of(context))
+        {
             return bad(format!(
                 "context {context} does not divide the {ranks} ranks that tensor {tensor} and pipeline {pipeline} leave of {of_model} GPUs"
             ));

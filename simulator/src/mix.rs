@@ -53,8 +53,8 @@ pub struct Stream<'a> {
 }
 
 impl Mix {
-    /// Names of the two corpora.
-    pub const BUILT_IN: [&str; 2] = ["pretrain", "prolong"];
+    /// Names of mixes that come with the simulator.
+    pub const BUILT_IN: [&str; 3] = ["pretrain", "prolong", "prolong-in-order"];
 
     /// A corpus by one of the names [`Mix::BUILT_IN`]. Quantiles of lengths, and how long documents are favoured, are
     /// those of DistCA's evaluation (arXiv 2510.18121, evaluation) and its scripts.
@@ -62,6 +62,7 @@ impl Mix {
         match name {
             "pretrain" => Some(Mix::Pretrain),
             "prolong" => Some(Mix::Prolong),
+            "prolong-in-order" => Some(Mix::ProlongInOrder),
             _ => None,
         }
     }

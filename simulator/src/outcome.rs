@@ -102,9 +102,9 @@ pub fn simulate_steps(
         refusal.unwrap_or_else(|| SimulationError::Unsuited {
             policy: policy.to_string(),
             what: format!(
-                "{sequences} sequences a step on {} ranks with context {}",
+                "{sequences} sequences a step on {} ranks{}",
                 setting.ranks(),
-                scenario.layout.context
+                scenario.layout.context.map_or_else(String::new, |context| format!(", {context} for each"))
             ),
         })
     })
@@ -172,7 +172,7 @@ fn memory(setting: &Setting<'_>, held: &[crate::memory::Held]) -> Vec<Memory> {
     held.iter().enumerate().map(of).collect()
 }
 
-fn fits(scenario: &Scenario, policy: Policy, memory: &[Memory]) -> Result<(), SimulationError> {
+pub(crate) fn fits(scenario: &Scenario, policy: Policy, memory: &[Memory]) -> Result<(), SimulationError> {
     let Some(most) = memory.iter().max_by(|a, b| a.total().total_cmp(&b.total())) else { return Ok(()) };
     if most.total() <= scenario.gpu.memory_bytes {
         return Ok(());

@@ -30,8 +30,9 @@ pub(crate) struct Attend {
     pub(crate) there: Exchange,
     /// What comes back.
     pub(crate) back: Exchange,
-    /// The part of the computing that waits for the last of what is sent: 1 where nothing starts before all is there.
-    pub(crate) waits: f64,
+    /// The part of each device's computing that waits for the last of what is sent: 1 where nothing starts before all is
+    /// there.
+    pub(crate) waits: Vec<f64>,
 }
 
 /// Bytes among devices that travel at one time.
@@ -121,6 +122,28 @@ impl Exchange {
         exchange
     }
 
+    /// Everybody of each group sends `bytes(device, size of the group)` to every other of it, each its own.
+    pub(crate) fn all_to_all(
+        devices: usize,
+        groups: Vec<Vec<u32>>,
+        bytes: impl Fn(u32, usize) -> f64,
+        near: impl Fn(u32, u32) -> bool,
+    ) -> Exchange {
+        let mut exchange = Exchange::idle(devices);
+        for group in &groups {
+            for &from in group {
+                let bytes = bytes(from, group.len());
+                for &to in group.iter().filter(|to| **to != from) {
+                    let link = usize::from(!near(from, to));
+                    exchange.sends[from as usize][link] += bytes;
+                    exchange.receives[to as usize][link] += bytes;
+                }
+            }
+        }
+        exchange.senders = Senders::Groups(groups);
+        exchange
+    }
+
     /// Nothing among `devices` devices.
     pub(crate) fn idle(devices: usize) -> Exchange {
         Exchange {
@@ -190,7 +213,7 @@ impl Attend {
             dispatch: vec![0.0; devices],
             there: Exchange::idle(devices),
             back: Exchange::idle(devices),
-            waits: 1.0,
+            waits: vec![1.0; devices],
         }
     }
 }

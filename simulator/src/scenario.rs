@@ -35,6 +35,8 @@ pub struct Scenario {
     pub nano_batches: u32,
     /// The most tokens of a micro-batch of variable length over the mean.
     pub token_room: f64,
+    /// Where DistCA's planner stops: a server that lacks no more than this fraction of its share gets no more.
+    pub tolerance: f64,
     /// The most steps whose documents variable-length packing may exchange: 1 where none is put off.
     pub delay: u32,
     /// How far above the mean the tokens of a rank may lie where the planner chooses homes, as a fraction of it.
@@ -101,6 +103,7 @@ impl Scenario {
         in_range("tokens", self.tokens as f64, self.context as f64, MAX_TOKENS as f64)?;
         in_range("steps", f64::from(self.steps), 1.0, 1000.0)?;
         in_range("nano_batches", f64::from(self.nano_batches), 1.0, 2.0)?;
+        in_range("tolerance", self.tolerance, 0.0, 1.0)?;
         in_range("token_room", self.token_room, 0.0, 1e6)?;
         in_range("delay", f64::from(self.delay), 1.0, 64.0)?;
         in_range("token_slack", self.token_slack, 0.0, 1.0)?;

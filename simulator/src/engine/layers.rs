@@ -95,7 +95,7 @@ pub(crate) fn run(
                         doing,
                         nano: n as u8,
                         seconds: seconds + host,
-                        waits: attend.waits,
+                        waits: attend.waits[device],
                     });
                     let account = &mut clocks.accounts[first + device];
                     account.attention += seconds;

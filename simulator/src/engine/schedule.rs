@@ -13,6 +13,9 @@ pub(crate) enum Program {
     /// passes. With `p` stages and `m` micro-batches there are `m + p - 1` phases of each kind, and stage `s` has
     /// micro-batch `n - s` of forward phase `n`, and `n - (p - 1) + s` of backward phase `n`.
     Together { forward: Vec<Phase>, backward: Vec<Phase> },
+    /// All ranks go through micro-batches, each forward and backward, and wait for each other after each. There is no
+    /// pipeline.
+    Rounds(Vec<Phase>),
     /// Replicas of the model go through their own micro-batches, one forward, one backward; they wait for each other at
     /// the end of the step.
     Apart(Vec<Replica>),
@@ -51,12 +54,28 @@ impl Closing {
     }
 }
 
+/// When a device went through its layers.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pass {
+    from: f64,
+    until: f64,
+}
+
 /// Runs a step; returns how long it takes.
 pub(crate) fn run(clocks: &mut Clocks, program: &Program, closing: &Closing) -> f64 {
-    let mut last_backward = vec![0.0; clocks.accounts.len()];
+    let mut last_backward = vec![Pass::default(); clocks.accounts.len()];
     match program {
         Program::Together { forward, backward } => {
             together(clocks, forward, backward, closing, &mut last_backward)
+        }
+        Program::Rounds(phases) => {
+            for phase in phases.iter().map(std::slice::from_ref) {
+                together(clocks, phase, phase, closing, &mut last_backward);
+                let last = (0..closing.ranks).map(|device| clocks.free(device)).fold(0.0, f64::max);
+                for device in 0..closing.ranks {
+                    clocks.pass(device, last, |account, gap| account.imbalance += gap);
+                }
+            }
         }
         Program::Apart(replicas) => {
             for replica in replicas {
@@ -72,7 +91,7 @@ fn together(
     forward: &[Phase],
     backward: &[Phase],
     closing: &Closing,
-    last_backward: &mut [f64],
+    last_backward: &mut [Pass],
 ) {
     let devices = forward.first().map_or(0, Phase::devices);
     let start = vec![Arrival::default(); devices];
@@ -92,7 +111,7 @@ fn together(
             let exits = layers::run(clocks, 0, phase, work, &back);
             for (device, exit) in exits.iter().enumerate() {
                 if phase.tokens_of(device) > 0.0 {
-                    last_backward[device] = (exit.at - from[device]).max(0.0);
+                    last_backward[device] = Pass { from: from[device], until: exit.at };
                 }
             }
             back = to_stage(clocks, phase, &exits, closing, false);
@@ -177,7 +196,7 @@ fn turns(stage: usize, stages: usize, micro_batches: usize) -> Vec<Turn> {
     turns
 }
 
-fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backward: &mut [f64]) {
+fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backward: &mut [Pass]) {
     let (stages, count) = (closing.stages, replica.micro_batches.len());
     let mut turns: Vec<_> =
         (0..stages).map(|stage| turns(stage, stages, count).into_iter().peekable()).collect();
@@ -220,7 +239,7 @@ fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backwar
                         let work = (Work::Backward(closing.recompute), closing.layers, &closing.costs);
                         let exits = layers::run(clocks, first, phase, work, &input);
                         for (device, (exit, from)) in exits.iter().zip(from).enumerate() {
-                            last_backward[first + device] = (exit.at - from).max(0.0);
+                            last_backward[first + device] = Pass { from, until: exit.at };
                         }
                         if stage > 0 {
                             back[stage - 1][n] =
@@ -253,19 +272,24 @@ fn from_stage(
 }
 
 /// Gradients among the ranks of each stage, the optimizer, and the end of the step.
-fn close(clocks: &mut Clocks, closing: &Closing, last_backward: &[f64]) -> f64 {
+fn close(clocks: &mut Clocks, closing: &Closing, last_backward: &[Pass]) -> f64 {
     let model = closing.ranks * closing.stages;
     for stage in 0..closing.stages {
         let devices = stage * closing.ranks..(stage + 1) * closing.ranks;
         let last = devices.clone().map(|device| clocks.free(device)).fold(0.0, f64::max);
-        // The gradients of a layer go while those above the first are computed.
-        let hidden = devices.clone().map(|device| last_backward[device]).fold(f64::INFINITY, f64::min);
+        // The gradients of a layer go once all ranks have them, while those of the layers below are computed. The last
+        // layer's come first, and as they come at an even pace, what counts is when these are there, or the first layer's.
         let layers = f64::from(closing.layers.max(1));
-        let exposed = (closing.gradients / layers).max(closing.gradients - hidden * (layers - 1.0) / layers);
+        let come = |device: usize| {
+            let Pass { from, until } = last_backward[device];
+            from + (until - from) / layers
+        };
+        let first = devices.clone().map(come).fold(0.0, f64::max);
+        let reduced = (first + closing.gradients).max(last + closing.gradients / layers);
         for device in devices {
             clocks.pass(device, last, |account, gap| account.imbalance += gap);
-            clocks.pass(device, last + exposed, |account, gap| account.gradients += gap);
-            let done = last + exposed + closing.optimizer;
+            clocks.pass(device, reduced, |account, gap| account.gradients += gap);
+            let done = reduced + closing.optimizer;
             clocks.pass(device, done, |account, gap| account.optimizer += gap);
             clocks.trace.add(Traced {
                 device: device as u32,

@@ -33,7 +33,7 @@ pub(super) fn plan(
             what: "dedicated attention servers, which would be idle".to_owned(),
         });
     }
-    let ranks = setting.layout.context as usize;
+    let ranks = setting.layout.context.unwrap_or(1) as usize;
     let replicas = setting.ranks() / ranks;
     let micro_batches = (setting.layout.micro_batches as usize).min(batch.len().div_ceil(replicas)).max(1);
     let mut dealt = vec![vec![vec![Share::default(); ranks]; micro_batches]; replicas];
@@ -109,17 +109,18 @@ fn phase(setting: &Setting<'_>, first: usize, shares: &[Share], keys: Keys) -> P
         let bytes = |device: u32| shares[device as usize].tokens as f64 * setting.key_bytes();
         let near = |a: u32, b: u32| setting.closing.near(first as u32 + a, first as u32 + b);
         let group = vec![(0..ranks as u32).collect::<Vec<_>>()];
-        let gather = Exchange::gather(ranks, group, bytes, near).dragged(setting.gather_drag());
+        let gather = Exchange::gather(ranks, group, bytes, near);
+        let gather = if keys == Keys::Gathered { gather.dragged(setting.gather_drag()) } else { gather };
         match keys {
             Keys::Gathered => {
                 forward.there = gather.clone();
                 backward.back = gather;
             }
             Keys::Ring => {
-                let last = 1.0 / ranks as f64;
+                let last = vec![1.0 / ranks as f64; ranks];
                 backward.there = gather.clone().and(&gather);
                 forward.there = gather;
-                (forward.waits, backward.waits) = (last, last);
+                (forward.waits, backward.waits) = (last.clone(), last);
             }
         }
     }

@@ -2,6 +2,7 @@
 
 mod alone;
 mod flexsp;
+mod groups;
 mod hdp;
 mod pool;
 mod wlb;
@@ -136,7 +137,7 @@ pub(crate) fn plan(
 pub(crate) fn by_context(layout: Layout, sequences: usize) -> Vec<Layout> {
     let ranks = layout.ranks();
     let divisors = (1..=ranks).filter(|context| ranks.is_multiple_of(*context));
-    let asked = |context: &u32| layout.context == 1 || layout.context == *context;
+    let asked = |context: &u32| layout.context.is_none_or(|asked| asked == *context);
     let fed = |context: &u32| (ranks / context) as usize <= sequences;
-    divisors.filter(asked).filter(fed).map(|context| Layout { context, ..layout }).collect()
+    divisors.filter(asked).filter(fed).map(|context| Layout { context: Some(context), ..layout }).collect()
 }

@@ -35,7 +35,7 @@ struct Bin {
 
 /// The steps of a window, each with bins of similar work.
 pub(super) fn plan(setting: &Setting<'_>, window: &[Sequences]) -> Vec<Planned> {
-    let ranks = setting.layout.context as usize;
+    let ranks = setting.layout.context.unwrap_or(1) as usize;
     let replicas = setting.ranks() / ranks;
     let most = window.iter().map(Vec::len).max().unwrap_or(1);
     let micro_batches = (setting.layout.micro_batches as usize).min(most.div_ceil(replicas)).max(1);

@@ -10,9 +10,6 @@ use super::homes::{Group, slots};
 use crate::phase::{Attend, Exchange, Nano, Transfer};
 use crate::setting::Setting;
 
-/// Where DistCA's planner stops: the least tolerance that its scripts allow.
-const TOLERANCE: f64 = 0.05;
-
 /// A nano-batch with the plan by which it is served.
 #[derive(Clone, Debug)]
 pub(super) struct Served {
@@ -40,7 +37,7 @@ pub(super) fn serve(
     let problem = Problem::new(setting.heads, documents, slots(setting, model));
     let problem = Problem { ranks: model as u32, ..problem };
     let plan = if policy == Policy::Distca {
-        plan_by(&problem, Planner::Distca { tolerance: TOLERANCE })?
+        plan_by(&problem, Planner::Distca { tolerance: setting.scenario.tolerance })?
     } else {
         soonest(setting, &problem, &tokens)?
     };
@@ -138,7 +135,7 @@ fn nano(setting: &Setting<'_>, policy: Policy, problem: &Problem, plan: &StepPla
             dispatch: dispatch.clone(),
             there: exchange(true, &there),
             back: exchange(false, &|flow| of_pass(flow).back),
-            waits: 1.0,
+            waits: vec![1.0; devices],
         }
     };
     Nano {
