@@ -14,8 +14,10 @@ use serde_json::{Value, json};
 const SMALL: [&str; 10] =
     ["--gpus", "32", "--context", "16k", "--tokens", "64k", "--steps", "1", "--seed", "3"];
 
+/// The small job, where `more` says nothing else.
 fn small<'a>(more: &[&'a str]) -> Vec<&'a str> {
-    [&["simulate"], &SMALL[..], more].concat()
+    let base = SMALL.chunks(2).filter(|pair| !more.contains(&pair[0])).flatten().copied();
+    ["simulate"].into_iter().chain(base).chain(more.iter().copied()).collect()
 }
 
 /// The JSON lines of a small simulation.
@@ -231,8 +233,13 @@ fn the_page_is_whole_and_needs_nothing_else() {
 
 #[test]
 fn a_policy_that_cannot_do_it_is_a_row_with_its_reason() {
-    let (text, _) = outboard_says(&small(&["--policy", "outboard,fixed", "--tokens", "16k"]));
-    assert!(text.lines().any(|line| line.trim_start().starts_with("outboard")), "{text}");
+    // No GPU is left for the model, but where there are no servers all are ranks.
+    let (text, _) = outboard_says(&small(&["--policy", "outboard,cp", "--dedicated", "32"]));
+    let row =
+        |policy: &str| text.lines().find(|line| line.split_whitespace().next() == Some(policy)).unwrap();
+    assert!(row("outboard").ends_with("layout: 32 dedicated GPUs of 32 leave none for the model"), "{text}");
+    assert!(row("cp").contains(" baseline "), "{text}");
+    assert!(text.contains("attention servers cannot do it; cp is the fastest: "), "{text}");
     let crowded = ["--context", "256k", "--tokens", "256k", "--context-parallel", "2", "--gpus", "8"];
     let message = outboard_fails(&small(&crowded));
     assert!(message.contains("no policy can do it") && message.contains("layout"), "{message}");
@@ -296,12 +303,15 @@ fn bad_input_is_refused_by_name() {
         (&["--tensor", "3"], &["layout"]),
         (&["--pipeline", "3", "--gpus", "24"], &["pipeline 3", "32 layers"]),
         (&["--context-parallel", "3"], &["context 3 does not divide the 4 ranks"]),
-        (&["--dedicated", "32"], &["32 dedicated GPUs"]),
+        (&["--dedicated", "32", "--policy", "outboard"], &["32 dedicated GPUs"]),
         (&["--tokens", "8k"], &["tokens is 8192"]),
         (&["--link-between", "fast"], &["--link-between", "`fast`"]),
         (&["--link-between", "0"], &["network.between.bytes_per_second is 0"]),
         (&["--matmul-efficiency", "9"], &["tuning.matmul_efficiency is 9"]),
-        (&["--context", "4m", "--tokens", "4m", "--gpu", "h100"], &["GB too much", "largest part is"]),
+        (
+            &["--context", "4m", "--tokens", "4m", "--gpu", "h100", "--policy", "outboard"],
+            &["GB too much", "largest part is"],
+        ),
         (&["--config", &missing], &["--config", "missing.toml"]),
         (&["--config", &typo], &["0.toml: layout.gups", "did you mean `layout.gpus`?"]),
         (&["--config", &table], &["1.toml: tunning", "did you mean `tuning`?"]),
@@ -311,10 +321,7 @@ fn bad_input_is_refused_by_name() {
         (&["--sweep", "gpus=8 seed=1,2", "--json", "x", "--csv", "x"], &["--json and --csv both name x"]),
     ];
     for (args, says) in cases {
-        // What a case says twice it means the last time.
-        let given = |flag: &str| args.contains(&flag);
-        let base: Vec<&str> = SMALL.chunks(2).filter(|pair| !given(pair[0])).flatten().copied().collect();
-        let message = outboard_fails(&[&["simulate"], &base[..], args].concat());
+        let message = outboard_fails(&small(args));
         for part in says {
             assert!(message.contains(part), "{args:?}: no {part:?} in {message}");
         }

@@ -60,7 +60,7 @@ const fn entry(
     Entry { name, flag, kind: Kind::Value(value), default, about, heading }
 }
 
-const FIXED: [Entry; 31] = [
+const FIXED: [Entry; 32] = [
     entry(
         ["model", "model", "NAME|FILE.json", "llama-8b"],
         JOB,
@@ -117,9 +117,9 @@ const FIXED: [Entry; 31] = [
     entry(["layout.tensor", "tensor", "N", "8"], LAYOUT, "Lanes of tensor parallelism"),
     entry(["layout.pipeline", "pipeline", "N", "1"], LAYOUT, "Stages of the pipeline"),
     entry(
-        ["layout.context", "context-parallel", "N", "1"],
+        ["layout.context", "context-parallel", "N", ""],
         LAYOUT,
-        "Ranks that share a sequence, for the policies without attention servers; with 1 each of them chooses the best",
+        "Ranks that share a sequence, for the policies that have a notion of it [default: each chooses the best]",
     ),
     entry(["layout.micro_batches", "micro-batches", "N", "1"], LAYOUT, "Micro-batches of a step"),
     entry(
@@ -139,6 +139,11 @@ const FIXED: [Entry; 31] = [
         ["nano_batches", "nano-batches", "N", "2"],
         LAYOUT,
         "Parts of a micro-batch that take turns where there are attention servers: 2 (ping and pong), or 1",
+    ),
+    entry(
+        ["tolerance", "tolerance", "FRACTION", "0.05"],
+        LAYOUT,
+        "Where DistCA's planner stops: a server that lacks no more than this fraction of its share gets no more",
     ),
     entry(
         ["token_room", "token-room", "X", "1.2"],

@@ -128,12 +128,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 /// Prints what people read.
 fn say(description: &Description, points: &[Point], output: &Output) -> anyhow::Result<()> {
     let Some(last) = points.iter().rfind(|point| point.fastest().is_some()) else { return Ok(()) };
-    output.say(&table::about(description, &last.named))?;
+    output.say(&table::about(points))?;
     output.say(&table::table(description, points).to_string())?;
     output.say("* fastest; gain: tokens/s over the best policy without attention servers; GB of the GPU that needs or sends most, a step")?;
     output.say(&table::tuning(&last.named))?;
-    if let (Some(verdict), [_]) = (table::verdict(last), points) {
-        output.say(&verdict)?;
-    }
-    Ok(())
+    let verdict = if points.len() > 1 { table::range(points) } else { table::verdict(last) };
+    verdict.map_or(Ok(()), |verdict| output.say(&verdict))
 }

@@ -102,6 +102,7 @@ fn inputs(scenario: &Scenario, mix: &str) -> Vec<(&'static str, Field)> {
         ("update", Field::Truth(scenario.update)),
         ("keep", Field::Truth(scenario.keep)),
         ("nano_batches", whole(scenario.nano_batches)),
+        ("tolerance", Field::Real(scenario.tolerance)),
         ("token_room", Field::Real(scenario.token_room)),
         ("delay", whole(scenario.delay)),
         ("token_slack", Field::Real(scenario.token_slack)),
@@ -135,10 +136,10 @@ fn results(point: &Point, outcome: Option<&Outcome>, memory_bytes: f64) -> Vec<(
     let baseline = point.baseline().map(|baseline| baseline.policy.name());
     let fastest = point.fastest().map(|fastest| fastest.policy);
     let chosen =
-        |value: fn(&Outcome) -> u64| outcome.map_or(Field::Nothing, |outcome| Field::Whole(value(outcome)));
+        |value: fn(&Outcome) -> Option<u64>| outcome.and_then(value).map_or(Field::Nothing, Field::Whole);
     vec![
-        ("context_parallel", chosen(|outcome| u64::from(outcome.layout.context))),
-        ("window", chosen(|outcome| outcome.window as u64)),
+        ("context_parallel", chosen(|outcome| outcome.layout.context.map(u64::from))),
+        ("window", chosen(|outcome| Some(outcome.window as u64))),
         ("step_seconds", real(|outcome| outcome.seconds)),
         ("tokens_per_second", real(|outcome| outcome.tokens_per_second)),
         ("mfu", real(|outcome| outcome.mfu)),

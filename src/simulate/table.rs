@@ -98,17 +98,18 @@ pub(crate) fn gain(point: &Point, outcome: &Outcome) -> String {
 /// What the policy chose.
 pub(crate) fn chosen(outcome: &Outcome) -> String {
     let mut words = Vec::new();
-    if !outcome.policy.disaggregates() {
-        words.push(format!("context {}", outcome.layout.context));
-    } else if outcome.layout.dedicated > 0 {
-        let servers = outcome.layout.dedicated / outcome.layout.tensor.max(1);
-        words.push(format!(
-            "{} for {}",
-            things(servers as usize, "server"),
-            things(outcome.layout.ranks() as usize, "rank")
-        ));
-    } else {
-        words.push("servers in place".to_owned());
+    if let Some(context) = outcome.layout.context {
+        words.push(format!("context {context}"));
+    }
+    if outcome.policy.disaggregates() {
+        words.push(match outcome.layout.dedicated / outcome.layout.tensor.max(1) {
+            0 => "servers in place".to_owned(),
+            servers => format!(
+                "{} for {}",
+                things(servers as usize, "server"),
+                things(outcome.layout.ranks() as usize, "rank")
+            ),
+        });
     }
     if outcome.window > 1 {
         words.push(format!("over {} steps", outcome.window));
@@ -116,44 +117,62 @@ pub(crate) fn chosen(outcome: &Outcome) -> String {
     words.join(", ")
 }
 
-/// What was simulated, in one line. What varies is left out.
-pub(crate) fn about(description: &Description, named: &Named) -> String {
+/// What was simulated, in one line. What is not the same in all points is left out.
+pub(crate) fn about(points: &[Point]) -> String {
+    let said: Vec<Vec<String>> = points.iter().map(|point| entries(&point.named)).collect();
+    let Some(first) = said.first() else { return String::new() };
+    let same = |n: &usize| said.iter().all(|of_point| of_point.get(*n) == first.get(*n));
+    // Tokens a rank are only worth saying where those of a step differ.
+    let said_already = |n: &usize| *n == TOKENS + 1 && same(&TOKENS);
+    let words = (0..first.len()).filter(|n| same(n) && !said_already(n)).map(|n| first[n].as_str());
+    words.filter(|words| !words.is_empty()).collect::<Vec<_>>().join(", ")
+}
+
+/// Which of the entries below are the tokens of a step; those of a rank follow.
+const TOKENS: usize = 7;
+
+fn entries(named: &Named) -> Vec<String> {
     let scenario = &named.scenario;
-    let layout = &scenario.layout;
-    let entries = [
-        ("model", scenario.model.name.clone()),
-        ("layout.gpus", format!("{} {}", layout.gpus, scenario.gpu.name)),
-        ("layout.tensor", format!("tensor {}", layout.tensor)),
-        ("layout.pipeline", format!("pipeline {}", layout.pipeline)),
-        ("layout.dedicated", format!("{} dedicated", layout.dedicated)),
-        (
-            "layout.micro_batches",
-            things(layout.micro_batches as usize, "micro-batch").replace("batchs", "batches"),
-        ),
-        ("context", format!("context {}", count(scenario.context))),
-        ("tokens", format!("{} tokens a step", count(scenario.tokens))),
-        ("mix", format!("mix {}", named.mix)),
-        ("seed", format!("seed {}", scenario.seed)),
-        ("steps", format!("mean of {}", things(scenario.steps as usize, "step"))),
-        ("recompute", format!("recompute {}", scenario.recompute.name())),
-        ("update", if scenario.update { "with" } else { "without" }.to_owned() + " the update of weights"),
-        (
-            "network.within.bytes_per_second",
-            format!(
-                "{} within nodes of {}",
-                rate(scenario.network.within.bytes_per_second, "B/s"),
-                scenario.network.gpus_per_node
-            ),
-        ),
-        (
-            "network.between.bytes_per_second",
-            format!("{} between them", rate(scenario.network.between.bytes_per_second, "B/s")),
-        ),
-    ];
-    let varies = |name: &str| description.sweep.iter().any(|axis| axis.entry.name == name);
-    let said: Vec<String> =
-        entries.into_iter().filter(|(name, _)| !varies(name)).map(|(_, text)| text).collect();
-    said.join(", ")
+    let (layout, network) = (&scenario.layout, &scenario.network);
+    let a_rank = scenario.tokens / u64::from(layout.ranks().max(1));
+    let where_served = match layout.dedicated {
+        0 => String::new(),
+        dedicated => format!("{dedicated} of them attention servers"),
+    };
+    let micro_batches = match layout.micro_batches {
+        1 => "1 micro-batch".to_owned(),
+        n => format!("{n} micro-batches"),
+    };
+    vec![
+        scenario.model.name.clone(),
+        format!("{} {}", layout.gpus, scenario.gpu.name),
+        where_served,
+        format!("tensor {}", layout.tensor),
+        format!("pipeline {}", layout.pipeline),
+        micro_batches,
+        format!("context {}", count(scenario.context)),
+        format!("{} tokens a step", count(scenario.tokens)),
+        format!("{} a rank", count(a_rank)),
+        format!("mix {}", named.mix),
+        format!("seed {}", scenario.seed),
+        format!("mean of {}", things(scenario.steps as usize, "step")),
+        format!("recompute {}", scenario.recompute.name()),
+        if scenario.update { String::new() } else { "without the update of weights".to_owned() },
+        format!("{} within nodes of {}", rate(network.within.bytes_per_second, "B/s"), network.gpus_per_node),
+        format!("{} between them", rate(network.between.bytes_per_second, "B/s")),
+    ]
+}
+
+/// What attention servers gain over all points, in one sentence.
+pub(crate) fn range(points: &[Point]) -> Option<String> {
+    let gain = |point: &Point| {
+        let servers = point.best(|outcome| outcome.policy.disaggregates())?;
+        point.gain(servers)
+    };
+    let gains: Vec<f64> = points.iter().filter_map(gain).collect();
+    let (least, most) = (gains.iter().copied().reduce(f64::min)?, gains.iter().copied().reduce(f64::max)?);
+    let points = things(gains.len(), "point");
+    Some(format!("over {points} attention servers gain {:+.1}% to {:+.1}%", least * 100.0, most * 100.0))
 }
 
 /// The parameters, in one line.
@@ -167,12 +186,11 @@ pub(crate) fn tuning(named: &Named) -> String {
 pub(crate) fn verdict(point: &Point) -> Option<String> {
     let fastest = point.fastest()?;
     let speed = format!("{} tokens/s", count(fastest.tokens_per_second.round() as u64));
-    let Some(baseline) = point.baseline() else {
-        return Some(format!("{} is the fastest: {speed}", fastest.policy));
-    };
     let servers = point.best(|outcome| outcome.policy.disaggregates());
-    let Some(servers) = servers else {
-        return Some(format!("{} is the fastest without attention servers: {speed}", fastest.policy));
+    let (Some(baseline), Some(servers)) = (point.baseline(), servers) else {
+        let asked = point.rows.iter().any(|row| row.policy.disaggregates());
+        let none = if asked && servers.is_none() { "attention servers cannot do it; " } else { "" };
+        return Some(format!("{none}{} is the fastest: {speed}", fastest.policy));
     };
     let gain = baseline.seconds / servers.seconds - 1.0;
     let (ours, theirs) = (servers.policy, baseline.policy);
@@ -182,9 +200,11 @@ pub(crate) fn verdict(point: &Point) -> Option<String> {
             percent(gain)
         )
     } else {
-        format!(
-            "attention servers gain nothing here: {theirs} reaches {speed}, {ours} takes {} longer",
-            percent((servers.seconds / baseline.seconds - 1.0).max(0.0))
-        )
+        let longer = servers.seconds / baseline.seconds;
+        let longer = match longer {
+            2.0.. => format!("{longer:.1} times as long"),
+            _ => format!("{} longer", percent((longer - 1.0).max(0.0))),
+        };
+        format!("attention servers gain nothing here: {theirs} reaches {speed}, {ours} takes {longer}")
     })
 }

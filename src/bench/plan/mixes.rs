@@ -5,7 +5,9 @@ use outboard_attention::{DType, Document, DocumentId, HeadGeometry, HeadShape, H
 use outboard_planner::{Problem, Slot};
 use outboard_simulator::{Mix, Random};
 
-/// The mix of the steps that planning time is measured with as they grow.
+/// The simulator's mixes that steps are drawn of.
+const MIXES: [&str; 2] = ["pretrain", "prolong"];
+/// Of these, the mix of the steps that planning time is measured with as they grow.
 const PROLONG: usize = 1;
 
 const CONTEXTS: [usize; 2] = [128 * 1024, 512 * 1024];
@@ -14,7 +16,7 @@ const SERVERS: [u32; 4] = [8, 64, 256, 512];
 /// A step to draw: in-place servers, each filled with a context's worth of documents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Draw {
-    /// Which one of [`Mix::BUILT_IN`].
+    /// Which one of [`MIXES`].
     mix: usize,
     context: usize,
     servers: u32,
@@ -23,7 +25,7 @@ pub(super) struct Draw {
 /// Every mix, context and number of servers.
 pub(super) fn all() -> Vec<Draw> {
     let mut draws = Vec::new();
-    for mix in 0..Mix::BUILT_IN.len() {
+    for mix in 0..MIXES.len() {
         for context in CONTEXTS {
             draws.extend(SERVERS.map(|servers| Draw { mix, context, servers }));
         }
@@ -38,7 +40,7 @@ impl Draw {
     }
 
     pub(super) fn name(&self) -> String {
-        format!("{}-{}k-n{}", Mix::BUILT_IN[self.mix], self.context / 1024, self.servers)
+        format!("{}-{}k-n{}", MIXES[self.mix], self.context / 1024, self.servers)
     }
 
     /// The step: the same documents in every run on one machine, heads of an 8B model.
@@ -58,7 +60,7 @@ impl Draw {
     }
 
     fn documents(&self) -> anyhow::Result<Vec<Document>> {
-        let name = Mix::BUILT_IN[self.mix];
+        let name = MIXES[self.mix];
         let mix = Mix::built_in(name).with_context(|| format!("no mix is called {name}"))?;
         let seed = (self.mix as u64) << 48 | (self.context as u64) << 16 | u64::from(self.servers);
         let mut stream = mix.stream(self.context, Random::new(seed));

@@ -52,7 +52,7 @@ pub(super) fn section(point: &Point, of_point: &str) -> String {
                 let from = middle(outcome)?;
                 let window = Window { from, to: from + (near.to - near.from) };
                 Some(format!(
-                    "<p>Closer, from {}:</p>\n{}",
+                    "<p class=\"closer\">Closer, from {}:</p>\n{}",
                     seconds(from),
                     chart(outcome, window, "a few layers")
                 ))

@@ -1,12 +1,12 @@
 //! What the simulation says, in a sentence and the figures that matter most.
 
 use super::super::point::Point;
-use super::super::table::{LOST, chosen, gain, share, verdict};
+use super::super::table::{LOST, chosen, gain, range, share, verdict};
 use crate::page::numbers::{bytes, count, percent, seconds};
 use crate::page::svg::escape;
 use crate::page::tile;
 
-pub(super) fn section(point: &Point, of_point: &str) -> String {
+pub(super) fn section(points: &[Point], point: &Point, of_point: &str) -> String {
     let Some(fastest) = point.fastest() else { return String::new() };
     let lost: f64 = LOST.iter().map(|(name, _)| share(fastest, name)).sum();
     let baseline = point.baseline().filter(|baseline| baseline.policy != fastest.policy);
@@ -44,7 +44,12 @@ pub(super) fn section(point: &Point, of_point: &str) -> String {
         ),
     ];
     let sentence = verdict(point).map(|verdict| capital(&verdict)).unwrap_or_default();
-    let place = if of_point.is_empty() { String::new() } else { format!("<p>{}</p>\n", escape(of_point)) };
+    let over = if points.len() > 1 { range(points).map(|range| capital(&range)) } else { None };
+    let over = over.map_or_else(String::new, |range| format!(" {range}."));
+    let place = match of_point {
+        "" => String::new(),
+        of_point => format!("<p>{}{}</p>\n", escape(of_point), escape(&over)),
+    };
     format!(
         "<section id=\"figures\">\n<p class=\"verdict\">{}.</p>\n{place}<dl class=\"tiles\">\n{}</dl>\n</section>\n",
         escape(&sentence),

@@ -23,10 +23,12 @@ const COLOURS: usize = 12;
 pub(super) fn page(description: &Description, points: &[Point]) -> String {
     let Some(shown) = points.iter().rfind(|point| point.fastest().is_some()) else { return String::new() };
     let scenario = &shown.named.scenario;
-    let title = format!("{} on {} {}", scenario.model.name, scenario.layout.gpus, scenario.gpu.name);
+    let varies = |name: &str| description.sweep.iter().any(|axis| axis.entry.name == name);
+    let gpus = if varies("layout.gpus") { String::new() } else { format!("{} ", scenario.layout.gpus) };
+    let title = format!("{} on {gpus}{}", scenario.model.name, scenario.gpu.name);
     let of_point = of_point(description, shown);
     let sections = [
-        headline::section(shown, &of_point),
+        headline::section(points, shown, &of_point),
         scale::section(description, points),
         stacks::time(shown, &of_point),
         stacks::memory(shown, &of_point),
@@ -38,7 +40,7 @@ pub(super) fn page(description: &Description, points: &[Point]) -> String {
         "{}<main>\n<header><h1>What attention servers would gain: {}</h1>\n<p>{}.</p>\n</header>\n{}</main>\n",
         textures(),
         escape(&title),
-        escape(&about(description, &shown.named)),
+        escape(&about(points)),
         sections.concat()
     );
     let title = format!("Simulation of {title}");

@@ -25,9 +25,18 @@ pub(super) fn results(description: &Description, points: &[Point]) -> String {
     let mut rows = String::new();
     for point in points.iter().take(LISTED) {
         for row in &point.rows {
-            let (policy, others) = (row.policy, cells(description, point, row));
-            let is_fastest = point.fastest().is_some_and(|fastest| fastest.policy == policy);
-            let cells: String = others.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
+            let is_fastest = point.fastest().is_some_and(|fastest| fastest.policy == row.policy);
+            let of_row = cells(description, point, row);
+            let cells: String = match &row.result {
+                Ok(_) => of_row.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect(),
+                Err(reason) => {
+                    let named = &of_row[..description.sweep.len() + 1];
+                    let named: String =
+                        named.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
+                    let rest = of_row.len() - description.sweep.len() - 1;
+                    format!("{named}<td class=\"why\" colspan=\"{rest}\">{}</td>", escape(reason))
+                }
+            };
             let class = if is_fastest { " class=\"fastest\"" } else { "" };
             rows.push_str(&format!("<tr{class}>{cells}</tr>\n"));
         }

@@ -9,7 +9,7 @@ use crate::page::numbers::count;
 use crate::page::svg::{at, drawing, escape, line, text, ticks, upright};
 
 const LEFT: f64 = 66.0;
-const RIGHT: f64 = 128.0;
+const RIGHT: f64 = 144.0;
 const TOP: f64 = 30.0;
 const PLOT: f64 = 230.0;
 /// More charts than this are left out.
@@ -48,8 +48,10 @@ pub(super) fn section(description: &Description, points: &[Point]) -> String {
         0 => String::new(),
         n => format!("<p>{n} more combinations are not drawn.</p>\n"),
     };
+    let drawn =
+        |policy: &&Policy| points.iter().flat_map(Point::outcomes).any(|outcome| outcome.policy == **policy);
     let marks: Vec<(String, &str)> =
-        description.policies.iter().map(|policy| (class(*policy), policy.name())).collect();
+        description.policies.iter().filter(drawn).map(|policy| (class(*policy), policy.name())).collect();
     format!(
         "<section id=\"scale\">\n<h2>Throughput by {}</h2>\n\
          <p>Tokens a second of each GPU. Where a line has a gap, the policy cannot do it.</p>\n{}\
