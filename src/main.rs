@@ -16,8 +16,10 @@ mod cuda;
 mod device;
 mod holdings;
 mod lifetime;
+mod page;
 mod plan;
 mod profile;
+mod simulate;
 mod slices;
 mod step;
 mod train;
@@ -57,6 +59,9 @@ enum Role {
     Profile(profile::Args),
     /// Say what the simulator predicts of published measurements, beside them, and what is assumed where they are silent.
     Validate(validate::Args),
+    /// Simulate training steps on a cluster, by each way to share core attention: what each would take, where the time
+    /// goes, and what fits.
+    Simulate(Box<simulate::Args>),
     /// One rank of `outboard train`, which starts it.
     #[command(hide = true)]
     TrainRank,
@@ -79,6 +84,7 @@ fn main() -> ExitCode {
         Role::Bench(args) => bench::run(args),
         Role::Profile(args) => profile::run(args),
         Role::Validate(args) => validate::run(args),
+        Role::Simulate(args) => simulate::run(*args),
         Role::TrainRank => return train::rank::run(),
     };
     match outcome {

@@ -45,6 +45,26 @@ impl Tuning {
         ]
     }
 
+    /// Sets the parameter of a name.
+    ///
+    /// # Errors
+    /// A name that [`Tuning::entries`] does not have.
+    pub fn set(&mut self, name: &str, value: f64) -> Result<(), SimulationError> {
+        let field = match name {
+            "matmul_efficiency" => &mut self.matmul_efficiency,
+            "attention_efficiency" => &mut self.attention_efficiency,
+            "link_efficiency" => &mut self.link_efficiency,
+            "gather_efficiency" => &mut self.gather_efficiency,
+            "dispatch_seconds" => &mut self.dispatch_seconds,
+            _ => {
+                let known = self.entries().map(|(name, _, _)| name);
+                return Err(SimulationError::unknown("tuning parameter", name, &known));
+            }
+        };
+        *field = value;
+        Ok(())
+    }
+
     /// Checks that every number makes sense.
     ///
     /// # Errors
@@ -55,5 +75,23 @@ impl Tuning {
             in_range(&format!("tuning.{name}"), value, least, most)?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_entry_can_be_set() {
+        let mut tuning = Tuning::default();
+        for (n, (name, _, _)) in tuning.entries().into_iter().enumerate() {
+            tuning.set(name, n as f64).unwrap();
+        }
+        for (n, (name, value, _)) in tuning.entries().into_iter().enumerate() {
+            assert_eq!(value, n as f64, "{name}");
+        }
+        let error = tuning.set("matmul_eficiency", 1.0).unwrap_err();
+        assert!(error.to_string().ends_with("did you mean `matmul_efficiency`?"), "{error}");
     }
 }
