@@ -8,6 +8,8 @@ use crate::{Layout, Link, Network, Outcome, Scenario, SimulationError, simulate}
 pub struct Advice {
     /// The best of [`Advice::WITHOUT`].
     pub without: Outcome,
+    /// The best of [`Advice::PUBLISHED`] that can do it.
+    pub published: Option<Outcome>,
     /// The best pool, in place or with servers of its own.
     pub pool: Outcome,
     /// Pools with dedicated servers that were tried: how many GPUs they took, and their gain, where they could do it.
@@ -55,6 +57,9 @@ impl Advice {
     /// What trainers do without a pool.
     pub const WITHOUT: [Policy; 4] = [Policy::Fixed, Policy::Wlb, Policy::Cp, Policy::CpRing];
 
+    /// Other systems without a pool, as their papers describe them.
+    pub const PUBLISHED: [Policy; 2] = [Policy::Flexsp, Policy::Hdp];
+
     /// By which part more tokens a second are trained with the pool than without.
     pub fn gain(&self) -> f64 {
         self.pool.tokens_per_second / self.without.tokens_per_second - 1.0
@@ -99,7 +104,8 @@ impl Advice {
 pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
     scenario.check()?;
     let in_place = Scenario { layout: Layout { dedicated: 0, ..scenario.layout }, ..scenario.clone() };
-    let without = best_without(&in_place)?;
+    let without = best_of(&in_place, &Advice::WITHOUT)?;
+    let published = best_of(&in_place, &Advice::PUBLISHED).ok();
     let mut pool = simulate(scenario, Policy::Outboard);
     let mut best = scenario.clone();
     let mut dedicated = Vec::new();
@@ -122,7 +128,7 @@ pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
     }
     let pool = pool?;
     let links = links(&in_place, &best)?;
-    let mut advice = Advice { without, pool, dedicated, links, doubt: None };
+    let mut advice = Advice { without, published, pool, dedicated, links, doubt: None };
     advice.doubt = doubt(scenario, &advice);
     Ok(advice)
 }
@@ -131,19 +137,21 @@ fn gain(pool: &Outcome, without: &Outcome) -> f64 {
     pool.tokens_per_second / without.tokens_per_second - 1.0
 }
 
-fn best_without(scenario: &Scenario) -> Result<Outcome, SimulationError> {
-    let mut best = simulate(scenario, Policy::Fixed);
-    for policy in Advice::WITHOUT {
-        let next = simulate(scenario, policy);
-        let sooner = match (&next, &best) {
-            (Ok(next), Ok(best)) => next.seconds < best.seconds,
-            (next, best) => next.is_ok() && best.is_err(),
-        };
-        if sooner {
-            best = next;
+/// The fastest of several policies, or why the last of them cannot do it where none can.
+fn best_of(scenario: &Scenario, policies: &[Policy]) -> Result<Outcome, SimulationError> {
+    let mut best: Option<Outcome> = None;
+    let mut refusal = None;
+    for &policy in policies {
+        match simulate(scenario, policy) {
+            Ok(outcome) if best.as_ref().is_none_or(|best| outcome.seconds < best.seconds) => {
+                best = Some(outcome);
+            }
+            Ok(_) => {}
+            Err(error) => refusal = Some(error),
         }
     }
-    best
+    let none = || SimulationError::Unsuited { policy: "no policy".to_owned(), what: "it".to_owned() };
+    best.ok_or_else(|| refusal.unwrap_or_else(none))
 }
 
 /// GPUs that dedicated servers may take so that the rest multiplies out.
@@ -164,7 +172,7 @@ fn links(without: &Scenario, pool: &Scenario) -> Result<Vec<LinkGain>, Simulatio
     let of = |factor: f64| {
         let bytes_per_second = pool.network.between.bytes_per_second * factor;
         let pool = simulate(&on(pool, factor), Policy::Outboard)?;
-        let without = best_without(&on(without, factor))?;
+        let without = best_of(&on(without, factor), &Advice::WITHOUT)?;
         Ok(LinkGain { bytes_per_second, gain: gain(&pool, &without) })
     };
     LINKS.into_iter().map(of).collect()
