@@ -7,6 +7,7 @@ use serde::ser::{Serialize, SerializeMap, Serializer};
 
 use super::description::Named;
 use super::point::{Point, Row};
+use crate::page::numbers::{count, rate, seconds};
 
 /// Keys with what they are, in order.
 #[derive(Clone, Debug)]
@@ -72,12 +73,18 @@ impl Record {
 
 /// What was simulated, as people read it.
 pub(super) fn pairs(named: &Named) -> Vec<(&'static str, String)> {
-    let text = |field: Field| {
-        let mut text = String::new();
-        field.column(&mut text);
-        text
+    let text = |key: &str, field: Field| match field {
+        Field::Whole(number) => count(number),
+        Field::Real(number) if key.starts_with("link") => rate(number, "B/s"),
+        Field::Real(number) if key.starts_with("latency") => seconds(number),
+        Field::Real(number) if key.starts_with("peak") => rate(number, "FLOP/s"),
+        other => {
+            let mut text = String::new();
+            other.column(&mut text);
+            text
+        }
     };
-    inputs(&named.scenario, &named.mix).into_iter().map(|(key, field)| (key, text(field))).collect()
+    inputs(&named.scenario, &named.mix).into_iter().map(|(key, field)| (key, text(key, field))).collect()
 }
 
 /// What was simulated, as the policy took it.

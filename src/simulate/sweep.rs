@@ -93,7 +93,7 @@ mod tests {
         let many = format!("gpus={many} seed={many}");
         for (text, says) in [
             ("gpu", "`gpu` is not of the form"),
-            ("gpsu=1", "did you mean `gpus`?"),
+            ("gpuss=1", "did you mean `gpus`?"),
             ("policy=wlb", "no entry to sweep is called `policy`"),
             ("gpus=1 layout.gpus=2", "is there twice"),
             ("gpus=1,1", "gpus=1 is there twice"),

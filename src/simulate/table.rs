@@ -152,7 +152,7 @@ fn entries(named: &Named) -> Vec<String> {
         micro_batches,
         format!("context {}", count(scenario.context)),
         format!("{} tokens a step", count(scenario.tokens)),
-        format!("{} a rank", count(a_rank)),
+        format!("{} tokens a rank", count(a_rank)),
         format!("mix {}", named.mix),
         format!("seed {}", scenario.seed),
         format!("mean of {}", things(scenario.steps as usize, "step")),

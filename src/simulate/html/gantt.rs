@@ -9,7 +9,7 @@ use crate::page::svg::{at, drawing, escape, line, text, ticks};
 
 const WIDTH: f64 = 1080.0;
 const LEFT: f64 = 76.0;
-const PLOT: f64 = WIDTH - LEFT - 10.0;
+const PLOT: f64 = WIDTH - LEFT - 26.0;
 const TOP: f64 = 4.0;
 const COMPUTE: f64 = 16.0;
 const TRANSFER: f64 = 6.0;
@@ -52,7 +52,7 @@ pub(super) fn section(point: &Point, of_point: &str) -> String {
                 let from = middle(outcome)?;
                 let window = Window { from, to: from + (near.to - near.from) };
                 Some(format!(
-                    "<p class=\"closer\">Closer, from {}:</p>\n{}",
+                    "<p class=\"closer\">Closer, from {} on:</p>\n{}",
                     seconds(from),
                     chart(outcome, window, "a few layers")
                 ))
@@ -119,9 +119,11 @@ fn chart(outcome: &Outcome, window: Window, what: &str) -> String {
     let bottom = TOP + ROW * devices.len() as f64;
     let x = |time: f64| LEFT + (time - window.from) / span * PLOT;
     let mut content = String::new();
-    for tick in ticks(window.from, window.to, 8.0) {
-        content.push_str(&line("grid", [x(tick), TOP, x(tick), bottom]));
-        content.push_str(&text("label mid", [x(tick), bottom + 14.0], &seconds(tick)));
+    // From the start of the window, so that labels are short and differ.
+    for tick in ticks(0.0, span, 8.0) {
+        let x = x(window.from + tick);
+        content.push_str(&line("grid", [x, TOP, x, bottom]));
+        content.push_str(&text("label mid", [x, bottom + 14.0], &seconds(tick)));
     }
     for (n, device) in devices.iter().enumerate() {
         let y = TOP + ROW * n as f64 + 2.0;

@@ -21,19 +21,21 @@ const ASSUMPTIONS: [&str; 8] = [
 ];
 
 pub(super) fn results(description: &Description, points: &[Point]) -> String {
-    let names: String = header(description).iter().map(|name| format!("<th>{}</th>", escape(name))).collect();
+    let words = description.sweep.len();
+    let class = |n: usize| if n == words { " class=\"policy\"" } else { "" };
+    let name = |(n, name): (usize, &&str)| format!("<th{}>{}</th>", class(n), escape(name));
+    let cell = |(n, cell): (usize, &String)| format!("<td{}>{}</td>", class(n), escape(cell));
+    let names: String = header(description).iter().enumerate().map(name).collect();
     let mut rows = String::new();
     for point in points.iter().take(LISTED) {
         for row in &point.rows {
             let is_fastest = point.fastest().is_some_and(|fastest| fastest.policy == row.policy);
             let of_row = cells(description, point, row);
             let cells: String = match &row.result {
-                Ok(_) => of_row.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect(),
+                Ok(_) => of_row.iter().enumerate().map(cell).collect(),
                 Err(reason) => {
-                    let named = &of_row[..description.sweep.len() + 1];
-                    let named: String =
-                        named.iter().map(|cell| format!("<td>{}</td>", escape(cell))).collect();
-                    let rest = of_row.len() - description.sweep.len() - 1;
+                    let named: String = of_row.iter().take(words + 1).enumerate().map(cell).collect();
+                    let rest = of_row.len() - words - 1;
                     format!("{named}<td class=\"why\" colspan=\"{rest}\">{}</td>", escape(reason))
                 }
             };

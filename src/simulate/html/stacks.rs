@@ -72,7 +72,7 @@ pub(super) fn memory(point: &Point, of_point: &str) -> String {
     let chart = chart("Memory of the fullest GPU", &bars, "GB", &gigabytes, Some(available / 1e9));
     format!(
         "<section id=\"memory\">\n<h2>Memory</h2>\n<p>{} The GPU that needs most; the thin mark is the mean of all, the dotted \
-         line what a {} has.</p>\n{}{chart}</section>\n",
+         line the memory of {}.</p>\n{}{chart}</section>\n",
         escape(of_point),
         escape(&point.named.scenario.gpu.name),
         legend(&marks)
