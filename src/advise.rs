@@ -6,6 +6,7 @@ use outboard_simulator::{Advice, Doubt, Outcome, advise};
 use serde::Serialize;
 
 use crate::bench::kernel::show::Output;
+use crate::page::numbers::count;
 use crate::simulate::Described;
 use crate::simulate::table;
 
@@ -74,7 +75,8 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 fn sentence(advice: &Advice) -> String {
     let (pool, without) = (&advice.pool, &advice.without);
     let chosen = table::chosen(without);
-    let best = if chosen.is_empty() { without.policy.to_string() } else { format!("{}, {chosen}", without.policy) };
+    let best =
+        if chosen.is_empty() { without.policy.to_string() } else { format!("{}, {chosen}", without.policy) };
     let beside = format!("{} tokens/s in place of {}", speed(pool), speed(without));
     match advice.doubt {
         None => format!(
@@ -116,8 +118,14 @@ fn place(pool: &Outcome) -> String {
 fn servers(advice: &Advice) -> String {
     let pool = &advice.pool;
     let best = match pool.layout.dedicated {
-        0 => format!("in place, {} of them, each on the {} GPUs of a rank's stage", pool.layout.model_devices(), pool.layout.tensor),
-        gpus => format!("{} dedicated ones on {gpus} of the {} GPUs", gpus / pool.layout.tensor, pool.layout.gpus),
+        0 => format!(
+            "in place, {} of them, each on the {} GPUs of a rank's stage",
+            pool.layout.model_devices(),
+            pool.layout.tensor
+        ),
+        gpus => {
+            format!("{} dedicated ones on {gpus} of the {} GPUs", gpus / pool.layout.tensor, pool.layout.gpus)
+        }
     };
     if advice.dedicated.is_empty() {
         return best;
@@ -130,10 +138,11 @@ fn servers(advice: &Advice) -> String {
 }
 
 fn links(advice: &Advice) -> String {
-    let gains = advice.links.iter().map(|link| format!("{} GB/s {}", giga(link.bytes_per_second), signed(link.gain)));
+    let gains =
+        advice.links.iter().map(|link| format!("{} GB/s {}", giga(link.bytes_per_second), signed(link.gain)));
     let gains = gains.collect::<Vec<_>>().join(", ");
     match advice.least_link() {
-        Some(least) => format!("{} GB/s a GPU are enough for most of the gain; gain on {gains}", giga(least)),
+        Some(least) => format!("worth it from {} GB/s a GPU; gain on {gains}", giga(least)),
         None => format!("none that was tried is worth it; gain on {gains}"),
     }
 }
@@ -152,7 +161,7 @@ fn signed(part: f64) -> String {
 }
 
 fn speed(outcome: &Outcome) -> String {
-    table::count(outcome.tokens_per_second.round() as u64)
+    count(outcome.tokens_per_second.round() as u64)
 }
 
 impl Line {

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use outboard_proto::describe;
 use tracing_subscriber::EnvFilter;
 
+mod advise;
 mod attention_server;
 mod bench;
 mod compute;
@@ -62,6 +63,8 @@ enum Role {
     /// Simulate training steps on a cluster, by each way to share core attention: what each would take, where the time
     /// goes, and what fits.
     Simulate(Box<simulate::Args>),
+    /// Say whether attention servers are worth it for a job, how many, where, and which links they need.
+    Advise(Box<advise::Args>),
     /// One rank of `outboard train`, which starts it.
     #[command(hide = true)]
     TrainRank,
@@ -83,6 +86,7 @@ fn main() -> ExitCode {
         Role::Compute(args) => compute::run(args),
         Role::Bench(args) => bench::run(args),
         Role::Profile(args) => profile::run(args),
+        Role::Advise(args) => advise::run(*args),
         Role::Validate(args) => validate::run(args),
         Role::Simulate(args) => simulate::run(*args),
         Role::TrainRank => return train::rank::run(),

@@ -1,5 +1,6 @@
 //! Advice: whether a pool of attention servers is worth it, and what it needs.
 
+use crate::outcome::nearer;
 use crate::policy::Policy;
 use crate::{Layout, Link, Network, Outcome, Scenario, SimulationError, simulate};
 
@@ -48,8 +49,6 @@ const LITTLE: f64 = 0.15;
 const LINKS: [f64; 6] = [0.0625, 0.125, 0.25, 0.5, 1.0, 4.0];
 /// Parts of the GPUs, in eighths, that dedicated servers may take.
 const EIGHTHS: [u32; 4] = [1, 2, 3, 4];
-/// The part of the gain that is had on a link that suffices.
-const MOST_OF_IT: f64 = 0.9;
 
 impl Advice {
     /// A gain below this is not worth a pool: it is within what one step differs from the next by.
@@ -70,12 +69,13 @@ impl Advice {
         self.doubt.is_none()
     }
 
-    /// The slowest link tried, between nodes, on which the pool still has most of its gain and is worth it.
+    /// The slowest link tried, between nodes, on which the pool is worth it, and so on all faster ones up to the scenario's;
+    /// where it is not worth it there, up to the fastest that was tried.
     pub fn least_link(&self) -> Option<f64> {
-        let enough = (MOST_OF_IT * self.gain()).max(Advice::LEAST_GAIN);
-        // From the fastest down, as long as it is enough.
-        let links = self.links.iter().rev().take_while(|link| link.gain >= enough);
-        links.last().map(|link| link.bytes_per_second)
+        let own = if self.is_worth_it() { LINKS.iter().position(|link| *link == 1.0) } else { None };
+        let links = own.and_then(|own| self.links.get(..=own)).unwrap_or(&self.links);
+        let worth = links.iter().rev().take_while(|link| link.gain >= Advice::LEAST_GAIN);
+        worth.last().map(|link| link.bytes_per_second)
     }
 
     /// What takes most of the pool's time that computing does not: the name of a part of its account, and its share.
@@ -106,6 +106,9 @@ pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
     let in_place = Scenario { layout: Layout { dedicated: 0, ..scenario.layout }, ..scenario.clone() };
     let without = best_of(&in_place, &Advice::WITHOUT)?;
     let published = best_of(&in_place, &Advice::PUBLISHED).ok();
+    // What others would gain is told from the first step alone: there are many of them.
+    let brief = Scenario { steps: 1, ..in_place.clone() };
+    let briefly_without = best_of(&brief, &Advice::WITHOUT)?;
     let mut pool = simulate(scenario, Policy::Outboard);
     let mut best = scenario.clone();
     let mut dedicated = Vec::new();
@@ -113,9 +116,13 @@ pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
         for gpus in candidates(&scenario.layout) {
             let layout = Layout { dedicated: gpus, ..scenario.layout };
             let apart = Scenario { layout, ..scenario.clone() };
-            let outcome = simulate(&apart, Policy::Outboard);
-            let gain = outcome.as_ref().ok().map(|outcome| gain(outcome, &without));
+            let briefly = simulate(&Scenario { steps: 1, ..apart.clone() }, Policy::Outboard);
+            let gain = briefly.ok().map(|briefly| gain(&briefly, &briefly_without));
             dedicated.push((gpus, gain));
+            if pool.is_ok() && gain.is_none_or(|gain| gain < 0.0) {
+                continue;
+            }
+            let outcome = simulate(&apart, Policy::Outboard);
             let sooner = match (&outcome, &pool) {
                 (Ok(outcome), Ok(pool)) => outcome.seconds < pool.seconds,
                 (Ok(_), Err(_)) => true,
@@ -147,7 +154,7 @@ fn best_of(scenario: &Scenario, policies: &[Policy]) -> Result<Outcome, Simulati
                 best = Some(outcome);
             }
             Ok(_) => {}
-            Err(error) => refusal = Some(error),
+            Err(error) => refusal = Some(nearer(refusal, error)),
         }
     }
     let none = || SimulationError::Unsuited { policy: "no policy".to_owned(), what: "it".to_owned() };
@@ -163,11 +170,12 @@ fn candidates(layout: &Layout) -> Vec<u32> {
     gpus
 }
 
+/// Gains on links of other speeds, of the first step.
 fn links(without: &Scenario, pool: &Scenario) -> Result<Vec<LinkGain>, SimulationError> {
     let on = |scenario: &Scenario, factor: f64| {
         let Network { between, .. } = scenario.network;
         let between = Link { bytes_per_second: between.bytes_per_second * factor, ..between };
-        Scenario { network: Network { between, ..scenario.network }, ..scenario.clone() }
+        Scenario { network: Network { between, ..scenario.network }, steps: 1, ..scenario.clone() }
     };
     let of = |factor: f64| {
         let bytes_per_second = pool.network.between.bytes_per_second * factor;

@@ -111,7 +111,7 @@ pub fn simulate_steps(
 }
 
 /// Of two refusals the one that is nearer to fitting.
-fn nearer(first: Option<SimulationError>, second: SimulationError) -> SimulationError {
+pub(crate) fn nearer(first: Option<SimulationError>, second: SimulationError) -> SimulationError {
     match (first, &second) {
         (Some(SimulationError::Memory { needed, .. }), SimulationError::Memory { needed: other, .. })
             if *other < needed =>

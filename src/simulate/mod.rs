@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use outboard_simulator::Policy;
 
-use description::Description;
+use description::{Description, Named};
 use entries::Flags;
 use point::Point;
 use record::Record;
@@ -69,6 +70,18 @@ impl Described {
         description.take(&self.flags.said, Path::new(""))?;
         sweep::check(&description)?;
         Ok(description)
+    }
+
+    /// The one scenario of those who look at no more.
+    pub(crate) fn one(&self) -> anyhow::Result<Named> {
+        let description = self.description()?;
+        if !description.sweep.is_empty() {
+            bail!("sweep: one scenario is looked at; leave it out, or see `outboard simulate`");
+        }
+        if description.policies.len() < Policy::ALL.len() {
+            bail!("policy: all that are of use are looked at; leave it out, or see `outboard simulate`");
+        }
+        Ok(description.named())
     }
 }
 

@@ -131,6 +131,12 @@ pub(crate) fn about(points: &[Point]) -> String {
 /// Which of the entries below are the tokens of a step; those of a rank follow.
 const TOKENS: usize = 7;
 
+/// All of one scenario.
+pub(crate) fn description(named: &Named) -> String {
+    let entries = entries(named).into_iter().filter(|words| !words.is_empty());
+    entries.collect::<Vec<_>>().join(", ")
+}
+
 fn entries(named: &Named) -> Vec<String> {
     let scenario = &named.scenario;
     let (layout, network) = (&scenario.layout, &scenario.network);

@@ -1,9 +1,10 @@
 //! Which rank holds which tokens of documents that are computed together.
 
 use outboard_attention::{Document, DocumentId, HomeRange, Span};
-use outboard_planner::{PlanError, Problem, Slot, settle};
+use outboard_planner::{PlanError, Problem, Settled, Slot, settle};
 
 use super::Policy;
+use super::pace::Pace;
 use crate::setting::Setting;
 
 /// Documents that are computed together, with the tokens that each rank holds of them.
@@ -38,13 +39,24 @@ pub(super) fn slots(setting: &Setting<'_>, model: usize) -> Vec<Slot> {
     }
 }
 
+/// The homes that move the fewest bytes; where these are not hidden, those for the least time, if that is sooner done.
 fn chosen(setting: &Setting<'_>, lengths: &[usize]) -> Result<Vec<Document>, PlanError> {
     let ranks = setting.ranks();
     let documents = ids().zip(lengths).map(|(id, &tokens)| Document::unplaced(id, tokens));
     let documents = documents.collect::<Result<Vec<Document>, _>>().map_err(bad)?;
     let problem = Problem::new(setting.heads, documents, slots(setting, ranks));
-    let settled = settle(&Problem { ranks: ranks as u32, ..problem }, setting.scenario.token_slack)?;
-    Ok(settled.documents)
+    let problem = Problem { ranks: ranks as u32, ..problem };
+    let slack = setting.scenario.token_slack;
+    let most = lengths.iter().sum::<usize>() as f64 / ranks as f64 * (1.0 + slack);
+    let placed = |settled: &Settled| Problem { documents: settled.documents.clone(), ..problem.clone() };
+    let pace = |settled: &Settled| Pace::of(setting, &placed(settled), &settled.plan, most);
+    let settled = settle(&problem, slack)?;
+    let Some(rates) = pace(&settled).rates(setting, &placed(&settled), &settled.plan) else {
+        return Ok(settled.documents);
+    };
+    let bounded = settle(&Problem { rates: Some(rates), ..problem.clone() }, slack)?;
+    let is_sooner = pace(&bounded).seconds() < pace(&settled).seconds();
+    Ok(if is_sooner { bounded } else { settled }.documents)
 }
 
 fn in_order(setting: &Setting<'_>, lengths: &[usize]) -> Result<Vec<Document>, PlanError> {

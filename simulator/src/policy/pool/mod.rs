@@ -9,6 +9,7 @@
 //! Simplified: a plan is the same for all layers and micro-batches with equal documents; results travel in the element type.
 
 mod homes;
+mod pace;
 mod served;
 
 use outboard_planner::{Loads, PlanError};

@@ -1,12 +1,11 @@
 //! A nano-batch whose attention is served: planned, and laid out as seconds of servers and bytes of links.
 
 use outboard_attention::{Document, DocumentId, HomeRange, StepPlan};
-use outboard_planner::{
-    Carried, Flow, PlanError, Policy as Planner, Problem, Rates, Times, Traffic, plan, plan_by,
-};
+use outboard_planner::{Carried, Flow, PlanError, Policy as Planner, Problem, Times, plan, plan_by};
 
 use super::Policy;
 use super::homes::{Group, slots};
+use super::pace::Pace;
 use crate::phase::{Attend, Exchange, Nano, Transfer};
 use crate::setting::Setting;
 
@@ -62,41 +61,16 @@ fn of_stages(setting: &Setting<'_>, groups: &[(usize, &Group)]) -> Result<Vec<Do
     Ok(documents)
 }
 
-/// The balanced plan of the fewest bytes. Where its bytes take longer than everything that is computed meanwhile, the plan for
-/// the least time, if that is sooner done.
+/// The balanced plan of the fewest bytes; where its bytes take longer than everything that is computed meanwhile, the plan
+/// for the least time, if that is sooner done.
 fn soonest(setting: &Setting<'_>, problem: &Problem, tokens: &[f64]) -> Result<StepPlan, PlanError> {
-    let costs = &setting.closing.costs;
-    let token = 3.0 * (costs.pre + costs.post) + 2.0 * (costs.tensor_pre + costs.tensor_post);
-    let dense = tokens.iter().copied().fold(0.0, f64::max) * token;
-    let is_far = setting.devices() > setting.closing.devices_per_node;
-    let link = setting.links.bytes_per_second[usize::from(is_far)];
-    let times = |plan: &StepPlan| {
-        let [forward, backward] = Times::planned(plan, problem, &setting.scenario.gpu.profile).busiest();
-        let attention = (forward + backward) / setting.scenario.tuning.attention_efficiency;
-        let traffic = Traffic::of(plan, problem);
-        let again = if setting.scenario.keep { 0 } else { traffic.forward.busiest };
-        let carried = (traffic.forward.busiest + traffic.backward.busiest + again) as f64 / link;
-        (attention, carried)
-    };
     let balanced = plan(problem)?;
-    let (attention, carried) = times(&balanced);
-    if carried <= attention + dense || attention <= 0.0 {
-        return Ok(balanced);
-    }
-    // Links carry while the rest of the layer is computed too, so they count for as much faster.
-    let flops = balanced_flops(problem, &balanced);
-    let bytes_per_second = link * (1.0 + dense / attention).min(1e3);
-    let rates = Rates { flops_per_second: flops / attention, bytes_per_second };
+    let most = tokens.iter().copied().fold(0.0, f64::max);
+    let pace = Pace::of(setting, problem, &balanced, most);
+    let Some(rates) = pace.rates(setting, problem, &balanced) else { return Ok(balanced) };
     let bounded = plan(&Problem { rates: Some(rates), ..problem.clone() })?;
-    let (other, less) = times(&bounded);
-    Ok(if less.max(other + dense) < carried { bounded } else { balanced })
-}
-
-/// FLOPs of both passes on the busiest slot.
-fn balanced_flops(problem: &Problem, plan: &StepPlan) -> f64 {
-    let loads = outboard_planner::Loads::planned(plan, &problem.documents, &problem.geometry).totals();
-    let most = loads.into_iter().max().unwrap_or(0);
-    problem.geometry.forward_flops(most) + problem.geometry.backward_flops(most)
+    let other = Pace::of(setting, problem, &bounded, most);
+    Ok(if other.seconds() < pace.seconds() { bounded } else { balanced })
 }
 
 fn nano(setting: &Setting<'_>, policy: Policy, problem: &Problem, plan: &StepPlan, tokens: Vec<f64>) -> Nano {
