@@ -1,5 +1,5 @@
 //! What every outcome must hold, on random jobs.
-#![allow(clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use outboard_simulator::{Layout, Mix, Outcome, Policy, Scenario, SimulationError, simulate};
 use proptest::prelude::*;
