@@ -16,11 +16,14 @@ mod cuda;
 mod device;
 mod holdings;
 mod lifetime;
+mod page;
 mod plan;
 mod profile;
+mod simulate;
 mod slices;
 mod step;
 mod train;
+mod validate;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -54,6 +57,11 @@ enum Role {
     Bench(bench::Args),
     /// Measure what this machine reaches on tasks of each size, for the cost model: print or write PROFILE.json.
     Profile(profile::Args),
+    /// Say what the simulator predicts of published measurements, beside them, and what is assumed where they are silent.
+    Validate(validate::Args),
+    /// Simulate training steps on a cluster, by each way to share core attention: what each would take, where the time
+    /// goes, and what fits.
+    Simulate(Box<simulate::Args>),
     /// One rank of `outboard train`, which starts it.
     #[command(hide = true)]
     TrainRank,
@@ -75,6 +83,8 @@ fn main() -> ExitCode {
         Role::Compute(args) => compute::run(args),
         Role::Bench(args) => bench::run(args),
         Role::Profile(args) => profile::run(args),
+        Role::Validate(args) => validate::run(args),
+        Role::Simulate(args) => simulate::run(*args),
         Role::TrainRank => return train::rank::run(),
     };
     match outcome {

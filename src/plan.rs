@@ -23,7 +23,6 @@ mod examples;
 mod fetched;
 mod figures;
 mod html;
-mod numbers;
 mod summary;
 
 /// Arguments of `outboard plan`.

@@ -4,6 +4,7 @@
 #[cfg(test)]
 extern crate self as outboard_simulator;
 
+mod advise;
 mod batch;
 mod engine;
 mod error;
@@ -23,6 +24,7 @@ mod scenario;
 mod setting;
 mod tuning;
 
+pub use advise::{Advice, Doubt, LinkGain, advise};
 pub use engine::{Account, Doing, Trace, Traced};
 pub use error::SimulationError;
 pub use gpu::Gpu;

@@ -4,8 +4,8 @@ use outboard_attention::StepPlan;
 use outboard_planner::Problem;
 
 use super::fetched::{Fetched, of_slots};
-use super::numbers::{count, things};
 use crate::holdings::Holdings;
+use crate::page::numbers::{count, things};
 
 /// The homes of a step, for whom some were chosen.
 #[derive(Clone, Debug)]

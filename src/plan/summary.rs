@@ -5,7 +5,7 @@ use outboard_planner::{Problem, Rates, Times, least_seconds};
 
 use super::chosen::Chosen;
 use super::figures::{Figures, busiest, layer_times};
-use super::numbers::{count, seconds};
+use crate::page::numbers::{count, seconds};
 
 /// More servers than this are too many to read.
 const ROWS: usize = 32;

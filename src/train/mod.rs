@@ -5,6 +5,7 @@ mod child;
 mod cluster;
 mod documents;
 mod forecast;
+pub(crate) mod job;
 mod probe;
 mod protocol;
 pub(crate) mod rank;
@@ -22,6 +23,7 @@ use crate::lifetime;
 use cluster::Cluster;
 use documents::FixedHomes;
 use forecast::Outlook;
+use job::JobLine;
 use outboard_proto::describe;
 use protocol::{FromRank, Mode, RankStep};
 use report::Record;
@@ -48,6 +50,7 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 async fn train(run: &args::Run) -> anyhow::Result<()> {
     let mut show = Show::new(run)?;
     let mut cluster = Cluster::start(run).await?;
+    show.job(&JobLine::of(run))?;
     say_outlook(run, &cluster, &mut show)?;
     cluster.begin(run).await?;
     show.started(&cluster);

@@ -12,6 +12,7 @@ use serde::Serialize;
 use super::args::Run;
 use super::cluster::Cluster;
 use super::forecast::Outlook;
+use super::job::JobLine;
 use super::protocol::Mode;
 use super::report::{Record, StepLine};
 use super::table::{table, words};
@@ -44,6 +45,11 @@ impl Show {
             bar.enable_steady_tick(Duration::from_millis(250));
         }
         Ok(Show { bar, json, words_to_stderr: to_stdout, cores_shared: run.cores_shared, device: run.device })
+    }
+
+    /// Writes what is trained.
+    pub(crate) fn job(&mut self, job: &JobLine) -> anyhow::Result<()> {
+        self.write_json(job)
     }
 
     /// Says whether attention is worth disaggregating, loudly where it is not.

@@ -132,12 +132,13 @@ pub(crate) fn plan(
     }
 }
 
-/// Layouts with every number of ranks that may share a sequence, or the one that the scenario names, and every replica
-/// with a sequence at least.
+/// Layouts with every number of ranks that may share a sequence and leaves no replica without one; or the number that the
+/// scenario names.
 pub(crate) fn by_context(layout: Layout, sequences: usize) -> Vec<Layout> {
     let ranks = layout.ranks();
-    let divisors = (1..=ranks).filter(|context| ranks.is_multiple_of(*context));
-    let asked = |context: &u32| layout.context.is_none_or(|asked| asked == *context);
-    let fed = |context: &u32| (ranks / context) as usize <= sequences;
-    divisors.filter(asked).filter(fed).map(|context| Layout { context: Some(context), ..layout }).collect()
+    let suits = |context: &u32| match layout.context {
+        Some(asked) => asked == *context,
+        None => ranks.is_multiple_of(*context) && (ranks / context) as usize <= sequences,
+    };
+    (1..=ranks).filter(suits).map(|context| Layout { context: Some(context), ..layout }).collect()
 }

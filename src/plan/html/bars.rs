@@ -2,7 +2,7 @@
 
 use super::super::figures::{Device, Figures};
 use super::Planned;
-use super::svg::{drawing, line, rect, text, ticks, upright};
+use crate::page::svg::{drawing, line, rect, text, ticks, upright};
 
 const WIDTH: f64 = 1080.0;
 const LEFT: f64 = 66.0;

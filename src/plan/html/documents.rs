@@ -6,12 +6,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use outboard_attention::{Document, PlannedTask};
 
 use super::super::fetched::{Fetched, Tasks, by_document, of_document};
-use super::super::numbers::{count, percent, things};
 use super::Planned;
 use super::panels::{Look, Looks, panels, picture};
 use super::strip::{Spanning, fetches, strip};
-use super::svg::{DISTINCT, colour, escape};
 use crate::holdings::ranks;
+use crate::page::numbers::{count, percent, things};
+use crate::page::svg::{DISTINCT, colour, escape};
 
 /// How many documents are drawn, pictures of each, and servers in its legend.
 const SHOWN: usize = 4;

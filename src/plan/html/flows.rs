@@ -4,10 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use outboard_planner::{Carried, Flow};
 
-use super::super::numbers::{bytes, count};
 use super::Planned;
 use super::matrix::{self, Cell, SIDE, Side};
-use super::svg::escape;
+use crate::page::numbers::{bytes, count};
+use crate::page::svg::escape;
 
 /// Lengths of the lists.
 const PAIRS: usize = 12;

@@ -3,20 +3,9 @@
 use outboard_planner::least_seconds;
 
 use super::super::figures::{Figures, busiest, layer_times};
-use super::super::numbers::{bytes, rate, seconds, things};
-use super::svg::escape;
 use super::{Given, Planned};
-
-/// One figure: its name, its value and what is to be said of it.
-fn tile(name: &str, value: &str, notes: &[String]) -> String {
-    let notes: String =
-        notes.iter().map(|note| format!("<dd class=\"note\">{}</dd>", escape(note))).collect();
-    format!(
-        "<div class=\"tile\"><dt>{}</dt><dd class=\"value\">{}</dd>{notes}</div>\n",
-        escape(name),
-        escape(value)
-    )
-}
+use crate::page::numbers::{bytes, rate, seconds, things};
+use crate::page::tile;
 
 pub(super) fn section(planned: &Planned<'_>, figures: &Figures) -> String {
     let Figures { verdict, tasks, imbalance_before, .. } = figures;

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::super::numbers::bytes;
-use super::svg::{at, drawing, escape, line, rect, text, upright};
+use crate::page::numbers::bytes;
+use crate::page::svg::{at, drawing, escape, line, rect, text, upright};
 
 /// The largest number of rows, and of columns.
 pub(super) const SIDE: usize = 64;

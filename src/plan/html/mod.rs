@@ -9,18 +9,18 @@ mod panels;
 mod servers;
 mod shape;
 mod strip;
-mod svg;
 
 use outboard_attention::StepPlan;
 use outboard_planner::{Policy, Problem, Rates};
 
 use super::chosen::Chosen;
 use super::figures::Figures;
-use super::numbers::{count, percent, things};
-use svg::escape;
+use crate::page::Page;
+use crate::page::numbers::{count, percent, things};
+use crate::page::svg::{escape, textures};
 
-const STYLE: &str = include_str!("page.css");
-const SCRIPT: &str = include_str!("page.js");
+const STYLE: &str = include_str!("plan.css");
+const SCRIPT: &str = include_str!("plan.js");
 
 /// A plan and what is known of it.
 #[derive(Clone, Copy, Debug)]
@@ -71,15 +71,12 @@ pub(super) fn page(planned: &Planned<'_>, figures: &Figures) -> String {
         servers::section(planned, figures),
     ];
     let sections = sections.concat();
-    let (textures, about) = (svg::textures(), about(planned));
-    format!(
-        "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\"/>\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\"/>\n\
-         <meta name=\"color-scheme\" content=\"light dark\"/>\n\
-         <title>Plan of {name}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n{textures}<main>\n\
-         <header><h1>Who computes what: {name}</h1>\n{about}</header>\n{sections}</main>\n\
-         <script>\n{SCRIPT}</script>\n</body>\n</html>\n"
-    )
+    let (textures, about) = (textures(), about(planned));
+    let body = format!(
+        "{textures}<main>\n<header><h1>Who computes what: {name}</h1>\n{about}</header>\n{sections}</main>\n"
+    );
+    let title = format!("Plan of {}", planned.step);
+    Page { title: &title, style: STYLE, script: SCRIPT, body: &body }.markup()
 }
 
 /// What was planned, and how.

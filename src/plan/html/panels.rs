@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use outboard_attention::{BandSlice, Document, Mask, PlannedTask, Span};
 
-use super::super::numbers::count;
 use super::shape::{Point, centre, outline, reach};
-use super::svg::{at, drawing, escape, rect, text, upright};
+use crate::page::numbers::count;
+use crate::page::svg::{at, drawing, escape, rect, text, upright};
 
 /// More outlines than this are not drawn: of each task only its rectangle.
 const OUTLINES: usize = 20_000;

@@ -1,8 +1,8 @@
 //! The servers' figures as a table, for whoever wants them exactly.
 
 use super::super::figures::Figures;
-use super::super::numbers::{bytes, count};
 use super::Planned;
+use crate::page::numbers::{bytes, count};
 
 /// More servers than this are too many for a table.
 const ROWS: usize = 1024;

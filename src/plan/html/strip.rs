@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use outboard_attention::{Document, HomeRange};
 
 use super::super::fetched::Fetched;
-use super::super::numbers::count;
 use super::panels::Looks;
-use super::svg::{at, drawing, escape, text};
+use crate::page::numbers::count;
+use crate::page::svg::{at, drawing, escape, text};
 
 const WIDTH: f64 = 1080.0;
 const TOP: f64 = 18.0;

@@ -1,13 +1,13 @@
 //! Numbers for people: units, separators, no more digits than count.
 
 /// Bytes in decimal units.
-pub(super) fn bytes(bytes: u64) -> String {
+pub(crate) fn bytes(bytes: u64) -> String {
     with_unit(bytes as f64, &[(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")])
         .unwrap_or_else(|| format!("{bytes} B"))
 }
 
 /// Seconds in the unit that fits them.
-pub(super) fn seconds(seconds: f64) -> String {
+pub(crate) fn seconds(seconds: f64) -> String {
     let unit = [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")];
     match with_unit(seconds, &unit) {
         Some(text) => text,
@@ -17,7 +17,7 @@ pub(super) fn seconds(seconds: f64) -> String {
 }
 
 /// A rate in decimal units of `unit`, as in "50 GB/s".
-pub(super) fn rate(value: f64, unit: &str) -> String {
+pub(crate) fn rate(value: f64, unit: &str) -> String {
     let scale = [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")];
     let (by, prefix) = scale.into_iter().find(|(by, _)| value >= *by).unwrap_or((1.0, ""));
     let text = format!("{:.2}", value / by);
@@ -25,7 +25,7 @@ pub(super) fn rate(value: f64, unit: &str) -> String {
 }
 
 /// A whole number with its thousands apart.
-pub(super) fn count(n: impl TryInto<u128>) -> String {
+pub(crate) fn count(n: impl TryInto<u128>) -> String {
     let digits = n.try_into().unwrap_or(u128::MAX).to_string();
     let mut text = String::with_capacity(digits.len() * 4 / 3);
     for (n, digit) in digits.chars().enumerate() {
@@ -38,12 +38,12 @@ pub(super) fn count(n: impl TryInto<u128>) -> String {
 }
 
 /// A number of things by their name, which takes an s unless there is one.
-pub(super) fn things(n: usize, name: &str) -> String {
+pub(crate) fn things(n: usize, name: &str) -> String {
     format!("{} {name}{}", count(n), if n == 1 { "" } else { "s" })
 }
 
 /// A part of a whole in percent.
-pub(super) fn percent(part: f64) -> String {
+pub(crate) fn percent(part: f64) -> String {
     let percent = part * 100.0;
     let digits = if percent >= 99.95 || percent >= 10.0 { 0 } else { 1 };
     format!("{percent:.digits$}%")

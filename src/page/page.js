@@ -1,5 +1,4 @@
-// Texts of marks show at once beside the pointer, and servers of a document can be picked out. Without this script the
-// browser shows the same texts after a while.
+// Texts of marks show at once beside the pointer. Without this script the browser shows the same texts after a while.
 "use strict";
 const tip = document.createElement("div");
 tip.className = "tip";
@@ -18,23 +17,9 @@ const textOf = (mark) => {
   return mark.dataset.tip;
 };
 
-const pick = (mark) => {
-  const holder = mark?.closest("[data-server]");
-  const article = holder?.closest("article");
-  for (const other of document.querySelectorAll("article.picked")) {
-    if (other !== article) other.classList.remove("picked");
-  }
-  if (!article) return;
-  article.classList.add("picked");
-  for (const area of article.querySelectorAll("[data-server]")) {
-    area.classList.toggle("chosen", area.dataset.server === holder.dataset.server);
-  }
-};
-
 document.addEventListener("pointermove", (event) => {
   const mark = event.target.closest("svg *, tr, [data-server]");
   const text = mark && textOf(mark);
-  pick(mark);
   tip.hidden = !text;
   if (!text) return;
   tip.textContent = text;

@@ -4,10 +4,10 @@
 const COLOURS: usize = 8;
 const TEXTURES: usize = 3;
 /// More servers than this share colours.
-pub(super) const DISTINCT: usize = COLOURS * TEXTURES;
+pub(crate) const DISTINCT: usize = COLOURS * TEXTURES;
 
 /// Text as it may stand in an element or in quotes.
-pub(super) fn escape(text: &str) -> String {
+pub(crate) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -26,14 +26,14 @@ pub(super) fn escape(text: &str) -> String {
 }
 
 /// A coordinate, to a hundredth of a pixel.
-pub(super) fn at(x: f64) -> String {
+pub(crate) fn at(x: f64) -> String {
     let text = format!("{x:.2}");
     let text = text.trim_end_matches('0').trim_end_matches('.');
     if text == "-0" { "0".to_owned() } else { text.to_owned() }
 }
 
 /// A drawing that fits its column, with what it shows in words.
-pub(super) fn drawing(class: &str, [width, height]: [f64; 2], label: &str, content: &str) -> String {
+pub(crate) fn drawing(class: &str, [width, height]: [f64; 2], label: &str, content: &str) -> String {
     let (w, h, label) = (at(width), at(height), escape(label));
     format!(
         "<svg class=\"{class}\" viewBox=\"0 0 {w} {h}\" width=\"{w}\" height=\"{h}\" role=\"img\" aria-label=\"{label}\">\n\
@@ -42,7 +42,7 @@ pub(super) fn drawing(class: &str, [width, height]: [f64; 2], label: &str, conte
 }
 
 /// A rectangle with a text that shows when it is pointed at.
-pub(super) fn rect(class: &str, [x, y, width, height]: [f64; 4], title: &str) -> String {
+pub(crate) fn rect(class: &str, [x, y, width, height]: [f64; 4], title: &str) -> String {
     let (x, y, width, height) = (at(x), at(y), at(width.max(0.0)), at(height.max(0.0)));
     let rect = format!("<rect class=\"{class}\" x=\"{x}\" y=\"{y}\" width=\"{width}\" height=\"{height}\"");
     match title {
@@ -51,29 +51,29 @@ pub(super) fn rect(class: &str, [x, y, width, height]: [f64; 4], title: &str) ->
     }
 }
 
-pub(super) fn line(class: &str, [x1, y1, x2, y2]: [f64; 4]) -> String {
+pub(crate) fn line(class: &str, [x1, y1, x2, y2]: [f64; 4]) -> String {
     let (x1, y1, x2, y2) = (at(x1), at(y1), at(x2), at(y2));
     format!("<line class=\"{class}\" x1=\"{x1}\" y1=\"{y1}\" x2=\"{x2}\" y2=\"{y2}\"/>\n")
 }
 
 /// Text that starts, centres or ends at a point, as its class says.
-pub(super) fn text(class: &str, [x, y]: [f64; 2], text: &str) -> String {
+pub(crate) fn text(class: &str, [x, y]: [f64; 2], text: &str) -> String {
     format!("<text class=\"{class}\" x=\"{}\" y=\"{}\">{}</text>\n", at(x), at(y), escape(text))
 }
 
 /// Text along a vertical axis, read from below, with its middle at a point.
-pub(super) fn upright(class: &str, [x, y]: [f64; 2], text: &str) -> String {
+pub(crate) fn upright(class: &str, [x, y]: [f64; 2], text: &str) -> String {
     let (x, y, text) = (at(x), at(y), escape(text));
     format!("<text class=\"{class} mid\" transform=\"translate({x} {y}) rotate(-90)\">{text}</text>\n")
 }
 
 /// The class that fills with the n-th colour for servers.
-pub(super) fn colour(n: usize) -> String {
+pub(crate) fn colour(n: usize) -> String {
     format!("s{}", n % DISTINCT)
 }
 
 /// What the classes of [`colour`] beyond the plain colours fill with.
-pub(super) fn textures() -> String {
+pub(crate) fn textures() -> String {
     let mut patterns = String::new();
     for n in COLOURS..DISTINCT {
         let (colour, mark) = match n / COLOURS {
@@ -95,7 +95,7 @@ pub(super) fn textures() -> String {
 }
 
 /// Round numbers from zero up to `most`, about `parts` of them; the last may lie below `most`.
-pub(super) fn ticks(from: f64, most: f64, parts: f64) -> Vec<f64> {
+pub(crate) fn ticks(from: f64, most: f64, parts: f64) -> Vec<f64> {
     let span = most - from;
     if !(span.is_finite() && span > 0.0) {
         return vec![from];

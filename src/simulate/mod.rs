@@ -1,0 +1,137 @@
+//! `outboard simulate`: what a training step would take on a cluster, by each way to share core attention.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+use description::Description;
+use entries::Flags;
+use point::Point;
+use record::Record;
+
+use crate::bench::kernel::show::Output;
+
+pub(crate) mod description;
+pub(crate) mod entries;
+mod file;
+mod html;
+mod lengths;
+pub(crate) mod point;
+mod record;
+mod run;
+mod shapes;
+mod sweep;
+pub(crate) mod table;
+mod value;
+
+/// Arguments of `outboard simulate`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    described: Described,
+    /// Write results as JSON lines to this file, `-` for standard output.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the same to this file as comma-separated values.
+    #[arg(long, value_name = "FILE")]
+    csv: Option<PathBuf>,
+    /// Write a page that shows the results to this file: throughput by scale, where the time goes, memory, and what some
+    /// devices do when. It needs no network and no other file.
+    #[arg(long, value_name = "FILE")]
+    html: Option<PathBuf>,
+    /// Threads that simulate; results do not depend on it. By default as many as there are cores.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    threads: Option<u16>,
+}
+
+/// What says what is to be simulated.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Described {
+    /// Say it in this file; flags count for more. Its entries are the flags' names with underscores, in tables: [layout]
+    /// has gpus, tensor, pipeline, context (ranks that share a sequence), micro_batches and dedicated; [network] has
+    /// gpus_per_node; [network.within] and [network.between] have bytes_per_second and latency_seconds; [tuning] has the
+    /// efficiencies and overheads; [model] may hold shapes and [gpu] peak_flops_per_second, memory_bytes and
+    /// memory_bytes_per_second; [sweep] has a list for each of its names. Files that it names are looked for beside it.
+    #[arg(long, value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+impl Described {
+    /// The file, and the flags over it.
+    pub(crate) fn description(&self) -> anyhow::Result<Description> {
+        let mut description = Description::new()?;
+        if let Some(config) = &self.config {
+            let folder = config.parent().unwrap_or(Path::new(""));
+            description.take(&file::read(config).context("--config")?, folder)?;
+        }
+        description.take(&self.flags.said, Path::new(""))?;
+        sweep::check(&description)?;
+        Ok(description)
+    }
+}
+
+pub(crate) fn run(args: Args) -> anyhow::Result<()> {
+    let Args { described, json, csv, html, threads } = args;
+    for (n, (flag, file)) in [("--json", &json), ("--csv", &csv), ("--html", &html)].iter().enumerate() {
+        let others = [("--json", &json), ("--csv", &csv)];
+        if let Some((other, _)) = others[..n.min(2)].iter().find(|(_, other)| file.is_some() && other == file)
+        {
+            bail!("{other} and {flag} both name {}", file.as_deref().unwrap_or(Path::new("")).display());
+        }
+    }
+    let description = described.description()?;
+    let swept = !description.sweep.is_empty();
+    let mut lines = Output::new(json.as_deref())?;
+    let mut columns = String::new();
+    let mut points: Vec<Point> = Vec::new();
+    let threads = threads.map_or_else(run::threads, usize::from);
+    run::points(&description, threads, html.is_some(), |point| {
+        for row in &point.rows {
+            let record = Record::of(&point, row);
+            lines.write(&record)?;
+            if columns.is_empty() {
+                columns.push_str(&record.header());
+            }
+            columns.push_str(&record.line());
+        }
+        // What devices do when is shown of one point, the last that has anything to show.
+        if point.fastest().is_some() {
+            points.iter_mut().for_each(Point::drop_traces);
+        }
+        points.push(point);
+        Ok(())
+    })?;
+    if let Some(file) = &csv {
+        std::fs::write(file, columns).with_context(|| format!("--csv {}", file.display()))?;
+    }
+    let failures: Vec<String> = points.iter().filter_map(Point::failure).collect();
+    if let Some(reason) = failures.first()
+        && failures.len() == points.len()
+    {
+        let what = match (swept, description.policies.len()) {
+            (true, _) => "no point can be simulated; the first: ",
+            (false, 1) => "",
+            (false, _) => "no policy can do it: ",
+        };
+        bail!("{what}{reason}");
+    }
+    say(&description, &points, &lines)?;
+    if let Some(file) = &html {
+        let page = html::page(&description, &points);
+        std::fs::write(file, page).with_context(|| format!("--html {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Prints what people read.
+fn say(description: &Description, points: &[Point], output: &Output) -> anyhow::Result<()> {
+    let Some(last) = points.iter().rfind(|point| point.fastest().is_some()) else { return Ok(()) };
+    output.say(&table::about(points))?;
+    output.say(&table::table(description, points).to_string())?;
+    output.say("* fastest; gain: tokens/s over the best policy without attention servers; GB of the GPU that needs or sends most, a step")?;
+    output.say(&table::tuning(&last.named))?;
+    let verdict = if points.len() > 1 { table::range(points) } else { table::verdict(last) };
+    verdict.map_or(Ok(()), |verdict| output.say(&verdict))
+}

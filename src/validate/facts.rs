@@ -1,0 +1,58 @@
+//! Single figures of the paper, each under assumptions that are printed with it.
+
+use outboard_simulator::{Layout, Policy, Scenario, simulate};
+
+use super::cases::Published;
+
+/// A published share or gain, and what is predicted.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Fact {
+    pub(super) what: String,
+    pub(super) published: &'static str,
+    pub(super) predicted: f64,
+    /// Under what.
+    pub(super) assumed: &'static str,
+}
+
+const K: u64 = 1024;
+
+pub(super) fn facts(published: &Published) -> anyhow::Result<Vec<Fact>> {
+    let common = published.common("llama-8b", "pretrain")?;
+    let on = |nodes: u32, context: Option<u32>, tokens: u64| Scenario {
+        layout: Layout { context, ..Layout::new(8 * nodes, 8) },
+        tokens,
+        context: common.context.min(tokens as usize),
+        ..common.clone()
+    };
+    let mut facts = Vec::new();
+    for (ranks, published) in [(4, "19%"), (8, "55%")] {
+        let outcome = simulate(&on(ranks, Some(1), u64::from(ranks) * 512 * K), Policy::Wlb)?;
+        facts.push(Fact {
+            what: format!("idle for imbalance, WLB at 512K on {ranks} ranks"),
+            published,
+            predicted: outcome.account.imbalance / outcome.seconds,
+            assumed: "8B, pretrain, 512K tokens a rank, no sequence shared, memory not limited",
+        });
+    }
+    for (nodes, published) in [(2, "3%"), (32, "about 40%")] {
+        let outcome = simulate(&on(nodes, Some(nodes), u64::from(nodes) * 32 * K), Policy::Cp)?;
+        facts.push(Fact {
+            what: format!("all-gather of context parallelism on {nodes} nodes"),
+            published,
+            predicted: outcome.account.exposed / outcome.seconds,
+            assumed: "8B, pretrain, all nodes share every sequence, 32K tokens a node, documents of up to 512K",
+        });
+    }
+    for nodes in [8, 16, 32] {
+        let two = on(nodes, None, u64::from(nodes) * 128 * K);
+        let one = Scenario { nano_batches: 1, ..two.clone() };
+        let [one, two] = [simulate(&one, Policy::Distca)?, simulate(&two, Policy::Distca)?];
+        facts.push(Fact {
+            what: format!("one stream in place of ping-pong on {nodes} nodes"),
+            published: "10-17% longer",
+            predicted: one.seconds / two.seconds - 1.0,
+            assumed: "8B, pretrain 512K, 128K tokens a node",
+        });
+    }
+    Ok(facts)
+}
