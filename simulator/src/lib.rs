@@ -1,5 +1,9 @@
 //! The simulator: what a training step would take on a cluster, by one way to share core attention or another.
 
+// Tests of the crate's own share theirs with those from outside.
+#[cfg(test)]
+extern crate self as outboard_simulator;
+
 mod advise;
 mod batch;
 mod engine;
@@ -13,6 +17,8 @@ mod network;
 mod outcome;
 mod phase;
 mod policy;
+#[cfg(test)]
+mod properties;
 mod random;
 mod scenario;
 mod setting;

@@ -1,5 +1,5 @@
 //! What every outcome must hold, on random jobs.
-#![allow(clippy::expect_used, reason = "a test fails by panicking")]
+#![allow(clippy::expect_used, clippy::panic, reason = "a test fails by panicking")]
 
 use outboard_simulator::{Layout, Mix, Outcome, Policy, Scenario, SimulationError, simulate};
 use proptest::prelude::*;
@@ -169,7 +169,11 @@ fn any_nonsense() -> impl Strategy<Value = Scenario> {
                 Entry::Real(set) => set(&mut scenario, *index.get(&REAL)),
             }
         }
-        // A thousand steps make sense, and take their time.
+        // Many documents make sense, and take their time.
+        if scenario.context > 0 && scenario.tokens < u64::MAX {
+            scenario.tokens = scenario.tokens.min(100 * scenario.context as u64);
+        }
+        // So do a thousand steps.
         if scenario.steps <= 1000 {
             scenario.steps = scenario.steps.min(2);
         }

@@ -13,6 +13,8 @@ mod account;
 mod clocks;
 mod layers;
 mod schedule;
+#[cfg(test)]
+mod tests;
 mod trace;
 
 pub use account::Account;

@@ -40,6 +40,11 @@ pub(super) fn serve(
     } else {
         soonest(setting, &problem, &tokens)?
     };
+    debug_assert!(
+        !cfg!(test) || outboard_planner::judge(&plan, &problem).is_ok(),
+        "every cell once: {:?}",
+        outboard_planner::judge(&plan, &problem)
+    );
     // Servers in place are numbered as the devices, dedicated ones come after these.
     let first = if setting.layout.dedicated > 0 { model } else { 0 };
     let nano = nano(setting, policy, &problem, &plan, tokens);
