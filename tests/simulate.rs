@@ -184,6 +184,8 @@ fn a_sweep_has_every_combination_in_order_whatever_the_threads() {
     );
     assert_eq!(rows[1].split(',').count(), names.len());
     assert_eq!(outboard(&small(&[&sweep[..], &["--csv", "-"]].concat())), columns);
+    let tuned = outboard(&small(&["--policy", "cp", "--sweep", "matmul-efficiency=0.4,0.5"]));
+    assert!(tuned.contains("tuning: matmul_efficiency varies, "), "{tuned}");
     // The table has the swept columns and the reason.
     let table = outboard(&small(&sweep));
     assert!(table.contains("gpus") && table.contains("no multiple of tensor 8"), "{table}");

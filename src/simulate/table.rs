@@ -176,10 +176,14 @@ pub(crate) fn range(points: &[Point]) -> Option<String> {
 }
 
 /// The parameters, in one line.
-pub(crate) fn tuning(named: &Named) -> String {
-    let entries = named.scenario.tuning.entries();
-    let words = entries.map(|(name, value, unit)| format!("{name} {value} {unit}"));
-    format!("tuning: {}", words.join(", "))
+pub(crate) fn tuning(points: &[Point]) -> String {
+    let of = |point: &Point| point.named.scenario.tuning.entries();
+    let Some(first) = points.first().map(of) else { return String::new() };
+    let said = first.iter().enumerate().map(|(n, (name, value, unit))| {
+        let same = points.iter().all(|point| of(point)[n].1 == *value);
+        if same { format!("{name} {value} {unit}") } else { format!("{name} varies") }
+    });
+    format!("tuning: {}", said.collect::<Vec<_>>().join(", "))
 }
 
 /// What a point says, in one sentence.
