@@ -176,14 +176,28 @@ pub(crate) fn range(points: &[Point]) -> Option<String> {
 }
 
 /// The parameters, in one line.
-pub(crate) fn tuning(points: &[Point]) -> String {
-    let of = |point: &Point| point.named.scenario.tuning.entries();
-    let Some(first) = points.first().map(of) else { return String::new() };
-    let said = first.iter().enumerate().map(|(n, (name, value, unit))| {
-        let same = points.iter().all(|point| of(point)[n].1 == *value);
-        if same { format!("{name} {value} {unit}") } else { format!("{name} varies") }
+pub(crate) fn tuning(named: &Named) -> String {
+    parameters(named, |_| false)
+}
+
+/// The same of all points.
+pub(super) fn tunings(points: &[Point]) -> String {
+    let of = |point: &Point, n: usize| point.named.scenario.tuning.entries()[n].1;
+    let varies = |n: usize| points.iter().any(|point| of(point, n) != of(&points[0], n));
+    match points {
+        [] => String::new(),
+        [point] => tuning(&point.named),
+        [first, ..] => parameters(&first.named, varies),
+    }
+}
+
+fn parameters(named: &Named, varies: impl Fn(usize) -> bool) -> String {
+    let entries = named.scenario.tuning.entries().into_iter().enumerate();
+    let words = entries.map(|(n, (name, value, unit))| match varies(n) {
+        true => format!("{name} varies"),
+        false => format!("{name} {value} {unit}"),
     });
-    format!("tuning: {}", said.collect::<Vec<_>>().join(", "))
+    format!("tuning: {}", words.collect::<Vec<_>>().join(", "))
 }
 
 /// What a point says, in one sentence.
