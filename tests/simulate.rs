@@ -183,6 +183,9 @@ fn a_sweep_has_every_combination_in_order_whatever_the_threads() {
         number(&lines[0], "tokens_per_second")
     );
     assert_eq!(rows[1].split(',').count(), names.len());
+    assert_eq!(outboard(&small(&[&sweep[..], &["--csv", "-"]].concat())), columns);
+    let tuned = outboard(&small(&["--policy", "cp", "--sweep", "matmul-efficiency=0.4,0.5"]));
+    assert!(tuned.contains("tuning: matmul_efficiency varies, "), "{tuned}");
     // The table has the swept columns and the reason.
     let table = outboard(&small(&sweep));
     assert!(table.contains("gpus") && table.contains("no multiple of tensor 8"), "{table}");
@@ -289,7 +292,7 @@ fn bad_input_is_refused_by_name() {
     let shapes = write(folder.path(), "model.json", "{\"name\": \"x\", \"layer\": 3}");
     let short = write(folder.path(), "lengths.txt", "100\n2000\n");
     let words = write(folder.path(), "words.txt", "100\nmany\n");
-    let cases: [(&[&str], &[&str]); 26] = [
+    let cases: [(&[&str], &[&str]); 27] = [
         (&["--model", "llama-7b"], &["--model", "`llama-7b`", "did you mean `llama-"]),
         (&["--model", &shapes], &["--model", "model.json", "`layer`", "did you mean `layers`?"]),
         (&["--gpu", "h20"], &["--gpu", "did you mean `h200`?"]),
@@ -318,6 +321,7 @@ fn bad_input_is_refused_by_name() {
         (&["--config", &syntax], &["2.toml"]),
         (&["--sweep", "gpu_count=8"], &["--sweep", "`gpu_count`"]),
         (&["--sweep", "gpus=8,many"], &["--sweep", "gpus=many", "`many`"]),
+        (&["--html", "no/such/page.html"], &["--html no/such/page.html: there is no folder no/such"]),
         (&["--sweep", "gpus=8 seed=1,2", "--json", "x", "--csv", "x"], &["--json and --csv both name x"]),
     ];
     for (args, says) in cases {

@@ -33,7 +33,7 @@ pub(crate) struct Args {
     /// Write results as JSON lines to this file, `-` for standard output.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Write the same to this file as comma-separated values.
+    /// Write the same as comma-separated values to this file, `-` for standard output.
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
     /// Write a page that shows the results to this file: throughput by scale, where the time goes, memory, and what some
@@ -87,13 +87,7 @@ impl Described {
 
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let Args { described, json, csv, html, threads } = args;
-    for (n, (flag, file)) in [("--json", &json), ("--csv", &csv), ("--html", &html)].iter().enumerate() {
-        let others = [("--json", &json), ("--csv", &csv)];
-        if let Some((other, _)) = others[..n.min(2)].iter().find(|(_, other)| file.is_some() && other == file)
-        {
-            bail!("{other} and {flag} both name {}", file.as_deref().unwrap_or(Path::new("")).display());
-        }
-    }
+    check_files([("--json", &json), ("--csv", &csv), ("--html", &html)])?;
     let description = described.description()?;
     let swept = !description.sweep.is_empty();
     let mut lines = Output::new(json.as_deref())?;
@@ -116,8 +110,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         points.push(point);
         Ok(())
     })?;
-    if let Some(file) = &csv {
-        std::fs::write(file, columns).with_context(|| format!("--csv {}", file.display()))?;
+    let standard = csv.as_deref() == Some(Path::new("-"));
+    match &csv {
+        Some(_) if standard => Output::new(None)?.say(columns.trim_end())?,
+        Some(file) => std::fs::write(file, columns).with_context(|| format!("--csv {}", file.display()))?,
+        None => {}
     }
     let failures: Vec<String> = points.iter().filter_map(Point::failure).collect();
     if let Some(reason) = failures.first()
@@ -130,10 +127,29 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         };
         bail!("{what}{reason}");
     }
-    say(&description, &points, &lines)?;
+    if !standard {
+        say(&description, &points, &lines)?;
+    }
     if let Some(file) = &html {
         let page = html::page(&description, &points);
         std::fs::write(file, page).with_context(|| format!("--html {}", file.display()))?;
+    }
+    Ok(())
+}
+
+/// Checks, before anything is simulated, that results can be written, each to a file of its own.
+fn check_files(files: [(&str, &Option<PathBuf>); 3]) -> anyhow::Result<()> {
+    let named = files.iter().filter_map(|(flag, file)| Some((*flag, file.as_deref()?)));
+    let mut before: Vec<(&str, &Path)> = Vec::new();
+    for (flag, file) in named {
+        if let Some((other, _)) = before.iter().find(|(_, other)| *other == file) {
+            bail!("{other} and {flag} both name {}", file.display());
+        }
+        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+        if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
+            bail!("{flag} {}: there is no folder {}", file.display(), folder.display());
+        }
+        before.push((flag, file));
     }
     Ok(())
 }
@@ -142,9 +158,11 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 fn say(description: &Description, points: &[Point], output: &Output) -> anyhow::Result<()> {
     let Some(last) = points.iter().rfind(|point| point.fastest().is_some()) else { return Ok(()) };
     output.say(&table::about(points))?;
-    output.say(&table::table(description, points).to_string())?;
+    // The last column is words of any length; without it rows end where their words do.
+    let table = table::table(description, points).to_string();
+    output.say(&table.lines().map(str::trim_end).collect::<Vec<_>>().join("\n"))?;
     output.say("* fastest; gain: tokens/s over the best policy without attention servers; GB of the GPU that needs or sends most, a step")?;
-    output.say(&table::tuning(&last.named))?;
+    output.say(&table::tunings(points))?;
     let verdict = if points.len() > 1 { table::range(points) } else { table::verdict(last) };
     verdict.map_or(Ok(()), |verdict| output.say(&verdict))
 }

@@ -183,9 +183,27 @@ pub(crate) fn range(points: &[Point]) -> Option<String> {
 
 /// The parameters, in one line.
 pub(crate) fn tuning(named: &Named) -> String {
-    let entries = named.scenario.tuning.entries();
-    let words = entries.map(|(name, value, unit)| format!("{name} {value} {unit}"));
-    format!("tuning: {}", words.join(", "))
+    parameters(named, |_| false)
+}
+
+/// The same of all points.
+pub(super) fn tunings(points: &[Point]) -> String {
+    let of = |point: &Point, n: usize| point.named.scenario.tuning.entries()[n].1;
+    let varies = |n: usize| points.iter().any(|point| of(point, n) != of(&points[0], n));
+    match points {
+        [] => String::new(),
+        [point] => tuning(&point.named),
+        [first, ..] => parameters(&first.named, varies),
+    }
+}
+
+fn parameters(named: &Named, varies: impl Fn(usize) -> bool) -> String {
+    let entries = named.scenario.tuning.entries().into_iter().enumerate();
+    let words = entries.map(|(n, (name, value, unit))| match varies(n) {
+        true => format!("{name} varies"),
+        false => format!("{name} {value} {unit}"),
+    });
+    format!("tuning: {}", words.collect::<Vec<_>>().join(", "))
 }
 
 /// What a point says, in one sentence.

@@ -38,24 +38,20 @@ struct Window {
 pub(super) fn section(point: &Point, of_point: &str) -> String {
     let drawn: Vec<&Outcome> =
         leading(point).into_iter().filter(|outcome| !outcome.trace.stretches.is_empty()).collect();
-    let Some(first) = drawn.first() else { return String::new() };
+    if drawn.is_empty() {
+        return String::new();
+    }
     let marks: Vec<(String, &str)> =
         KINDS.iter().map(|(_, class, name)| ((*class).to_owned(), *name)).collect();
     let longest =
         drawn.iter().filter_map(|outcome| outcome.step_seconds.first()).copied().fold(0.0, f64::max);
-    let layers = layers(first);
     let charts: String = drawn
         .iter()
         .map(|outcome| {
             let whole = chart(outcome, Window { from: 0.0, to: longest }, "the whole step");
-            let near = layers.and_then(|near| {
-                let from = middle(outcome)?;
-                let window = Window { from, to: from + (near.to - near.from) };
-                Some(format!(
-                    "<p class=\"closer\">Closer, from {} on:</p>\n{}",
-                    seconds(from),
-                    chart(outcome, window, "a few layers")
-                ))
+            let near = layers(outcome).map(|window| {
+                let drawn = chart(outcome, window, "a few layers");
+                format!("<p class=\"closer\">Closer, from {} on:</p>\n{drawn}", seconds(window.from))
             });
             let name = outcome.policy.name();
             format!(
@@ -68,7 +64,7 @@ pub(super) fn section(point: &Point, of_point: &str) -> String {
         .collect();
     format!(
         "<section id=\"gantt\">\n<h2>A step, device by device</h2>\n<p>{} The first devices of the first step; each computes \
-         in the upper row and waits for bytes in the lower one. All whole steps have one scale.</p>\n{}{charts}</section>\n",
+         in the upper row and waits for bytes in the lower one. All whole steps have one scale, closer looks at a few layers one of their own.</p>\n{}{charts}</section>\n",
         escape(of_point),
         legend(&marks)
     )
@@ -95,17 +91,13 @@ fn attention(outcome: &Outcome) -> Vec<&Traced> {
     stretches.filter(|stretch| stretch.device == 0 && stretch.doing == Doing::Attention).collect()
 }
 
-/// Where the middle of the forward pass begins.
-fn middle(outcome: &Outcome) -> Option<f64> {
-    let attention = attention(outcome);
-    attention.get(attention.len() / 2).map(|stretch| stretch.start)
-}
-
-/// As long as two layers take, in the middle of the forward pass, twice.
+/// About three layers in the middle of the forward pass.
 fn layers(outcome: &Outcome) -> Option<Window> {
     let attention = attention(outcome);
-    let from = attention.get(attention.len() / 2)?.start;
-    let to = attention.get(attention.len() / 2 + 6)?.start;
+    let nano_batches = if attention.iter().any(|stretch| stretch.nano > 0) { 2 } else { 1 };
+    let middle = attention.len() / 2;
+    let from = attention.get(middle)?.start;
+    let to = attention.get(middle + 3 * nano_batches)?.start;
     (to > from).then_some(Window { from, to })
 }
 

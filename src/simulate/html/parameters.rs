@@ -66,9 +66,10 @@ pub(super) fn section(description: &Description, shown: &Point) -> String {
         let value = if varies(name) { format!("{value} (varies)") } else { value };
         (name.replace('_', " "), value)
     });
-    let tuning = shown.named.scenario.tuning.entries();
-    let tuning =
-        tuning.into_iter().map(|(name, value, unit)| (name.replace('_', " "), format!("{value} {unit}")));
+    let tuning = shown.named.scenario.tuning.entries().into_iter().map(|(name, value, unit)| {
+        let varies = if varies(name) { " (varies)" } else { "" };
+        (name.replace('_', " "), format!("{value} {unit}{varies}"))
+    });
     let assumptions: String = ASSUMPTIONS.iter().map(|text| format!("<li>{}</li>\n", escape(text))).collect();
     format!(
         "<section id=\"parameters\">\n<h2>Parameters and assumptions</h2>\n<div class=\"columns\">\n\
