@@ -96,6 +96,18 @@ impl Mix {
         }
     }
 
+    /// Tokens of most documents, or of what a context cuts of them, roughly.
+    pub(crate) fn usual_length(&self, context: usize) -> f64 {
+        let length = match self {
+            Mix::Lengths(lengths) => {
+                let all: f64 = lengths.iter().map(|&length| f64::from(length)).sum();
+                all / lengths.len().max(1) as f64
+            }
+            _ => 1500.0,
+        };
+        length.min(context as f64).max(1.0)
+    }
+
     /// Documents for training at a context, one after the other.
     pub fn stream(&self, context: usize, random: Random) -> Stream<'_> {
         Stream { mix: self, context: context as f64, drawn: 0, random }

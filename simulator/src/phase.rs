@@ -178,6 +178,9 @@ impl Exchange {
         self.senders = match (self.senders, &other.senders) {
             (Senders::Nobody, senders) => senders.clone(),
             (senders, Senders::Nobody) => senders,
+            (Senders::Groups(groups), Senders::Groups(others)) if groups == *others => {
+                Senders::Groups(groups)
+            }
             (
                 Senders::Each { borders, senders },
                 Senders::Each { borders: other_borders, senders: other_senders },

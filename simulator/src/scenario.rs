@@ -86,6 +86,8 @@ pub type Sequences = Vec<Vec<usize>>;
 
 /// Most tokens of a step, so that nothing overflows.
 const MAX_TOKENS: u64 = 1 << 34;
+/// Most documents of all steps, about, so that they fit memory.
+const MAX_DOCUMENTS: f64 = (1u64 << 24) as f64;
 
 impl Scenario {
     /// Checks that everything makes sense and multiplies out. Whether memory suffices depends on the policy and is found
@@ -114,7 +116,15 @@ impl Scenario {
                 self.tokens
             )));
         }
-        self.mix.check(self.context)
+        self.mix.check(self.context)?;
+        let documents = f64::from(self.steps) * self.tokens as f64 / self.mix.usual_length(self.context);
+        if documents > MAX_DOCUMENTS {
+            return Err(SimulationError::Documents(format!(
+                "{} steps of {} tokens have about {documents:.0} documents; at most {MAX_DOCUMENTS:.0} are simulated",
+                self.steps, self.tokens
+            )));
+        }
+        Ok(())
     }
 
     /// The documents of every step. Sequences are filled one after the other; where one is full its last document is cut

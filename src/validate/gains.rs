@@ -80,36 +80,42 @@ pub(super) struct Step {
     pub(super) predicted: f64,
 }
 
+/// A measured step that is to be predicted.
+struct Run<'a> {
+    of: &'a Measured,
+    scenario: Scenario,
+    /// Ranks that share a sequence under WLB, or `None` for DistCA.
+    context: Option<u32>,
+    measured: f64,
+}
+
 /// Predicts the measured steps.
 pub(super) fn steps(published: &Published, done: &(dyn Fn() + Sync)) -> anyhow::Result<Vec<Step>> {
-    let mut runs: Vec<(Scenario, Option<u32>, f64, &Measured)> = Vec::new();
-    for measured in &published.measured {
-        let scenario = published.measured(measured)?;
-        if let Some(seconds) = measured.distca {
-            runs.push((scenario.clone(), None, seconds, measured));
-        }
-        for wlb in &measured.wlb {
-            runs.push((scenario.clone(), Some(wlb.context), wlb.seconds, measured));
+    let mut runs = Vec::new();
+    for of in &published.measured {
+        let scenario = published.measured(of)?;
+        let distca = of.distca.map(|seconds| (None, seconds));
+        let wlb = of.wlb.iter().map(|wlb| (Some(wlb.context), wlb.seconds));
+        for (context, measured) in distca.into_iter().chain(wlb) {
+            runs.push(Run { of, scenario: scenario.clone(), context, measured });
         }
     }
-    let outcomes = in_parallel(&runs, |(scenario, context, _, _)| {
-        let outcome = match context {
-            Some(context) => wlb(scenario, *context),
-            None => simulate(scenario, Policy::Distca),
+    let outcomes = in_parallel(&runs, |run| {
+        let outcome = match run.context {
+            Some(context) => wlb(&run.scenario, context),
+            None => simulate(&run.scenario, Policy::Distca),
         };
         done();
         outcome
     });
-    let step = |((_, context, measured, run), outcome): (
-        &(Scenario, Option<u32>, f64, &Measured),
-        Result<Outcome, SimulationError>,
-    )| {
-        Ok(Step {
-            label: format!("{} {} {}k on {} GPUs", run.model, run.mix, run.context / 1024, run.gpus),
-            policy: context.map_or("distca".to_owned(), |context| format!("wlb, {context} ranks a sequence")),
-            measured: *measured,
-            predicted: outcome?.seconds,
-        })
-    };
+    let step =
+        |(Run { of, context, measured, .. }, outcome): (&Run<'_>, Result<Outcome, SimulationError>)| {
+            Ok(Step {
+                label: format!("{} {} {}k on {} GPUs", of.model, of.mix, of.context / 1024, of.gpus),
+                policy: context.map_or("distca".to_owned(), |context| format!("wlb, context {context}")),
+                measured: *measured,
+                predicted: outcome?.seconds,
+            })
+        };
     runs.iter().zip(outcomes).map(step).collect()
 }

@@ -14,7 +14,7 @@ use crate::batch::{Arriving, Share, by_document, by_sequence};
 use crate::engine::{Program, Replica};
 use crate::memory::Held;
 use crate::phase::{Attend, Exchange, Nano, Phase};
-use crate::scenario::Sequences;
+use crate::scenario::{Recompute, Sequences};
 use crate::setting::Setting;
 
 pub(super) fn choices(setting: &Setting<'_>, sequences: usize) -> Vec<Choice> {
@@ -83,6 +83,8 @@ pub(super) fn apart(setting: &Setting<'_>, dealt: &[Vec<Vec<Share>>], keys: Keys
                     held.in_flight = (setting.closing.stages - stage).min(micro_batches.len()) as f64;
                     held.keys = held.keys.max(together - share.tokens as f64);
                     held.layers = match keys {
+                        // A layer that is computed again gathers its keys again.
+                        Keys::Gathered if setting.scenario.recompute == Recompute::Full => 1.0,
                         Keys::Gathered => f64::from(setting.closing.layers) * held.in_flight,
                         Keys::Ring => 2.0 / ranks as f64,
                     };
