@@ -1,6 +1,6 @@
 //! Single figures of the paper, each under assumptions that are printed with it.
 
-use outboard_simulator::{Layout, Policy, Scenario, simulate};
+use outboard_simulator::{Layout, Mix, Policy, Scenario, simulate};
 
 use super::cases::Published;
 
@@ -25,13 +25,14 @@ pub(super) fn facts(published: &Published) -> anyhow::Result<Vec<Fact>> {
         ..common.clone()
     };
     let mut facts = Vec::new();
-    for (ranks, published) in [(4, "19%"), (8, "55%")] {
-        let outcome = simulate(&on(ranks, Some(1), u64::from(ranks) * 512 * K), Policy::Wlb)?;
+    for (replicas, published) in [(4, "19%"), (8, "55%")] {
+        let scenario = Scenario { mix: Mix::Prolong, ..on(8, Some(8 / replicas), 4096 * K) };
+        let outcome = simulate(&scenario, Policy::Wlb)?;
         facts.push(Fact {
-            what: format!("idle for imbalance, WLB at 512K on {ranks} ranks"),
+            what: format!("idle for imbalance, WLB at 512K on {replicas} replicas"),
             published,
             predicted: outcome.account.imbalance / outcome.seconds,
-            assumed: "8B, pretrain, 512K tokens a rank, no sequence shared, memory not limited",
+            assumed: "8B, prolong, 4M tokens on 8 nodes, the nodes of a replica share its sequences",
         });
     }
     for (nodes, published) in [(2, "3%"), (32, "about 40%")] {
