@@ -161,7 +161,7 @@ fn say(description: &Description, points: &[Point], output: &Output) -> anyhow::
     // The last column is words of any length; without it rows end where their words do.
     let table = table::table(description, points).to_string();
     output.say(&table.lines().map(str::trim_end).collect::<Vec<_>>().join("\n"))?;
-    output.say("* fastest; gain: tokens/s over the best policy without attention servers; GB of the GPU that needs or sends most, a step")?;
+    output.say("* fastest; gain: tokens/s over the best of what trainers do without attention servers (fixed, wlb, cp, cp-ring); GB of the GPU that needs or sends most, a step")?;
     output.say(&table::tunings(points))?;
     let verdict = if points.len() > 1 { table::range(points) } else { table::verdict(last) };
     verdict.map_or(Ok(()), |verdict| output.say(&verdict))

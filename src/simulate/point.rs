@@ -1,7 +1,7 @@
 //! One scenario by every policy that is compared.
 
 use outboard_proto::describe;
-use outboard_simulator::{Outcome, Policy, Trace, simulate};
+use outboard_simulator::{Advice, Outcome, Policy, Trace, simulate};
 
 use super::description::Named;
 
@@ -52,9 +52,22 @@ impl Point {
         self.best(|_| true)
     }
 
-    /// What others are measured by: the fastest without attention servers.
+    /// The fastest of what trainers do without attention servers; where none of that is compared, of all without them.
     pub(crate) fn baseline(&self) -> Option<&Outcome> {
-        self.best(|outcome| !outcome.policy.disaggregates())
+        let usual = self.best(|outcome| Advice::WITHOUT.contains(&outcome.policy));
+        usual.or_else(|| self.best(|outcome| !outcome.policy.disaggregates()))
+    }
+
+    /// The fastest with attention servers: our own, or else another's.
+    pub(crate) fn servers(&self) -> Option<&Outcome> {
+        let own =
+            self.best(|outcome| matches!(outcome.policy, Policy::Outboard | Policy::OutboardFixedHomes));
+        own.or_else(|| self.best(|outcome| outcome.policy.disaggregates()))
+    }
+
+    /// The fastest of the published systems without attention servers that no trainer has.
+    pub(crate) fn published(&self) -> Option<&Outcome> {
+        self.best(|outcome| Advice::PUBLISHED.contains(&outcome.policy))
     }
 
     /// By how much more tokens are trained in the same time than by the baseline, as a fraction.

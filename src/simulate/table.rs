@@ -172,7 +172,7 @@ fn entries(named: &Named) -> Vec<String> {
 /// What attention servers gain over all points, in one sentence.
 pub(crate) fn range(points: &[Point]) -> Option<String> {
     let gain = |point: &Point| {
-        let servers = point.best(|outcome| outcome.policy.disaggregates())?;
+        let servers = point.servers()?;
         point.gain(servers)
     };
     let gains: Vec<f64> = points.iter().filter_map(gain).collect();
@@ -209,19 +209,20 @@ fn parameters(named: &Named, varies: impl Fn(usize) -> bool) -> String {
 /// What a point says, in one sentence.
 pub(crate) fn verdict(point: &Point) -> Option<String> {
     let fastest = point.fastest()?;
-    let speed = format!("{} tokens/s", count(fastest.tokens_per_second.round() as u64));
-    let servers = point.best(|outcome| outcome.policy.disaggregates());
+    let speed = |outcome: &Outcome| format!("{} tokens/s", count(outcome.tokens_per_second.round() as u64));
+    let servers = point.servers();
     let (Some(baseline), Some(servers)) = (point.baseline(), servers) else {
         let asked = point.rows.iter().any(|row| row.policy.disaggregates());
         let none = if asked && servers.is_none() { "attention servers cannot do it; " } else { "" };
-        return Some(format!("{none}{} is the fastest: {speed}", fastest.policy));
+        return Some(format!("{none}{} is the fastest: {}", fastest.policy, speed(fastest)));
     };
     let gain = baseline.seconds / servers.seconds - 1.0;
     let (ours, theirs) = (servers.policy, baseline.policy);
-    Some(if gain > 0.0005 {
+    let said = if gain > 0.0005 {
         format!(
-            "attention servers train {} faster: {ours} reaches {speed}, {theirs} is the best without them",
-            percent(gain)
+            "attention servers train {} faster: {ours} reaches {}, {theirs} is the best without them",
+            percent(gain),
+            speed(servers)
         )
     } else {
         let longer = servers.seconds / baseline.seconds;
@@ -229,6 +230,18 @@ pub(crate) fn verdict(point: &Point) -> Option<String> {
             2.0.. => format!("{longer:.1} times as long"),
             _ => format!("{} longer", percent((longer - 1.0).max(0.0))),
         };
-        format!("attention servers gain nothing here: {theirs} reaches {speed}, {ours} takes {longer}")
+        format!(
+            "attention servers gain nothing here: {theirs} reaches {}, {ours} takes {longer}",
+            speed(baseline)
+        )
+    };
+    let published = point
+        .published()
+        .filter(|published| published.policy != theirs && published.seconds < baseline.seconds);
+    Some(match published {
+        Some(other) => {
+            format!("{said}; {}, as its paper describes it, would reach {}", other.policy, speed(other))
+        }
+        None => said,
     })
 }

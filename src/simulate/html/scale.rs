@@ -53,10 +53,10 @@ pub(super) fn section(description: &Description, points: &[Point]) -> String {
     let marks: Vec<(String, &str)> =
         description.policies.iter().filter(drawn).map(|policy| (class(*policy), policy.name())).collect();
     format!(
-        "<section id=\"scale\">\n<h2>Throughput by {}</h2>\n\
+        "<section id=\"scale\">\n<h2>Throughput of a GPU by {}</h2>\n\
          <p>Tokens a second of each GPU. Where a line has a gap, the policy cannot do it.</p>\n{}\
          <div class=\"charts\">\n{drawings}</div>\n{more}</section>\n",
-        escape(axes[across].entry.called()),
+        escape(words(axes[across].entry.called())),
         legend(&marks)
     )
 }
@@ -90,7 +90,7 @@ fn drawn(description: &Description, across: usize, chart: &Chart<'_>, width: f64
     for (n, value) in axis.values.iter().enumerate().step_by(every.max(1)) {
         content.push_str(&text("label mid", [x(n), bottom + 16.0], value));
     }
-    content.push_str(&text("axis mid", [LEFT + plot / 2.0, bottom + 34.0], axis.entry.called()));
+    content.push_str(&text("axis mid", [LEFT + plot / 2.0, bottom + 34.0], words(axis.entry.called())));
     content.push_str(&upright("axis", [14.0, TOP + PLOT / 2.0], "tokens/s a GPU"));
     let mut ends = Vec::new();
     for policy in &description.policies {
@@ -116,9 +116,18 @@ fn drawn(description: &Description, across: usize, chart: &Chart<'_>, width: f64
     drawing(
         "plot-of",
         [width, bottom + 42.0],
-        &format!("Throughput by {}: {title}", axis.entry.called()),
+        &format!("Throughput of a GPU by {}: {title}", words(axis.entry.called())),
         &content,
     )
+}
+
+/// What an axis is called in a sentence.
+fn words(entry: &str) -> &str {
+    match entry {
+        "gpus" => "number of GPUs",
+        "link-between" => "bytes a second between nodes",
+        other => other,
+    }
 }
 
 /// A line through what a policy reaches, with gaps where it cannot.

@@ -9,7 +9,7 @@ use crate::page::svg::{colour, drawing, escape, line, rect, text, ticks};
 
 const WIDTH: f64 = 1080.0;
 const LEFT: f64 = 160.0;
-const RIGHT: f64 = 110.0;
+const RIGHT: f64 = 130.0;
 const TOP: f64 = 10.0;
 const ROW: f64 = 30.0;
 const BAR: f64 = 20.0;
