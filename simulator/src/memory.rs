@@ -60,13 +60,16 @@ impl Memory {
         let [weights, gradients, optimizer] = setting.model_bytes();
         let layers = f64::from(setting.closing.layers);
         let element = setting.heads.dtype().bytes() as f64;
+        // What is computed again is held of one layer at a time.
+        let kept = token_bytes(setting, setting.scenario.recompute);
         let last = stage + 1 == setting.closing.stages;
         let vocabulary = f64::from(setting.scenario.model.vocabulary) / f64::from(setting.layout.tensor);
         Memory {
             weights,
             gradients,
             optimizer,
-            activations: held.tokens * held.in_flight * layers * token_bytes(setting),
+            activations: held.tokens
+                * (held.in_flight * layers * kept + (token_bytes(setting, Recompute::None) - kept)),
             attention: held.layers
                 * (held.keys * setting.key_bytes() + held.queries * 2.0 * setting.query_bytes()),
             // In the element type, and as much again for gradients.
@@ -84,12 +87,12 @@ impl Memory {
 
 /// Bytes that one layer keeps of a token in one lane, with sequence parallelism: its input, both norms' outputs and what
 /// enters the MLP; Q, K, V, O; gate, up and their product.
-fn token_bytes(setting: &Setting<'_>) -> f64 {
+fn token_bytes(setting: &Setting<'_>, recompute: Recompute) -> f64 {
     let model = &setting.scenario.model;
     let [hidden, ffn, head_dim, q_heads, kv_heads] =
         [model.hidden, model.ffn, model.head_dim, model.q_heads, model.kv_heads].map(f64::from);
     let attention = head_dim * (2.0 * q_heads + 2.0 * kv_heads);
-    let elements = match setting.scenario.recompute {
+    let elements = match recompute {
         Recompute::None => 4.0 * hidden + attention + 3.0 * ffn,
         Recompute::Mlp => 4.0 * hidden + attention,
         Recompute::Full => hidden,

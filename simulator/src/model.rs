@@ -141,16 +141,17 @@ impl Model {
     }
 
     /// Useful FLOPs of a step, both passes, nothing recomputed: three times the forward ones of all weights but the
-    /// embedding's, and 14 a cell, query head and element of head dim.
+    /// embedding's, and of core attention, 12 a cell, query head and element of head dim. (Kernels compute 14 of these: backward
+    /// they compute the scores again.)
     pub fn step_flops(&self, tokens: f64, cells: f64) -> f64 {
         let layer = self.pre_flops() + self.post_flops();
         let weights = 3.0 * (f64::from(self.layers) * layer + self.head_flops());
         weights * tokens + f64::from(self.layers) * self.attention_flops() * cells
     }
 
-    /// FLOPs of core attention a cell of one layer, all heads, both passes.
+    /// Useful FLOPs of core attention a cell of one layer, all heads, both passes.
     pub fn attention_flops(&self) -> f64 {
-        14.0 * f64::from(self.head_dim) * f64::from(self.q_heads)
+        12.0 * f64::from(self.head_dim) * f64::from(self.q_heads)
     }
 
     fn pre_weights(&self) -> f64 {

@@ -154,6 +154,12 @@ impl Exchange {
         }
     }
 
+    /// Bytes that a device sends and receives.
+    pub(crate) fn moved(&self, device: usize) -> f64 {
+        let of = |bytes: &[[f64; 2]]| bytes.get(device).map_or(0.0, |bytes| bytes[0] + bytes[1]);
+        of(&self.sends) + of(&self.receives)
+    }
+
     /// The same, but nobody goes on before everybody has everything.
     pub(crate) fn with_barrier(mut self) -> Exchange {
         self.senders = Senders::All;

@@ -86,6 +86,8 @@ pub type Sequences = Vec<Vec<usize>>;
 
 /// Most tokens of a step, so that nothing overflows.
 const MAX_TOKENS: u64 = 1 << 34;
+/// Most cells that a step may have, so that sums of them do not overflow.
+const MAX_CELLS: f64 = (1u64 << 62) as f64;
 /// Most documents of all steps, about, so that they fit memory.
 const MAX_DOCUMENTS: f64 = (1u64 << 24) as f64;
 
@@ -109,6 +111,15 @@ impl Scenario {
         in_range("token_room", self.token_room, 0.0, 1e6)?;
         in_range("delay", f64::from(self.delay), 1.0, 64.0)?;
         in_range("token_slack", self.token_slack, 0.0, 1.0)?;
+        let heads = f64::from(self.model.kv_heads) * f64::from(self.layout.pipeline);
+        let cells = self.tokens as f64 * self.context as f64 * heads;
+        in_range("tokens times context, kv heads and stages", cells, 0.0, MAX_CELLS)?;
+        if !self.gpu.profile.is_of(self.model.dtype) {
+            return Err(SimulationError::Profile(format!(
+                "it has no grid of {}, the element type of {}",
+                self.model.dtype, self.model.name
+            )));
+        }
         let shares = u64::from(self.layout.ranks()) * u64::from(self.layout.micro_batches);
         if self.tokens < 2 * shares {
             return Err(SimulationError::Documents(format!(

@@ -4,6 +4,7 @@ use outboard_attention::{Direction, HeadGeometry};
 use outboard_planner::TaskShape;
 
 use crate::engine::{Closing, Costs, Links};
+use crate::scenario::Recompute;
 use crate::{Layout, Scenario, SimulationError};
 
 /// Bytes of a gradient, of the optimizer's state and of what the optimizer reads and writes, each of one weight: f32
@@ -62,7 +63,8 @@ impl Setting<'_> {
             recompute: scenario.recompute,
             token_bytes: f64::from(model.hidden) * element / lanes,
             devices_per_node: of_node as usize,
-            gradients: update(shared * (GRADIENT_BYTES + element) / among),
+            gradients: update(shared * GRADIENT_BYTES / among),
+            weights: update(shared * element / among),
             optimizer: update(weights / ranks * UPDATE_BYTES / gpu.memory_bytes_per_second),
         };
         Ok(Setting { scenario, layout, heads, links, closing })
@@ -77,6 +79,18 @@ impl Setting<'_> {
     pub(crate) fn seconds(&self, direction: Direction, shape: TaskShape) -> f64 {
         self.scenario.gpu.profile.seconds(&self.heads, direction, shape)
             / self.scenario.tuning.attention_efficiency
+    }
+
+    /// Seconds of a token in one layer, but for core attention: both passes, and what is computed again.
+    pub(crate) fn token_seconds(&self) -> f64 {
+        let costs = &self.closing.costs;
+        let (dense, tensor) = (costs.pre + costs.post, costs.tensor_pre + costs.tensor_post);
+        let again = match self.scenario.recompute {
+            Recompute::None => 0.0,
+            Recompute::Mlp => costs.mlp,
+            Recompute::Full => dense + tensor,
+        };
+        3.0 * dense + 2.0 * tensor + again
     }
 
     /// Bytes of K and V of a token in one lane.

@@ -20,8 +20,7 @@ pub struct Tuning {
 }
 
 impl Default for Tuning {
-    /// Fitted to the published gains of DistCA for the 8B model (`validation/`), within what was measured of such clusters:
-    /// all-gathers of 38 GB/s over links of 50, attention of 320 TFLOP/s.
+    /// Fitted to the published gains of DistCA for the 8B model, as `validation/` has them.
     fn default() -> Tuning {
         Tuning {
             matmul_efficiency: 0.59,

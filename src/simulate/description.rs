@@ -14,7 +14,7 @@ use super::sweep::{self, Axis};
 use super::value::{number, rate, seconds, small, truth, whole};
 use super::{lengths, shapes};
 
-/// Tokens of a step for every rank, where nobody says how many there are.
+/// Tokens of every rank in a micro-batch, where nobody says how many there are.
 const TOKENS_A_RANK: u64 = 128 << 10;
 
 /// A scenario that is being put together.
@@ -160,8 +160,8 @@ impl Description {
         if let Some(profile) = &self.profile {
             scenario.gpu.profile = profile.clone();
         }
-        let ranks = u64::from(scenario.layout.ranks());
-        scenario.tokens = self.tokens.unwrap_or((TOKENS_A_RANK * ranks).max(scenario.context as u64));
+        let shares = u64::from(scenario.layout.ranks()) * u64::from(scenario.layout.micro_batches);
+        scenario.tokens = self.tokens.unwrap_or((TOKENS_A_RANK * shares).max(scenario.context as u64));
         Named { scenario, mix: self.mix.clone() }
     }
 }

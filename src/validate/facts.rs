@@ -32,7 +32,7 @@ pub(super) fn facts(published: &Published) -> anyhow::Result<Vec<Fact>> {
             what: format!("idle for imbalance, WLB at 512K on {replicas} replicas"),
             published,
             predicted: outcome.account.imbalance / outcome.seconds,
-            assumed: "8B, prolong, 4M tokens on 8 nodes, the nodes of a replica share its sequences",
+            assumed: "8B, prolong, 4M tokens on 8 nodes, the nodes of a replica share its sequences; 4M were chosen because they match",
         });
     }
     for (nodes, published) in [(2, "3%"), (32, "about 40%")] {

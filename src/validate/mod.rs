@@ -24,7 +24,7 @@ pub(crate) struct Args {
     train: Vec<PathBuf>,
     /// With --train: what `outboard profile` measured on this machine, with the model's head dim and as many threads as
     /// the ranks had cores in all.
-    #[arg(long, value_name = "PROFILE.json")]
+    #[arg(long, value_name = "PROFILE.json", requires = "train")]
     profile: Option<PathBuf>,
     /// With --train: how many ranks' cores the profile is of.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=1024))]

@@ -90,6 +90,15 @@ impl Profile {
         Profile::new(peak, self.task_overhead_seconds, self.grids).ok()
     }
 
+    /// Whether there are grids of that element type, or of one that stands in for it (f16 and bf16 for each other), in both
+    /// directions.
+    pub fn is_of(&self, dtype: DType) -> bool {
+        let of = |direction| {
+            self.grids.iter().any(|grid| grid.direction == direction && grid.dtype.bytes() == dtype.bytes())
+        };
+        of(Direction::Forward) && of(Direction::Backward)
+    }
+
     /// The FLOPs a second that efficiencies are fractions of.
     pub fn peak_flops_per_second(&self) -> f64 {
         self.peak_flops_per_second

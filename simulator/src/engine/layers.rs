@@ -29,6 +29,16 @@ pub(crate) enum Work {
     Backward(Recompute),
 }
 
+/// What goes through layers.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Stretch<'a> {
+    pub(crate) work: Work,
+    pub(crate) layers: u32,
+    pub(crate) costs: &'a Costs,
+    /// How the waits of a device that holds no tokens are accounted for: in a pipeline it has nothing in hand.
+    pub(crate) idle: Wait,
+}
+
 /// What is computed before attention is sent for, or at the end.
 #[derive(Clone, Copy, Debug)]
 struct Leg {
@@ -46,7 +56,7 @@ pub(crate) fn run(
     clocks: &mut Clocks,
     first: usize,
     phase: &Phase,
-    (work, layers, costs): (Work, u32, &Costs),
+    Stretch { work, layers, costs, idle }: Stretch<'_>,
     entry: &[Arrival],
 ) -> Vec<Arrival> {
     let mut inputs: Vec<Vec<Arrival>> = phase.nanos.iter().map(|_| entry.to_vec()).collect();
@@ -61,8 +71,7 @@ pub(crate) fn run(
                 *ready = clocks.compute(Operation {
                     device: first + device,
                     input: inputs[n][device],
-                    // A stage that has nothing in hand waits for the others, whatever it waits for.
-                    wait: if tokens > 0.0 { wait } else { Wait::Stage },
+                    wait: if tokens > 0.0 { wait } else { idle },
                     doing: leg.doing,
                     nano: n as u8,
                     seconds: parts.iter().sum(),
@@ -91,7 +100,7 @@ pub(crate) fn run(
                     *done = clocks.compute(Operation {
                         device: first + device,
                         input: arrivals[n][device],
-                        wait: if nano.tokens[device] > 0.0 { wait } else { Wait::Stage },
+                        wait: if nano.tokens[device] > 0.0 { wait } else { idle },
                         doing,
                         nano: n as u8,
                         seconds: seconds + host,

@@ -1,7 +1,7 @@
 //! Micro-batches and stages: the order in which phases go through a step.
 
 use super::clocks::{Arrival, Clocks, Operation, Wait};
-use super::layers::{self, Costs, Work};
+use super::layers::{self, Costs, Stretch, Work};
 use super::trace::{Doing, Traced};
 use crate::phase::Phase;
 use crate::scenario::Recompute;
@@ -43,12 +43,18 @@ pub(crate) struct Closing {
     pub(crate) token_bytes: f64,
     /// Lanes over GPUs of a node, to say which devices are near each other.
     pub(crate) devices_per_node: usize,
-    /// Seconds of a rank for its gradients and weights, and for the optimizer.
+    /// Seconds of a rank for the reduction of its gradients, for the new weights of others, and for the optimizer.
     pub(crate) gradients: f64,
+    pub(crate) weights: f64,
     pub(crate) optimizer: f64,
 }
 
 impl Closing {
+    fn stretch(&self, work: Work) -> Stretch<'_> {
+        let idle = if self.stages > 1 { Wait::Stage } else { Wait::Attention };
+        Stretch { work, layers: self.layers, costs: &self.costs, idle }
+    }
+
     pub(crate) fn near(&self, a: u32, b: u32) -> bool {
         a as usize / self.devices_per_node == b as usize / self.devices_per_node
     }
@@ -99,16 +105,15 @@ fn together(
     // The backward phase n needs micro-batch n of the last stage, which forward phase n + stages - 1 computes.
     for tick in 0..forward.len() + closing.stages - 1 {
         if let Some(phase) = forward.get(tick) {
-            let exits =
-                layers::run(clocks, 0, phase, (Work::Forward, closing.layers, &closing.costs), &forth);
+            let exits = layers::run(clocks, 0, phase, closing.stretch(Work::Forward), &forth);
             forth = to_stage(clocks, phase, &exits, closing, true);
         }
         let Some(n) = (tick + 1).checked_sub(closing.stages) else { continue };
         if let Some(phase) = backward.get(n) {
             head(clocks, 0, phase, closing, (closing.stages - 1) * closing.ranks);
             let from: Vec<f64> = (0..devices).map(|device| clocks.free(device)).collect();
-            let work = (Work::Backward(closing.recompute), closing.layers, &closing.costs);
-            let exits = layers::run(clocks, 0, phase, work, &back);
+            let stretch = closing.stretch(Work::Backward(closing.recompute));
+            let exits = layers::run(clocks, 0, phase, stretch, &back);
             for (device, exit) in exits.iter().enumerate() {
                 if phase.tokens_of(device) > 0.0 {
                     last_backward[device] = Pass { from: from[device], until: exit.at };
@@ -223,8 +228,8 @@ fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backwar
                 let first = stage * closing.ranks + replica.first;
                 match turn {
                     Turn::Forward(n) => {
-                        let work = (Work::Forward, closing.layers, &closing.costs);
-                        let exits = layers::run(clocks, first, phase, work, &input);
+                        let stretch = closing.stretch(Work::Forward);
+                        let exits = layers::run(clocks, first, phase, stretch, &input);
                         if stage + 1 < stages {
                             forth[stage + 1][n] =
                                 Some(from_stage(clocks, first, phase, &exits, closing, true));
@@ -236,8 +241,8 @@ fn apart(clocks: &mut Clocks, replica: &Replica, closing: &Closing, last_backwar
                         head(clocks, first, phase, closing, (stages - 1) * closing.ranks);
                         let from: Vec<f64> =
                             (0..phase.devices()).map(|device| clocks.free(first + device)).collect();
-                        let work = (Work::Backward(closing.recompute), closing.layers, &closing.costs);
-                        let exits = layers::run(clocks, first, phase, work, &input);
+                        let stretch = closing.stretch(Work::Backward(closing.recompute));
+                        let exits = layers::run(clocks, first, phase, stretch, &input);
                         for (device, (exit, from)) in exits.iter().zip(from).enumerate() {
                             last_backward[first + device] = Pass { from, until: exit.at };
                         }
@@ -289,8 +294,11 @@ fn close(clocks: &mut Clocks, closing: &Closing, last_backward: &[Pass]) -> f64 
         for device in devices {
             clocks.pass(device, last, |account, gap| account.imbalance += gap);
             clocks.pass(device, reduced, |account, gap| account.gradients += gap);
-            let done = reduced + closing.optimizer;
-            clocks.pass(device, done, |account, gap| account.optimizer += gap);
+            let updated = reduced + closing.optimizer;
+            clocks.pass(device, updated, |account, gap| account.optimizer += gap);
+            // Weights of all but the first layer come while the next step computes those before.
+            let done = updated + closing.weights / layers;
+            clocks.pass(device, done, |account, gap| account.gradients += gap);
             clocks.trace.add(Traced {
                 device: device as u32,
                 nano: 0,

@@ -65,16 +65,9 @@ pub(super) fn capacity(
     Ok((room * (1.0 - 1e-9)) as usize)
 }
 
-/// Seconds of a rank for a token, but for core attention, both passes.
+/// Seconds of a rank for a token in all layers and the head, but for core attention, both passes.
 pub(super) fn token_seconds(setting: &Setting<'_>) -> f64 {
-    let costs = &setting.closing.costs;
-    let (dense, tensor) = (costs.pre + costs.post, costs.tensor_pre + costs.tensor_post);
-    let again = match setting.scenario.recompute {
-        Recompute::None => 0.0,
-        Recompute::Mlp => costs.mlp,
-        Recompute::Full => dense + tensor,
-    };
-    f64::from(setting.closing.layers) * (3.0 * dense + 2.0 * tensor + again) + costs.head
+    f64::from(setting.closing.layers) * setting.token_seconds() + setting.closing.costs.head
 }
 
 /// How often each pass of core attention is computed in a step, forward and backward.

@@ -37,9 +37,9 @@ struct Bin {
 pub(super) fn plan(setting: &Setting<'_>, window: &[Sequences]) -> Vec<Planned> {
     let ranks = setting.layout.context.unwrap_or(1) as usize;
     let replicas = setting.ranks() / ranks;
-    let most = window.iter().map(Vec::len).max().unwrap_or(1);
-    let micro_batches = (setting.layout.micro_batches as usize).min(most.div_ceil(replicas)).max(1);
     let mut documents: Vec<usize> = window.iter().flatten().flatten().copied().collect();
+    let of_replica = documents.len() / (window.len() * replicas);
+    let micro_batches = (setting.layout.micro_batches as usize).min(of_replica).max(1);
     documents.sort_unstable_by(|a, b| b.cmp(a));
     let mut bins = packed(setting, &documents, replicas * micro_batches * window.len());
     bins.sort_by(|a, b| b.work.total_cmp(&a.work));
@@ -57,8 +57,7 @@ pub(super) fn plan(setting: &Setting<'_>, window: &[Sequences]) -> Vec<Planned> 
 }
 
 fn packed(setting: &Setting<'_>, documents: &[usize], count: usize) -> Vec<Bin> {
-    let costs = &setting.closing.costs;
-    let token = 3.0 * (costs.pre + costs.post) + 2.0 * (costs.tensor_pre + costs.tensor_post);
+    let token = setting.token_seconds();
     let room = documents.iter().sum::<usize>() as f64 / count as f64 * setting.scenario.token_room;
     let mut bins = vec![Bin::default(); count];
     let mut left = Vec::new();

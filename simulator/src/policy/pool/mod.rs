@@ -19,7 +19,7 @@ use crate::SimulationError;
 use crate::batch::cells;
 use crate::engine::Program;
 use crate::memory::Held;
-use crate::phase::Phase;
+use crate::phase::{Nano, Phase};
 use crate::scenario::Sequences;
 use crate::setting::Setting;
 
@@ -108,7 +108,9 @@ fn phase(
         tally.add(setting, &served, backward_only);
         Ok(served.nano)
     });
-    Ok(Phase { nanos: nanos.collect::<Result<_, PlanError>>()? })
+    let phase = Phase { nanos: nanos.collect::<Result<_, PlanError>>()? };
+    tally.hold(setting, &phase);
+    Ok(phase)
 }
 
 /// What is known of a step once all of it is planned.
@@ -145,20 +147,25 @@ impl Tally {
                 self.mean += attend.seconds.iter().sum::<f64>() / servers;
             }
         }
-        let bytes = setting.key_bytes() + setting.query_bytes();
-        for (device, receives) in nano.forward.there.receives.iter().enumerate() {
-            // Q, K and V of others, by their bytes; O comes on top.
-            let tokens = (receives[0] + receives[1]) / bytes;
-            let held = &mut self.held[device];
-            held.keys = held.keys.max(tokens);
-            held.queries = held.queries.max(tokens);
-            held.layers = if setting.scenario.keep { f64::from(setting.closing.layers) } else { 2.0 };
-        }
         if !backward_only {
             let loads = Loads::planned(plan, &problem.documents, &problem.geometry).totals();
             for (slot, load) in loads.into_iter().enumerate() {
                 self.cells[first + slot] += load;
             }
+        }
+    }
+
+    /// Adds what devices hold of others' tokens while a phase is computed, or until the backward pass where it is kept: Q, K
+    /// and V, by their bytes; O comes on top.
+    fn hold(&mut self, setting: &Setting<'_>, phase: &Phase) {
+        let bytes = setting.key_bytes() + setting.query_bytes();
+        for (device, held) in self.held.iter_mut().enumerate() {
+            let of = |nano: &Nano| {
+                nano.forward.there.receives.get(device).map_or(0.0, |bytes| bytes[0] + bytes[1])
+            };
+            let tokens = phase.nanos.iter().map(of).sum::<f64>() / bytes;
+            held.keys = held.keys.max(tokens);
+            held.queries = held.queries.max(tokens);
         }
     }
 
@@ -178,6 +185,16 @@ impl Tally {
                 held.tokens = tokens;
                 held.in_flight = (2 * (stages - stage) - 1).min(micro_batches) as f64;
             }
+        }
+        for held in &mut self.held {
+            // A server with a device of its own serves all stages, and keeps what the first has under way.
+            let under_way = if held.in_flight > 0.0 {
+                held.in_flight
+            } else {
+                (2 * stages - 1).min(micro_batches) as f64
+            };
+            let kept = f64::from(setting.closing.layers) * under_way;
+            held.layers = if setting.scenario.keep { kept } else { 1.0 };
         }
         let imbalance = if self.mean > 0.0 { self.most / self.mean } else { 1.0 };
         Planned { program, cells: self.cells, imbalance, held: self.held }

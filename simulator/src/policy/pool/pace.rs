@@ -19,15 +19,13 @@ pub(super) struct Pace {
 impl Pace {
     /// Of a plan, where no rank holds more than `tokens` tokens.
     pub(super) fn of(setting: &Setting<'_>, problem: &Problem, plan: &StepPlan, tokens: f64) -> Pace {
-        let costs = &setting.closing.costs;
-        let token = 3.0 * (costs.pre + costs.post) + 2.0 * (costs.tensor_pre + costs.tensor_post);
         let [forward, backward] = Times::planned(plan, problem, &setting.scenario.gpu.profile).busiest();
         let traffic = Traffic::of(plan, problem);
         let again = if setting.scenario.keep { 0 } else { traffic.forward.busiest };
         let bytes = (traffic.forward.busiest + traffic.backward.busiest + again) as f64;
         Pace {
             attention: (forward + backward) / setting.scenario.tuning.attention_efficiency,
-            dense: token * tokens,
+            dense: setting.token_seconds() * tokens,
             carried: bytes / link(setting),
         }
     }

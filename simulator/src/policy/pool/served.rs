@@ -101,21 +101,15 @@ fn nano(setting: &Setting<'_>, policy: Policy, problem: &Problem, plan: &StepPla
         let exchange = Exchange::of(devices, &transfers, setting.near());
         if policy == Policy::Distca { exchange.with_barrier() } else { exchange }
     };
-    let dispatch: Vec<f64> = (0..devices)
-        .map(|device| {
-            let takes_part = tokens[device] > 0.0 || forward[device] > 0.0;
-            if takes_part { setting.scenario.tuning.dispatch_seconds } else { 0.0 }
-        })
-        .collect();
     let attend = |seconds: Vec<f64>, of_pass: fn(&Flow) -> Carried, again: bool| {
         let there = |flow: &Flow| of_pass(flow).there + if again { flow.forward.there } else { 0 };
-        Attend {
-            seconds,
-            dispatch: dispatch.clone(),
-            there: exchange(true, &there),
-            back: exchange(false, &|flow| of_pass(flow).back),
-            waits: vec![1.0; devices],
-        }
+        let (there, back) = (exchange(true, &there), exchange(false, &|flow| of_pass(flow).back));
+        // A device that sends or receives nothing has nothing to lay out.
+        let dispatch = (0..devices).map(|device| {
+            let moved = there.moved(device) + back.moved(device);
+            if moved > 0.0 { setting.scenario.tuning.dispatch_seconds } else { 0.0 }
+        });
+        Attend { seconds, dispatch: dispatch.collect(), there, back, waits: vec![1.0; devices] }
     };
     Nano {
         forward: attend(forward, |flow| flow.forward, false),
