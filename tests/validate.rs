@@ -144,9 +144,9 @@ fn servers_that_cannot_do_it_or_are_too_few_are_advised_against() {
 #[test]
 fn what_servers_keep_takes_memory_however_many_nano_batches_there_are() {
     let memory = |more: &[&str]| {
-        let args = ["simulate", "--policy", "outboard", "--steps", "1", "--context", "128k"];
+        let args = ["simulate", "--policy", "outboard-fixed-homes", "--steps", "1"];
         let line = &lines(&[&args, more].concat())[0];
-        line["memory_bytes"]["attention of others"].as_f64().unwrap_or_else(|| panic!("{line}"))
+        line["memory_bytes"]["attention_of_others"].as_f64().unwrap_or_else(|| panic!("{line}"))
     };
     let [one, two] = [memory(&["--keep", "--nano-batches", "1"]), memory(&["--keep", "--nano-batches", "2"])];
     assert!((two / one - 1.0).abs() < 0.35, "{one} and {two}");

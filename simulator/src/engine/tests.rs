@@ -18,6 +18,7 @@ fn closing(ranks: usize, stages: usize) -> Closing {
         token_bytes: 0.0,
         devices_per_node: 2,
         gradients: 0.0,
+        weights: 0.0,
         optimizer: 0.0,
     }
 }
@@ -204,4 +205,10 @@ fn gradients_hide_behind_the_layers_below() {
     assert_near(step(1e3, [2.0; 2]), forward + backward / 3.0 + 1e3);
     // A rank that is done sooner does not keep the others from hiding them.
     assert_near(step(3.0, [2.0, 0.0]), forward + backward + 1.0);
+    // New weights: those of the first layer, after the optimizer.
+    let closing =
+        Closing { weights: 3.0, optimizer: 2.0, costs: Costs { head: 0.0, ..COSTS }, ..closing(2, 1) };
+    let (seconds, accounts) = check(&Program::Rounds(vec![micro_batch(&[2.0; 2], [0.0; 2])]), &closing);
+    assert_near(seconds, forward + backward + 2.0 + 1.0);
+    assert_near(accounts[0].gradients, 1.0);
 }

@@ -118,7 +118,7 @@ fn any_work() -> impl Strategy<Value = Work> {
 fn any_model() -> impl Strategy<Value = Model> {
     let heads =
         (prop::sample::select(vec![1u32, 2, 3, 4, 8]), 1u32..5, prop::sample::select(vec![64u32, 96, 128]));
-    let dtype = prop::sample::select(vec![DType::Bf16, DType::F32]);
+    let dtype = prop::sample::select(vec![DType::Bf16, DType::F16]);
     (heads, 1u32..4, 64u32..4096, 64u32..8192, 100u32..100_000, dtype).prop_map(
         |((q_heads, kv_heads, head_dim), layers, hidden, ffn, vocabulary, dtype)| Model {
             name: "random".to_owned(),
