@@ -3,7 +3,7 @@
 use crate::batch::cells;
 use crate::engine::{Account, Clocks, Trace, run};
 use crate::memory::Memory;
-use crate::policy::{Choice, Planned, Policy, choices, plan};
+use crate::policy::{Choice, Planned, Policy, choices, floor, plan};
 use crate::scenario::Sequences;
 use crate::setting::Setting;
 use crate::{Layout, Scenario, SimulationError};
@@ -89,6 +89,12 @@ pub fn simulate_steps(
     let mut best: Option<Outcome> = None;
     let mut refusal = None;
     for choice in choices(&setting, policy, sequences) {
+        // What cannot be the fastest need not be simulated.
+        if let Some(best) = &best
+            && floor(&Setting::new(scenario, choice.layout)?, policy) >= best.seconds
+        {
+            continue;
+        }
         match outcome(scenario, policy, choice, batches) {
             Ok(outcome) => {
                 if best.as_ref().is_none_or(|best| outcome.seconds < best.seconds) {

@@ -113,6 +113,26 @@ pub(crate) fn choices(setting: &Setting<'_>, policy: Policy, sequences: usize) -
     }
 }
 
+/// Seconds that no step by a choice of `policy` can be shorter than: what the replica with most tokens computes outside of
+/// attention, and what it has to gather or pass around. 0 where nothing is known.
+pub(crate) fn floor(setting: &Setting<'_>, policy: Policy) -> f64 {
+    let layout = setting.layout;
+    let (Some(context), false) = (layout.context, policy.disaggregates()) else { return 0.0 };
+    let layers = f64::from(setting.closing.layers);
+    // The most that a rank holds is no less than the mean.
+    let tokens = setting.scenario.tokens as f64 / f64::from(layout.ranks());
+    let dense = layers * setting.token_seconds() * tokens;
+    if context == 1 {
+        return dense;
+    }
+    let link = usize::from(context as usize > setting.closing.devices_per_node);
+    let around = f64::from(context - 1) * tokens * setting.key_bytes() / setting.links.bytes_per_second[link];
+    match policy {
+        Policy::CpRing => dense.max(3.0 * layers * around),
+        _ => dense + 2.0 * layers * around * setting.gather_drag(),
+    }
+}
+
 /// The steps of a window by `policy`, in order.
 pub(crate) fn plan(
     setting: &Setting<'_>,
