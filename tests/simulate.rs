@@ -230,6 +230,15 @@ fn the_page_is_whole_and_needs_nothing_else() {
         let all = ["figures", "scale", "time", "memory", "gantt", "results", "parameters"];
         let expected = all.into_iter().filter(|id| *id != "scale" || n == 0);
         assert!(ids.iter().copied().eq(expected), "{case:?}: {ids:?}");
+        // Devices of every kind, each drawn where it is.
+        let rows: &[&str] = match n {
+            0 => &["rank 0", "rank 3"],
+            1 | 2 => &["rank 0", "rank 1"],
+            _ => &["rank 0, stage 0", "rank 0, stage 1", "server 0"],
+        };
+        for row in rows {
+            assert!(page.contains(&format!(">{row}</text>")), "{case:?}: {row}");
+        }
         assert!(page.len() < 2_000_000, "{case:?}: {} bytes", page.len());
     }
 }
@@ -289,10 +298,20 @@ fn bad_input_is_refused_by_name() {
     let typo = toml(0, "[layout]\ngups = 8\n");
     let table = toml(1, "[tunning]\nmatmul_efficiency = 0.5\n");
     let syntax = toml(2, "gpus = \n");
+    let flat = toml(3, "gpus = 8\n");
+    let shape = toml(4, "layers = 8\n");
+    let shared = toml(5, "[layout]\ncontext = 2\n");
+    let here = folder.path().to_str().unwrap();
+    let unlike = format!("{here}/./page");
+    let page = format!("{here}/page");
     let shapes = write(folder.path(), "model.json", "{\"name\": \"x\", \"layer\": 3}");
     let short = write(folder.path(), "lengths.txt", "100\n2000\n");
     let words = write(folder.path(), "words.txt", "100\nmany\n");
-    let cases: [(&[&str], &[&str]); 27] = [
+    let axis = |name: &str, to: u32| {
+        format!("{name}={}", (1..=to).map(|n| n.to_string()).collect::<Vec<_>>().join(","))
+    };
+    let endless = format!("{} {}", axis("seed", 100), axis("steps", 100));
+    let cases: [(&[&str], &[&str]); 33] = [
         (&["--model", "llama-7b"], &["--model", "`llama-7b`", "did you mean `llama-"]),
         (&["--model", &shapes], &["--model", "model.json", "`layer`", "did you mean `layers`?"]),
         (&["--gpu", "h20"], &["--gpu", "did you mean `h200`?"]),
@@ -305,7 +324,7 @@ fn bad_input_is_refused_by_name() {
         (&["--gpus", "36"], &["layout", "36 GPUs", "32 or 40"]),
         (&["--tensor", "3"], &["layout"]),
         (&["--pipeline", "3", "--gpus", "24"], &["pipeline 3", "32 layers"]),
-        (&["--context-parallel", "3"], &["context 3 does not divide the 4 ranks"]),
+        (&["--context-parallel", "3"], &["context parallelism 3 does not divide the 4 ranks"]),
         (&["--dedicated", "32", "--policy", "outboard"], &["32 dedicated GPUs"]),
         (&["--tokens", "8k"], &["tokens is 8192"]),
         (&["--link-between", "fast"], &["--link-between", "`fast`"]),
@@ -319,10 +338,17 @@ fn bad_input_is_refused_by_name() {
         (&["--config", &typo], &["0.toml: layout.gups", "did you mean `layout.gpus`?"]),
         (&["--config", &table], &["1.toml: tunning", "did you mean `tuning`?"]),
         (&["--config", &syntax], &["2.toml"]),
+        (&["--config", &flat], &["3.toml: gpus", "did you mean `layout.gpus`?"]),
+        (&["--config", &shape], &["4.toml: layers", "did you mean `model.layers`?"]),
+        (&["--config", &shared], &["5.toml: layout.context", "did you mean `layout.context_parallel`?"]),
         (&["--sweep", "gpu_count=8"], &["--sweep", "`gpu_count`"]),
         (&["--sweep", "gpus=8,many"], &["--sweep", "gpus=many", "`many`"]),
         (&["--html", "no/such/page.html"], &["--html no/such/page.html: there is no folder no/such"]),
         (&["--sweep", "gpus=8 seed=1,2", "--json", "x", "--csv", "x"], &["--json and --csv both name x"]),
+        // Before anything is simulated: these are more points than anybody waits for.
+        (&["--sweep", &endless, "--html", here], &["--html ", here, "directory"]),
+        (&["--sweep", &endless, "--csv", here], &["--csv ", here, "directory"]),
+        (&["--json", &page, "--html", &unlike], &["--json and --html both name "]),
     ];
     for (args, says) in cases {
         let message = outboard_fails(&small(args));
@@ -330,8 +356,8 @@ fn bad_input_is_refused_by_name() {
             assert!(message.contains(part), "{args:?}: no {part:?} in {message}");
         }
     }
-    let axis =
-        |name: &str| format!("{name}={}", (1..=101).map(|n| n.to_string()).collect::<Vec<_>>().join(","));
-    let message = outboard_fails(&small(&["--sweep", &format!("{} {}", axis("seed"), axis("steps"))]));
+    assert!(!Path::new(&page).exists(), "what is refused writes nothing");
+    let message =
+        outboard_fails(&small(&["--sweep", &format!("{} {}", axis("seed", 101), axis("steps", 101))]));
     assert!(message.contains("10201 combinations are more than 10000"), "{message}");
 }

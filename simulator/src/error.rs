@@ -103,8 +103,13 @@ pub enum SimulationError {
 impl SimulationError {
     /// A name of `known` was to be given, and `name` is none.
     pub fn unknown(what: &'static str, name: &str, known: &[&str]) -> SimulationError {
-        let near = known.iter().map(|known| (distance(name, known), *known)).min();
-        let near = near.filter(|(edits, known)| *edits <= known.len().div_ceil(2)).map(|(_, known)| known);
+        // Who leaves a word out writes the start of the name, or else letters are wrong.
+        let started = |known: &&&str| known.starts_with(name) && 2 * name.len() > known.len();
+        let near = known.iter().filter(started).min_by_key(|known| known.len()).copied();
+        let near = near.or_else(|| {
+            let nearest = known.iter().map(|known| (distance(name, known), *known)).min();
+            nearest.filter(|(edits, known)| *edits <= known.len().div_ceil(2)).map(|(_, known)| known)
+        });
         SimulationError::Unknown {
             what,
             name: name.to_owned(),
@@ -158,6 +163,10 @@ mod tests {
             error.to_string(),
             "no model is called `lama-8b`; there are llama-8b, llama-70b; did you mean `llama-8b`?"
         );
+        let error = SimulationError::unknown("entry", "context", &["contort", "context_parallel"]);
+        assert!(error.to_string().ends_with("did you mean `contort`?"), "{error}: less than half of a name");
+        let error = SimulationError::unknown("entry", "at.context", &["at.contort", "at.context_parallel"]);
+        assert!(error.to_string().ends_with("did you mean `at.context_parallel`?"), "{error}");
         let error = SimulationError::unknown("gpu", "abacus", &["h100", "h200"]);
         assert_eq!(error.to_string(), "no gpu is called `abacus`; there are h100, h200");
     }

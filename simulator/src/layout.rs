@@ -16,7 +16,7 @@ pub struct Layout {
     pub tensor: u32,
     /// Stages of the pipeline.
     pub pipeline: u32,
-    /// Ranks that share a sequence; it divides the ranks. `None` where the policy chooses, or has no notion of it.
+    /// Context parallelism: ranks that share a sequence; it divides the ranks. `None` where the policy chooses, or has no notion of it.
     pub context: Option<u32>,
     /// GPUs that do nothing but core attention, a multiple of the lanes; 0 where ranks' own devices serve it.
     pub dedicated: u32,
@@ -88,7 +88,7 @@ impl Layout {
             && !(context > 0 && ranks.is_multiple_of(context))
         {
             return bad(format!(
-                "context {context} does not divide the {ranks} ranks that tensor {tensor} and pipeline {pipeline} leave of {of_model} GPUs"
+                "context parallelism {context} does not divide the {ranks} ranks that tensor {tensor} and pipeline {pipeline} leave of {of_model} GPUs"
             ));
         }
         if !model.layers.is_multiple_of(pipeline) {

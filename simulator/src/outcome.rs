@@ -8,9 +8,6 @@ use crate::scenario::Sequences;
 use crate::setting::Setting;
 use crate::{Layout, Scenario, SimulationError};
 
-/// Devices whose doings are kept.
-const TRACED: u32 = 8;
-
 /// What a policy makes of a scenario, the mean of its steps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Outcome {
@@ -209,8 +206,8 @@ struct Sum {
 
 impl Sum {
     fn add(&mut self, setting: &Setting<'_>, step: &Planned, memory: &[Memory]) {
-        let traced = if self.trace.is_none() { TRACED } else { 0 };
-        let mut clocks = Clocks::new(setting.devices(), setting.links, traced);
+        let trace = if self.trace.is_none() { Trace::of(&setting.layout) } else { Trace::default() };
+        let mut clocks = Clocks::new(setting.devices(), setting.links, trace);
         self.seconds.push(run(&mut clocks, &step.program, &setting.closing));
         self.accounts.push(Account::mean(&clocks.accounts));
         self.imbalance += step.imbalance;

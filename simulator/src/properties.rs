@@ -4,7 +4,7 @@ use std::cell::RefCell;
 
 use proptest::prelude::*;
 
-use crate::engine::{Account, Clocks, Links, Program, run};
+use crate::engine::{Account, Clocks, Links, Program, Trace, run};
 use crate::phase::Phase;
 use crate::policy::{Choice, Planned, Policy, choices, plan};
 use crate::setting::Setting;
@@ -34,7 +34,7 @@ fn each_step(scenario: &Scenario, policy: Policy, check: impl Fn(&Setting<'_>, &
 
 /// How long a step takes, and where its time goes.
 fn timed(setting: &Setting<'_>, step: &Planned, links: Links) -> (f64, Vec<Account>) {
-    let mut clocks = Clocks::new(setting.devices(), links, 0);
+    let mut clocks = Clocks::new(setting.devices(), links, Trace::default());
     let seconds = run(&mut clocks, &step.program, &setting.closing);
     (seconds, clocks.accounts)
 }

@@ -77,7 +77,12 @@ impl Description {
         let names: Vec<&str> = ENTRIES.iter().map(|entry| entry.name).collect();
         for Said { name, place, .. } in said {
             if !names.contains(&name.as_str()) && !name.starts_with("model.") {
-                let error = SimulationError::unknown("entry", name, &names);
+                let mut error = SimulationError::unknown("entry", name, &names);
+                if let (Some(meant), SimulationError::Unknown { near, .. }) =
+                    (Entry::in_a_table(name), &mut error)
+                {
+                    *near = Some(meant);
+                }
                 return Err(anyhow::Error::from(error).context(place.clone()));
             }
         }
@@ -125,7 +130,7 @@ impl Description {
             "layout.gpus" => layout.gpus = small(text)?,
             "layout.tensor" => layout.tensor = small(text)?,
             "layout.pipeline" => layout.pipeline = small(text)?,
-            "layout.context" => layout.context = Some(small(text)?),
+            "layout.context_parallel" => layout.context = Some(small(text)?),
             "layout.micro_batches" => layout.micro_batches = small(text)?,
             "layout.dedicated" => layout.dedicated = small(text)?,
             "network.gpus_per_node" => network.gpus_per_node = small(text)?,
@@ -247,7 +252,7 @@ mod tests {
             ("gpu.memory_bytes", "100e9"),
             ("gpu.memory_bytes_per_second", "4TB/s"),
             ("tokens", "2m"),
-            ("layout.context", "2"),
+            ("layout.context_parallel", "2"),
             ("update", "false"),
             ("keep", "true"),
             ("policy", "wlb,outboard"),
@@ -293,6 +298,14 @@ mod tests {
             ("policy", "wlb,wlb", "wlb is named twice"),
             ("recompute", "some", "--recompute: no choice to recompute is called `some`"),
             ("layout.tensr", "8", "did you mean `layout.tensor`?"),
+            ("layout.context", "8", "did you mean `layout.context_parallel`?"),
+            ("gpus", "8", "did you mean `layout.gpus`?"),
+            ("tensor", "8", "did you mean `layout.tensor`?"),
+            ("context_parallel", "8", "did you mean `layout.context_parallel`?"),
+            ("gpus_per_node", "8", "did you mean `network.gpus_per_node`?"),
+            ("link_between", "1", "did you mean `network.between.bytes_per_second`?"),
+            ("matmul_efficiency", "1", "did you mean `tuning.matmul_efficiency`?"),
+            ("tolerence", "1", "did you mean `tolerance`?"),
             ("tuning.matmul", "1", "no entry is called `tuning.matmul`"),
             ("layout.gpus", "many", "--layout.gpus: `many` is no whole number"),
             ("profile", "no-such-file", "cannot read no-such-file"),

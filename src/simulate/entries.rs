@@ -7,6 +7,8 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Command, FromArgMatches};
 use outboard_simulator::{Gpu, Mix, Model, Policy, Recompute, Tuning};
 
+use super::shapes;
+
 /// One thing that can be said.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Entry {
@@ -117,9 +119,9 @@ const FIXED: [Entry; 32] = [
     entry(["layout.tensor", "tensor", "N", "8"], LAYOUT, "Lanes of tensor parallelism"),
     entry(["layout.pipeline", "pipeline", "N", "1"], LAYOUT, "Stages of the pipeline"),
     entry(
-        ["layout.context", "context-parallel", "N", ""],
+        ["layout.context_parallel", "context-parallel", "N", ""],
         LAYOUT,
-        "Ranks that share a sequence, for the policies that have a notion of it [default: each chooses the best]",
+        "Context parallelism: ranks that share a sequence, for the policies that have a notion of it [default: each chooses the best]",
     ),
     entry(["layout.micro_batches", "micro-batches", "N", "1"], LAYOUT, "Micro-batches of a step"),
     entry(
@@ -213,6 +215,15 @@ impl Entry {
     pub(super) fn named(name: &str) -> Option<&'static Entry> {
         let by = |of: fn(&Entry) -> &'static str| ENTRIES.iter().find(|entry| of(entry) == name);
         by(|entry| entry.name).or_else(|| by(|entry| entry.flag).filter(|entry| entry.takes_value()))
+    }
+
+    /// The one in a table that goes by this name there, or whose flag does.
+    pub(super) fn in_a_table(name: &str) -> Option<String> {
+        let named = ENTRIES.iter().map(|entry| (entry, entry.name.rsplit_once('.')));
+        let mut of_tables = named.filter_map(|(entry, split)| Some((entry, split?.1)));
+        let entry = of_tables.find(|(entry, last)| *last == name || entry.flag.replace('-', "_") == name);
+        let of_model = || shapes::KEYS.contains(&name).then(|| format!("model.{name}"));
+        entry.map(|(entry, _)| entry.name.to_owned()).or_else(of_model)
     }
 
     /// What people call it.

@@ -1,5 +1,6 @@
 //! `outboard simulate`: what a training step would take on a cluster, by each way to share core attention.
 
+use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -49,7 +50,7 @@ pub(crate) struct Args {
 #[derive(Debug, clap::Args)]
 pub(crate) struct Described {
     /// Say it in this file; flags count for more. Its entries are the flags' names with underscores, in tables: [layout]
-    /// has gpus, tensor, pipeline, context (ranks that share a sequence), micro_batches and dedicated; [network] has
+    /// has gpus, tensor, pipeline, context_parallel, micro_batches and dedicated; [network] has
     /// gpus_per_node; [network.within] and [network.between] have bytes_per_second and latency_seconds; [tuning] has the
     /// efficiencies and overheads; [model] may hold shapes and [gpu] peak_flops_per_second, memory_bytes and
     /// memory_bytes_per_second; [sweep] has a list for each of its names. Files that it names are looked for beside it.
@@ -140,18 +141,45 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
 /// Checks, before anything is simulated, that results can be written, each to a file of its own.
 fn check_files(files: [(&str, &Option<PathBuf>); 3]) -> anyhow::Result<()> {
     let named = files.iter().filter_map(|(flag, file)| Some((*flag, file.as_deref()?)));
-    let mut before: Vec<(&str, &Path)> = Vec::new();
+    let mut before: Vec<(&str, PathBuf)> = Vec::new();
     for (flag, file) in named {
-        if let Some((other, _)) = before.iter().find(|(_, other)| *other == file) {
-            bail!("{other} and {flag} both name {}", file.display());
-        }
+        let standard = file == Path::new("-") && flag != "--html";
         let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
         if let Some(folder) = folder.filter(|folder| !folder.is_dir()) {
             bail!("{flag} {}: there is no folder {}", file.display(), folder.display());
         }
-        before.push((flag, file));
+        let place = if standard { file.to_owned() } else { place(file) };
+        if let Some((other, _)) = before.iter().find(|(_, other)| *other == place) {
+            bail!("{other} and {flag} both name {}", file.display());
+        }
+        if !standard {
+            writable(file).with_context(|| format!("{flag} {}", file.display()))?;
+        }
+        before.push((flag, place));
     }
     Ok(())
+}
+
+/// The one path of a file that may go by several, or may not be there yet.
+fn place(file: &Path) -> PathBuf {
+    let there = file.canonicalize().ok();
+    let of_folder = || {
+        let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok()?;
+        Some(folder.join(file.file_name()?))
+    };
+    there.or_else(of_folder).unwrap_or_else(|| file.to_owned())
+}
+
+/// Checks that a file can be written, and leaves all as it was.
+fn writable(file: &Path) -> std::io::Result<()> {
+    // Who reads a pipe would take the end of the check for the end of the results.
+    if file.metadata().is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        return Ok(());
+    }
+    let is_new = file.symlink_metadata().is_err();
+    OpenOptions::new().write(true).create(true).truncate(false).open(file)?;
+    if is_new { std::fs::remove_file(file) } else { Ok(()) }
 }
 
 /// Prints what people read.

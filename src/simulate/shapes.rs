@@ -10,7 +10,7 @@ use super::entries::Said;
 use super::value::small;
 
 /// What is to be said of a model.
-const KEYS: [&str; 9] =
+pub(super) const KEYS: [&str; 9] =
     ["name", "layers", "hidden", "ffn", "q_heads", "kv_heads", "head_dim", "vocabulary", "dtype"];
 
 /// Reads a model from a JSON file. Errors name the file, and the key at fault.

@@ -99,7 +99,7 @@ pub(crate) fn gain(point: &Point, outcome: &Outcome) -> String {
 pub(crate) fn chosen(outcome: &Outcome) -> String {
     let mut words = Vec::new();
     if let Some(context) = outcome.layout.context {
-        words.push(format!("context {context}"));
+        words.push(format!("context parallel {context}"));
     }
     if outcome.policy.disaggregates() {
         words.push(match outcome.layout.dedicated / outcome.layout.tensor.max(1) {

@@ -57,7 +57,7 @@ pub(crate) struct Operation {
 }
 
 impl Clocks {
-    pub(crate) fn new(devices: usize, links: Links, traced: u32) -> Clocks {
+    pub(crate) fn new(devices: usize, links: Links, trace: Trace) -> Clocks {
         Clocks {
             links,
             compute: vec![0.0; devices],
@@ -66,7 +66,7 @@ impl Clocks {
             accounts: vec![Account::default(); devices],
             carried: vec![[0.0; 2]; devices],
             received: vec![[0.0; 2]; devices],
-            trace: Trace::of(traced),
+            trace,
         }
     }
 

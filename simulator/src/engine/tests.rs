@@ -1,6 +1,6 @@
 //! Steps whose times are known.
 
-use super::{Account, Clocks, Closing, Costs, Links, Program, Replica, run};
+use super::{Account, Clocks, Closing, Costs, Links, Program, Replica, Trace, run};
 use crate::phase::{Attend, Exchange, Nano, Phase, Transfer};
 use crate::scenario::Recompute;
 
@@ -33,7 +33,7 @@ fn micro_batch(tokens: &[f64], [forward, backward]: [f64; 2]) -> Phase {
 
 /// Runs a step; checks that every device's seconds add up to it.
 fn check(program: &Program, closing: &Closing) -> (f64, Vec<Account>) {
-    let mut clocks = Clocks::new(closing.ranks * closing.stages, LINKS, 0);
+    let mut clocks = Clocks::new(closing.ranks * closing.stages, LINKS, Trace::default());
     let seconds = run(&mut clocks, program, closing);
     for account in &clocks.accounts {
         assert_near(account.total(), seconds);
@@ -136,13 +136,13 @@ fn an_all_gather_takes_its_bytes_and_a_latency() {
         let gather = Exchange::gather(ranks, group, |device| 1e7 * f64::from(device + 1), near);
         let total = 1e7 * (ranks * (ranks + 1) / 2) as f64;
         let ready: Vec<f64> = (0..ranks).map(|n| n as f64).collect();
-        let mut clocks = Clocks::new(ranks, LINKS, 0);
+        let mut clocks = Clocks::new(ranks, LINKS, Trace::default());
         let arrivals = clocks.exchange(0, &gather, &vec![1.0; ranks]);
         let most = total - 1e7;
         let latest = arrivals.iter().map(|arrival| arrival.at).fold(0.0, f64::max);
         assert_near(latest, 1.0 + most / LINKS.bytes_per_second[link] + LINKS.latency_seconds[link]);
         // Nobody has it before the last one has sent.
-        let mut clocks = Clocks::new(ranks, LINKS, 0);
+        let mut clocks = Clocks::new(ranks, LINKS, Trace::default());
         let arrivals = clocks.exchange(0, &gather, &ready);
         assert!(
             arrivals
@@ -160,7 +160,7 @@ fn an_all_to_all_takes_what_goes_to_other_nodes() {
     assert_eq!(exchange.sends[0], [1e6, 2e6]);
     assert_eq!(exchange.receives[3], [1e6, 2e6]);
     assert_eq!((exchange.sends[4], exchange.sends[6]), ([2e6, 0.0], [0.0; 2]));
-    let arrivals = Clocks::new(8, LINKS, 0).exchange(0, &exchange, &[0.0; 8]);
+    let arrivals = Clocks::new(8, LINKS, Trace::default()).exchange(0, &exchange, &[0.0; 8]);
     assert_near(arrivals[0].at, 2e6 / LINKS.bytes_per_second[1] + LINKS.latency_seconds[1]);
     assert_near(arrivals[5].at, 2e6 / LINKS.bytes_per_second[0] + LINKS.latency_seconds[0]);
     assert_near(arrivals[7].at, 0.0);

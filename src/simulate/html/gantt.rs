@@ -1,6 +1,6 @@
 //! What some devices do when, in the first step.
 
-use outboard_simulator::{Doing, Outcome, Traced};
+use outboard_simulator::{Doing, Layout, Outcome, Trace, Traced};
 
 use super::super::point::Point;
 use super::{leading, legend};
@@ -8,14 +8,12 @@ use crate::page::numbers::seconds;
 use crate::page::svg::{at, drawing, escape, line, text, ticks};
 
 const WIDTH: f64 = 1080.0;
-const LEFT: f64 = 76.0;
+const LEFT: f64 = 112.0;
 const PLOT: f64 = WIDTH - LEFT - 26.0;
 const TOP: f64 = 4.0;
 const COMPUTE: f64 = 16.0;
 const TRANSFER: f64 = 6.0;
 const ROW: f64 = COMPUTE + TRANSFER + 8.0;
-/// More devices than this are not drawn.
-const DEVICES: usize = 4;
 /// What is thinner than this many pixels is merged with what is beside it.
 const VISIBLE: f64 = 0.5;
 
@@ -63,7 +61,7 @@ pub(super) fn section(point: &Point, of_point: &str) -> String {
         })
         .collect();
     format!(
-        "<section id=\"gantt\">\n<h2>A step, device by device</h2>\n<p>{} The first devices of the first step; each computes \
+        "<section id=\"gantt\">\n<h2>A step, device by device</h2>\n<p>{} Some of the devices in the first step; each computes \
          in the upper row and waits for bytes in the lower one. All whole steps have one scale, closer looks at a few layers one of their own.</p>\n{}{charts}</section>\n",
         escape(of_point),
         legend(&marks)
@@ -85,10 +83,25 @@ fn cut(outcome: &Outcome) -> String {
     }
 }
 
-/// Forward core attention of the first device.
+/// Core attention of the first device that has any, up to its first backward.
 fn attention(outcome: &Outcome) -> Vec<&Traced> {
-    let stretches = outcome.trace.stretches.iter();
-    stretches.filter(|stretch| stretch.device == 0 && stretch.doing == Doing::Attention).collect()
+    let stretches = &outcome.trace.stretches;
+    let Some(first) = stretches.iter().find(|stretch| stretch.doing == Doing::Attention) else {
+        return Vec::new();
+    };
+    let own = stretches.iter().filter(|stretch| stretch.device == first.device);
+    let forward = own.take_while(|stretch| stretch.doing != Doing::AttentionBackward);
+    forward.filter(|stretch| stretch.doing == Doing::Attention).collect()
+}
+
+/// What a device is called.
+fn name(layout: &Layout, device: u32) -> String {
+    let ranks = layout.ranks().max(1);
+    match device.checked_sub(layout.model_devices()) {
+        Some(server) => format!("server {server}"),
+        None if layout.pipeline > 1 => format!("rank {}, stage {}", device % ranks, device / ranks),
+        None => format!("rank {device}"),
+    }
 }
 
 /// About three layers in the middle of the forward pass.
@@ -102,11 +115,7 @@ fn layers(outcome: &Outcome) -> Option<Window> {
 }
 
 fn chart(outcome: &Outcome, window: Window, what: &str) -> String {
-    let stretches = &outcome.trace.stretches;
-    let mut devices: Vec<u32> = stretches.iter().map(|stretch| stretch.device).collect();
-    devices.sort_unstable();
-    devices.dedup();
-    devices.truncate(DEVICES);
+    let Trace { devices, stretches } = &outcome.trace;
     let span = window.to - window.from;
     let bottom = TOP + ROW * devices.len() as f64;
     let x = |time: f64| LEFT + (time - window.from) / span * PLOT;
@@ -119,18 +128,19 @@ fn chart(outcome: &Outcome, window: Window, what: &str) -> String {
     }
     for (n, device) in devices.iter().enumerate() {
         let y = TOP + ROW * n as f64 + 2.0;
-        content.push_str(&text("label end", [LEFT - 8.0, y + 12.0], &format!("device {device}")));
+        let name = name(&outcome.layout, *device);
+        content.push_str(&text("label end", [LEFT - 8.0, y + 12.0], &name));
         let own: Vec<&Traced> = stretches.iter().filter(|stretch| stretch.device == *device).collect();
         let (moving, computing): (Vec<&Traced>, Vec<&Traced>) =
             own.into_iter().partition(|stretch| stretch.doing == Doing::Transfer);
-        content.push_str(&row(&computing, window, [y, COMPUTE], *device));
-        content.push_str(&row(&moving, window, [y + COMPUTE + 1.0, TRANSFER], *device));
+        content.push_str(&row(&computing, window, [y, COMPUTE], &name));
+        content.push_str(&row(&moving, window, [y + COMPUTE + 1.0, TRANSFER], &name));
     }
     drawing("wide gantt", [WIDTH, bottom + 20.0], &format!("{}: {what}", outcome.policy), &content)
 }
 
 /// A row's marks, one path for each kind. Each part of the row that can be seen shows what takes most of it.
-fn row(stretches: &[&Traced], window: Window, [y, height]: [f64; 2], device: u32) -> String {
+fn row(stretches: &[&Traced], window: Window, [y, height]: [f64; 2], device: &str) -> String {
     let bins = (PLOT / VISIBLE) as usize;
     let wide = (window.to - window.from) / bins as f64;
     let mut taken = vec![[0.0; KINDS.len()]; bins];
@@ -169,7 +179,7 @@ fn row(stretches: &[&Traced], window: Window, [y, height]: [f64; 2], device: u32
     let marks = paths.iter().zip(KINDS).zip(totals).filter(|((path, _), _)| !path.is_empty());
     marks
         .map(|((path, (_, class, name)), total)| {
-            let title = escape(&format!("device {device}: {name}, {} here", seconds(total)));
+            let title = escape(&format!("{device}: {name}, {} here", seconds(total)));
             format!("<path class=\"{class}\" d=\"{path}\"><title>{title}</title></path>\n")
         })
         .collect()
