@@ -6,9 +6,9 @@ use proptest::prelude::*;
 
 use crate::engine::{Account, Clocks, Links, Program, Trace, run};
 use crate::phase::Phase;
-use crate::policy::{Choice, Planned, Policy, choices, plan};
+use crate::policy::{Choice, Planned, Policy, choices, floor, plan};
 use crate::setting::Setting;
-use crate::{Scenario, SimulationError};
+use crate::{Scenario, SimulationError, simulate};
 
 #[path = "../tests/scenarios/mod.rs"]
 mod scenarios;
@@ -74,6 +74,15 @@ proptest! {
                 assert!(account.parts().iter().all(|part| *part >= 0.0), "{account:?}");
             }
         });
+    }
+
+    #[test]
+    fn no_choice_is_left_out_that_could_be_the_fastest(scenario in any_scenario(), policy in any_policy()) {
+        if let Ok(outcome) = simulate(&scenario, policy) {
+            let setting = Setting::new(&scenario, outcome.layout).expect("a layout that makes sense");
+            let floor = floor(&setting, policy);
+            assert!(floor <= outcome.seconds * (1.0 + 1e-9), "{policy}: {floor}, and it takes {}", outcome.seconds);
+        }
     }
 
     #[test]

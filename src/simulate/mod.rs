@@ -49,11 +49,11 @@ pub(crate) struct Args {
 /// What says what is to be simulated.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Described {
-    /// Say it in this file; flags count for more. Its entries are the flags' names with underscores, in tables: [layout]
-    /// has gpus, tensor, pipeline, context_parallel, micro_batches and dedicated; [network] has
-    /// gpus_per_node; [network.within] and [network.between] have bytes_per_second and latency_seconds; [tuning] has the
-    /// efficiencies and overheads; [model] may hold shapes and [gpu] peak_flops_per_second, memory_bytes and
-    /// memory_bytes_per_second; [sweep] has a list for each of its names. Files that it names are looked for beside it.
+    /// Say it in this file; flags count for more. Its entries are the flags' names with underscores, in tables: `[layout]`
+    /// has gpus, tensor, pipeline, context_parallel, micro_batches and dedicated; `[network]` has
+    /// gpus_per_node; `[network.within]` and `[network.between]` have bytes_per_second and latency_seconds; `[tuning]` has the
+    /// efficiencies and overheads; `[model]` may hold shapes and `[gpu]` peak_flops_per_second, memory_bytes and
+    /// memory_bytes_per_second; `[sweep]` has a list for each of its names. Files that it names are looked for beside it.
     #[arg(long, value_name = "FILE.toml")]
     config: Option<PathBuf>,
     #[command(flatten)]

@@ -36,9 +36,8 @@ pub(crate) struct Clocks {
     out: Vec<[f64; 2]>,
     into: Vec<[f64; 2]>,
     pub(crate) accounts: Vec<Account>,
-    /// Bytes that each device has sent, and received.
+    /// Bytes that each device has sent.
     pub(crate) carried: Vec<[f64; 2]>,
-    pub(crate) received: Vec<[f64; 2]>,
     pub(crate) trace: Trace,
 }
 
@@ -65,7 +64,6 @@ impl Clocks {
             into: vec![[0.0; 2]; devices],
             accounts: vec![Account::default(); devices],
             carried: vec![[0.0; 2]; devices],
-            received: vec![[0.0; 2]; devices],
             trace,
         }
     }
@@ -149,7 +147,6 @@ impl Clocks {
                     let end = self.into[device][link].max(waited.first)
                         + bytes * exchange.drag / self.links.bytes_per_second[link];
                     self.into[device][link] = end;
-                    self.received[device][link] += bytes;
                     last = last.max(end);
                     latency = latency.max(self.links.latency_seconds[link]);
                 }
