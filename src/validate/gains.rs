@@ -112,7 +112,8 @@ pub(super) fn steps(published: &Published, done: &(dyn Fn() + Sync)) -> anyhow::
         |(Run { of, context, measured, .. }, outcome): (&Run<'_>, Result<Outcome, SimulationError>)| {
             Ok(Step {
                 label: format!("{} {} {}k on {} GPUs", of.model, of.mix, of.context / 1024, of.gpus),
-                policy: context.map_or("distca".to_owned(), |context| format!("wlb, context {context}")),
+                policy: context
+                    .map_or("distca".to_owned(), |context| format!("wlb, context parallel {context}")),
                 measured: *measured,
                 predicted: outcome?.seconds,
             })

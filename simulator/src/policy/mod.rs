@@ -117,7 +117,8 @@ pub(crate) fn choices(setting: &Setting<'_>, policy: Policy, sequences: usize) -
 /// attention, and what it has to gather or pass around. 0 where nothing is known.
 pub(crate) fn floor(setting: &Setting<'_>, policy: Policy) -> f64 {
     let layout = setting.layout;
-    let (Some(context), false) = (layout.context, policy.disaggregates()) else { return 0.0 };
+    let shares = matches!(policy, Policy::Fixed | Policy::Wlb | Policy::Cp | Policy::CpRing);
+    let Some(context) = layout.context.filter(|_| shares) else { return 0.0 };
     let layers = f64::from(setting.closing.layers);
     // The most that a rank holds is no less than the mean.
     let tokens = setting.scenario.tokens as f64 / f64::from(layout.ranks());
