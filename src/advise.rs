@@ -6,7 +6,7 @@ use outboard_proto::describe;
 use outboard_simulator::{Advice, Doubt, Outcome, Policy, SimulationError, advise};
 use serde::Serialize;
 
-use crate::bench::kernel::show::Output;
+use crate::bench::kernel::show::{Output, Progress};
 use crate::page::numbers::{count, rate, things};
 use crate::simulate::Described;
 use crate::simulate::table;
@@ -51,11 +51,17 @@ struct Line {
 pub(crate) fn run(args: Args) -> anyhow::Result<()> {
     let named = args.described.one()?;
     let mut output = Output::new(args.json.as_deref())?;
-    let advice = advise(&named.scenario).map_err(|error| {
+    let progress = Progress::new(Advice::PARTS)?;
+    let next = |what: &str| {
+        progress.at(what);
+        progress.step();
+    };
+    let advice = advise(&named.scenario, &next).map_err(|error| {
         let refused = matches!(error, SimulationError::Memory { .. } | SimulationError::Unsuited { .. });
         let error = anyhow::Error::from(error);
         if refused { error.context("nothing can do it, with attention servers or without") } else { error }
     })?;
+    drop(progress);
     output.write(&Line::of(&advice))?;
     output.say(&sentence(&advice))?;
     if let Ok(pool) = &advice.pool {

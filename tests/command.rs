@@ -23,6 +23,11 @@ fn train(folder: &std::path::Path, more: &[&str]) -> Vec<String> {
     fixed.iter().chain(&SMALL).chain(more).map(|&arg| arg.to_owned()).collect()
 }
 
+/// What a run says before it starts.
+fn forecast(lines: &[Value]) -> &Value {
+    lines.iter().find(|line| line["kind"] == "forecast").expect("a run that forecasts its gain")
+}
+
 /// Whether so many ranks or servers have a core each.
 fn cores_of_their_own(owners: usize) -> bool {
     rustix::thread::sched_getaffinity(None).unwrap().count() as usize >= owners
@@ -92,8 +97,14 @@ fn figures_of_a_run_follow_from_its_step_lines() {
         words.contains("step of the slowest rank: ") && words.contains(" as the plans predict, "),
         "{words}"
     );
-    let forecast = &lines[0];
-    assert_eq!((&forecast["kind"], &forecast["steps"]), (&json!("forecast"), &json!(3)));
+    let job = &lines[0];
+    assert_eq!(
+        (&job["kind"], &job["ranks"], &job["in_place"]),
+        (&json!("job"), &json!(2), &json!(true)),
+        "{job}"
+    );
+    let forecast = forecast(&lines);
+    assert_eq!(forecast["steps"], json!(3));
     let number = |key: &str| forecast[key].as_f64().unwrap_or_else(|| panic!("no {key} in {forecast}"));
     assert!((number("imbalance") / sums.imbalance - 1.0).abs() < 1e-9, "{forecast}, not {}", sums.imbalance);
     assert!(number("gain") <= number("ideal_gain") && number("ideal_gain") < 1.0, "{forecast}");
@@ -116,8 +127,9 @@ fn a_job_that_gains_nothing_is_warned_and_trained() {
         assert_eq!(warnings.len(), 1, "{more:?}: {errors}");
         assert!(warnings[0].contains("not worth disaggregating") && warnings[0].contains(reason), "{errors}");
         let lines = read_json(&folder.path().join("figures.jsonl"));
-        assert_eq!(lines[0]["worth"], false);
-        assert!(reason.contains(lines[0]["reason"].as_str().unwrap()), "{}", lines[0]);
+        let forecast = forecast(&lines);
+        assert_eq!(forecast["worth"], false);
+        assert!(reason.contains(forecast["reason"].as_str().unwrap()), "{forecast}");
         assert_eq!(summary(&lines)["steps"], 1);
     };
     warned(&["--ranks", "1"], "one rank has nobody to share its attention with");
@@ -137,7 +149,7 @@ fn links_that_are_declared_slow_carry_nothing_and_losses_stay() {
         let summary = summary(&lines);
         assert!(summary["max_relative_loss_difference"].as_f64().unwrap() < 1e-5, "{summary}");
         assert_eq!(summary["tasks_planned"], summary["tasks_computed"]);
-        (summary["bytes_moved"].as_u64().unwrap(), lines[0].clone(), errors)
+        (summary["bytes_moved"].as_u64().unwrap(), forecast(&lines).clone(), errors)
     };
     let declared = |bytes| ["--flops-per-second", "1e9", "--bytes-per-second", bytes];
     let (usual, fast) = (run(&[]).0, run(&declared("1e12")).0);

@@ -59,6 +59,8 @@ const LINKS: [f64; 5] = [0.125, 0.25, 0.5, 1.0, 4.0];
 const EIGHTHS: [u32; 4] = [1, 2, 3, 4];
 
 impl Advice {
+    /// How many parts the work has, at most.
+    pub const PARTS: usize = 3 + EIGHTHS.len() + LINKS.len();
     /// A gain below this is not worth a pool: it is within what one step differs from the next by.
     pub const LEAST_GAIN: f64 = 0.02;
     /// What trainers do without a pool.
@@ -111,20 +113,25 @@ impl Advice {
     }
 }
 
-/// Simulates a job with a pool and without, on its links and on others.
+/// Simulates a job with a pool and without, on its links and on others. `next` is told what is simulated next, at most
+/// [`Advice::PARTS`] times.
 ///
 /// # Errors
 /// A [`SimulationError`] as [`simulate`]: of the scenario, or of those without a pool where nothing can do it, with or without.
-pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
+pub fn advise(scenario: &Scenario, next: &dyn Fn(&str)) -> Result<Advice, SimulationError> {
     scenario.check()?;
+    next("without attention servers");
     let in_place = Scenario { layout: Layout { dedicated: 0, ..scenario.layout }, ..scenario.clone() };
     let without = best_of(&in_place, &Advice::WITHOUT);
+    next("published systems");
     let published = best_of(&in_place, &Advice::PUBLISHED).ok();
+    next("attention servers");
     let mut pool = simulate(scenario, Policy::Outboard);
     let mut best = scenario.clone();
     let mut dedicated = Vec::new();
     if scenario.layout.dedicated == 0 {
         for gpus in candidates(&scenario.layout) {
+            next(&format!("attention servers on {gpus} GPUs of their own"));
             let layout = Layout { dedicated: gpus, ..scenario.layout };
             let apart = Scenario { layout, ..scenario.clone() };
             let outcome = simulate(&apart, Policy::Outboard);
@@ -141,7 +148,7 @@ pub fn advise(scenario: &Scenario) -> Result<Advice, SimulationError> {
         }
     }
     let links = match (&pool, &without) {
-        (Ok(pool), Ok(without)) => links((&in_place, without), (&best, pool))?,
+        (Ok(pool), Ok(without)) => links((&in_place, without), (&best, pool), next)?,
         (Err(_), Err(error)) => return Err(error.clone()),
         _ => Vec::new(),
     };
@@ -184,6 +191,7 @@ fn candidates(layout: &Layout) -> Vec<u32> {
 fn links(
     (without, outcome): (&Scenario, &Outcome),
     (pool, pooled): (&Scenario, &Outcome),
+    next: &dyn Fn(&str),
 ) -> Result<Vec<LinkGain>, SimulationError> {
     let on = |scenario: &Scenario, factor: f64| {
         let Network { between, .. } = scenario.network;
@@ -193,6 +201,7 @@ fn links(
     let mut links = Vec::with_capacity(LINKS.len());
     for factor in LINKS {
         let bytes_per_second = pool.network.between.bytes_per_second * factor;
+        next(&format!("links of {:.3e} bytes a second", bytes_per_second));
         let gain = if factor == 1.0 {
             gain(pooled, outcome)
         } else if on(pool, factor).check().is_ok() {
