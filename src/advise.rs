@@ -106,7 +106,7 @@ fn sentence(advice: &Advice) -> String {
     };
     match (&advice.published, advice.gain_over_published()) {
         (Some(published), Some(gain)) => format!(
-            "{answer} {}, which common trainers lack, would reach {} as its paper describes it: attention servers are {} than that.",
+            "{answer} {}, as its paper describes it, would reach {}: attention servers are {} than that.",
             system(published.policy),
             speed(published),
             compared(gain)

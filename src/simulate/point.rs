@@ -65,7 +65,7 @@ impl Point {
         own.or_else(|| self.best(|outcome| outcome.policy.disaggregates()))
     }
 
-    /// The fastest of the published systems without attention servers that no trainer has.
+    /// The fastest of the systems without attention servers that are known by their papers.
     pub(crate) fn published(&self) -> Option<&Outcome> {
         self.best(|outcome| Advice::PUBLISHED.contains(&outcome.policy))
     }

@@ -12,11 +12,11 @@ use outboard_attention::{
     AnyTensor, DType, Direction, DocumentId, Element, HeadGeometry, Mask, Span, Task, TensorView,
 };
 use outboard_cuda::{CudaKernel, Measured, Repeats};
+use outboard_simulator::Random;
 use serde::Serialize;
 
 use super::args::{self, Args};
 use super::show::{Output, Progress, table};
-use super::subject::Noise;
 
 /// Times at least, and for so long: a device that has just woken is not what a pool of busy ones is.
 const REPEATS: Repeats = Repeats { times: 7, time: Duration::from_millis(600) };
@@ -173,7 +173,7 @@ fn suite(args: &Args, kernel: &mut CudaKernel, output: &mut Output) -> anyhow::R
 
 /// Shards of 128 to 8192 queries with 1k to 256k keys, the same in every run.
 fn mixed_lengths() -> Vec<(usize, usize)> {
-    let mut noise = Noise(9);
+    let mut noise = Random::new(9);
     (0..12)
         .map(|_| {
             let rows = 128usize << (noise.bits() % 7);
@@ -326,7 +326,7 @@ impl CudaSubject {
 /// About normal noise. A million values are drawn and repeated: drawing all would take longer than measuring.
 fn noise<E: Element>(len: usize) -> Vec<E> {
     const DRAWN: usize = 1 << 20;
-    let mut noise = Noise(len as u64);
+    let mut noise = Random::new(len as u64);
     let mut value = || (0..4).map(|_| 2.0 * noise.unit() - 1.0).sum::<f64>() * 0.87;
     let drawn: Vec<E> = (0..DRAWN.min(len)).map(|_| E::from_f32(value() as f32)).collect();
     let mut all = Vec::with_capacity(len);

@@ -6,10 +6,7 @@ use anyhow::{Context, ensure};
 use outboard_attention::kernel::{CpuKernel, KernelTask, Operands, Results};
 use outboard_attention::merge::row_dots;
 use outboard_attention::{Direction, Elements, HeadGeometry, Task, TaskShapes, TensorView};
-
-/// SplitMix64: the same noise in every run.
-#[derive(Clone, Debug)]
-pub(crate) struct Noise(pub(crate) u64);
+use outboard_simulator::Random;
 
 /// A task with all that either direction is computed from.
 pub(crate) struct Subject {
@@ -31,28 +28,13 @@ pub(crate) struct Batch<'a> {
     results: Vec<Results>,
 }
 
-impl Noise {
-    pub(crate) fn bits(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    /// From zero to below one.
-    pub(crate) fn unit(&mut self) -> f64 {
-        (self.bits() >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
-
 impl Subject {
     /// A task on noise. Computes it forward once, for what backward needs of it.
     pub(crate) fn new(kernel: &mut CpuKernel, geometry: HeadGeometry, task: Task) -> anyhow::Result<Self> {
         task.check(&geometry)?;
         let shapes = task.shapes(&geometry);
         fits(&geometry, shapes)?;
-        let (dtype, mut noise) = (geometry.dtype(), Noise(1));
+        let (dtype, mut noise) = (geometry.dtype(), Random::new(1));
         // Between -1 and 1.
         let mut tensor = |shape: [usize; 3]| {
             let values = std::iter::repeat_with(|| (2.0 * noise.unit() - 1.0) as f32);

@@ -3,9 +3,9 @@
 use outboard_attention::DType::{self, Bf16, F32};
 use outboard_attention::Direction::{self, Backward, Forward};
 use outboard_attention::kernel::Isa;
+use outboard_simulator::Random;
 
 use super::args::MaskKind;
-use super::subject::Noise;
 
 /// Query heads of every row but those of accuracy, and elements of each head.
 pub(super) const HEADS: usize = 8;
@@ -145,7 +145,7 @@ pub(super) fn rows() -> Vec<Row> {
 /// queries a document's last. No task is more than a third, and small ones are a tenth at most.
 pub(super) fn mixed_batch() -> Vec<(usize, usize)> {
     let group = HEADS / SHARED_BY_FOUR;
-    let mut noise = Noise(7);
+    let mut noise = Random::new(7);
     let mut between = |least: f64, most: f64| (least * (most / least).powf(noise.unit())) as usize;
     let (mut tasks, mut cells, mut small_cells) = (Vec::new(), 0, 0);
     // Bounded, since what still fits may be rare.
