@@ -141,6 +141,26 @@ fn flags_count_for_more_than_the_file() {
 }
 
 #[test]
+fn documents_of_a_file_come_in_its_order() {
+    let folder = temporary_folder();
+    // Whoever cuts these into sequences of 1,024 in order has one document in each, and else would not.
+    let file = write(folder.path(), "lengths.txt", "1024\n1024\n1024\n1024\n1\n");
+    let run = |more: &[&str]| {
+        let common =
+            ["--gpus", "8", "--context", "1k", "--tokens", "2048", "--steps", "2", "--policy", "fixed"];
+        let mix = ["--mix", &file];
+        lines(&[&common[..], &mix, more].concat()).remove(0)
+    };
+    let in_order = run(&["--in-order"]);
+    assert_eq!(in_order["mix"], "lengths.txt in order");
+    assert_eq!(in_order["seconds_of_steps"][0], in_order["seconds_of_steps"][1], "{in_order}");
+    assert_eq!(run(&["--in-order", "--seed", "5"])["seconds_of_steps"], in_order["seconds_of_steps"]);
+    assert_eq!(run(&["--in-order=false"])["mix"], "lengths.txt");
+    let refused = outboard_fails(&["simulate", "--in-order"]);
+    assert!(refused.contains("name a file of lengths"), "{refused}");
+}
+
+#[test]
 fn a_sweep_has_every_combination_in_order_whatever_the_threads() {
     let folder = temporary_folder();
     let csv = folder.path().join("results.csv");

@@ -72,7 +72,7 @@ pub use error::SimulationError;
 pub use gpu::Gpu;
 pub use layout::Layout;
 pub use memory::Memory;
-pub use mix::{LONG_DOCUMENTS, Mix, Stream};
+pub use mix::{Mix, Stream};
 pub use model::Model;
 pub use network::{Link, Network};
 pub use outcome::{Carried, Outcome, simulate, simulate_steps};

@@ -13,20 +13,57 @@ const ODDS_OF_SHORT: f64 = 0.5 / 4.0;
 const FULL: f64 = 0.3;
 /// Odds are drawn this often at most.
 const TRIES: usize = 100_000;
-/// How often there are long documents in the corpus that [`Mix::ProlongInOrder`] reads: 47, each 4 times.
-pub const LONG_DOCUMENTS: u32 = 188;
 
-/// Parts of a corpus, by number of documents.
-const QUANTILES: [f64; 18] =
-    [0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0];
-/// That part has at most so many tokens.
-const PRETRAIN: [u32; 18] = [
-    1, 63, 324, 646, 1283, 1932, 2582, 3227, 3861, 4514, 5156, 5784, 6110, 10080, 26070, 69118, 119836,
-    124913,
+/// A part of a corpus by number of documents, and the most tokens that a document of it has.
+type Quantile = (f64, u32);
+
+const PRETRAIN: [Quantile; 21] = [
+    (0.0, 1),
+    (0.01, 63),
+    (0.05, 324),
+    (0.1, 646),
+    (0.2, 1283),
+    (0.3, 1932),
+    (0.4, 2582),
+    (0.5, 3227),
+    (0.6, 3861),
+    (0.7, 4514),
+    (0.8, 5156),
+    (0.9, 5784),
+    (0.95, 6110),
+    (0.98, 10080),
+    (0.99, 26070),
+    (0.995, 69118),
+    (0.996, 78551),
+    (0.997, 91208),
+    (0.998, 99110),
+    (0.999, 119836),
+    (1.0, 124913),
 ];
-const PROLONG: [u32; 18] = [
-    575, 678, 801, 919, 1130, 1347, 1594, 1914, 2362, 3018, 4050, 6051, 8379, 12310, 16273, 21393, 47500,
-    340149,
+const PROLONG: [Quantile; 23] = [
+    (0.0, 575),
+    (0.01, 678),
+    (0.05, 801),
+    (0.1, 919),
+    (0.2, 1130),
+    (0.3, 1347),
+    (0.4, 1594),
+    (0.5, 1914),
+    (0.6, 2362),
+    (0.7, 3018),
+    (0.8, 4050),
+    (0.9, 6051),
+    (0.95, 8379),
+    (0.98, 12310),
+    (0.99, 16273),
+    (0.995, 21393),
+    (0.999, 47500),
+    (0.9993, 59220),
+    (0.9995, 74664),
+    (0.9997, 100137),
+    (0.9998, 138974),
+    (0.9999, 239494),
+    (1.0, 340149),
 ];
 
 /// A distribution of document lengths.
@@ -36,11 +73,11 @@ pub enum Mix {
     Pretrain,
     /// A corpus of books, code and articles for long contexts; 30% of the long documents fill the context.
     Prolong,
-    /// The same documents in the order in which DistCA's scripts read them: the long ones, which are there
-    /// [`LONG_DOCUMENTS`] times, come first, then only short ones.
-    ProlongInOrder,
     /// These lengths, one of them as likely as another.
     Lengths(Arc<[u32]>),
+    /// These lengths in this order, and again from the first one on. The context is where sequences are cut, whether a
+    /// document reaches it or not.
+    InOrder(Arc<[u32]>),
 }
 
 /// Documents of a mix, one after the other.
@@ -48,13 +85,14 @@ pub enum Mix {
 pub struct Stream<'a> {
     mix: &'a Mix,
     context: f64,
-    drawn: u32,
+    /// Documents that were drawn.
+    drawn: usize,
     random: Random,
 }
 
 impl Mix {
     /// Names of mixes that come with the simulator.
-    pub const BUILT_IN: [&str; 3] = ["pretrain", "prolong", "prolong-in-order"];
+    pub const BUILT_IN: [&str; 2] = ["pretrain", "prolong"];
 
     /// A corpus by one of the names [`Mix::BUILT_IN`]. Quantiles of lengths, and how long documents are favoured, are
     /// those of DistCA's evaluation (arXiv 2510.18121, evaluation) and its scripts.
@@ -62,7 +100,6 @@ impl Mix {
         match name {
             "pretrain" => Some(Mix::Pretrain),
             "prolong" => Some(Mix::Prolong),
-            "prolong-in-order" => Some(Mix::ProlongInOrder),
             _ => None,
         }
     }
@@ -72,26 +109,29 @@ impl Mix {
         match self {
             Mix::Pretrain => "pretrain",
             Mix::Prolong => "prolong",
-            Mix::ProlongInOrder => "prolong-in-order",
             Mix::Lengths(_) => "lengths",
+            Mix::InOrder(_) => "lengths in order",
         }
     }
 
-    /// Checks that there are lengths, and one that fills the context: else nothing is trained at that context.
+    /// Checks that there are lengths, and, where they are drawn, one that fills the context: else nothing is trained at that
+    /// context.
     ///
     /// # Errors
     /// What is missing.
     pub fn check(&self, context: usize) -> Result<(), SimulationError> {
-        let Mix::Lengths(lengths) = self else { return Ok(()) };
+        let (Mix::Lengths(lengths) | Mix::InOrder(lengths)) = self else { return Ok(()) };
         let bad = |what: String| Err(SimulationError::Documents(what));
         if let Some(at) = lengths.iter().position(|&length| length == 0) {
             return bad(format!("length {at} is 0; a document has at least one token"));
         }
         match lengths.iter().max() {
             None => bad("there are no lengths".to_owned()),
-            Some(&longest) if (longest as usize) < context => bad(format!(
-                "no document reaches the context of {context}: the longest has {longest} tokens; choose a context of that or less"
-            )),
+            Some(&longest) if matches!(self, Mix::Lengths(_)) && (longest as usize) < context => {
+                bad(format!(
+                    "no document reaches the context of {context}: the longest has {longest} tokens; choose a context of that or less"
+                ))
+            }
             Some(_) => Ok(()),
         }
     }
@@ -99,11 +139,11 @@ impl Mix {
     /// Tokens of most documents, or of what a context cuts of them, roughly.
     pub(crate) fn usual_length(&self, context: usize) -> f64 {
         let length = match self {
-            Mix::Lengths(lengths) => {
+            Mix::Lengths(lengths) | Mix::InOrder(lengths) => {
                 let all: f64 = lengths.iter().map(|&length| f64::from(length)).sum();
                 all / lengths.len().max(1) as f64
             }
-            _ => 1500.0,
+            Mix::Pretrain | Mix::Prolong => 1500.0,
         };
         length.min(context as f64).max(1.0)
     }
@@ -117,30 +157,32 @@ impl Mix {
 impl Stream<'_> {
     /// Tokens of the next document, at least 1. It may be longer than the context.
     pub fn draw(&mut self) -> usize {
-        self.drawn += 1;
-        let (mix, context) = (self.mix, self.context);
-        let length = match mix {
+        let nth = self.drawn;
+        self.drawn = self.drawn.wrapping_add(1);
+        let length = match self.mix {
             Mix::Lengths(lengths) => {
                 let at = (self.random.unit() * lengths.len() as f64) as usize;
-                return lengths.get(at).map_or(1, |&length| (length as usize).max(1));
+                lengths.get(at).map_or(1.0, |&length| f64::from(length))
             }
-            Mix::Pretrain => self.of(&PRETRAIN, |_| true) * context / LONG,
-            Mix::ProlongInOrder if self.drawn > LONG_DOCUMENTS => self.of(&PROLONG, |length| length < LONG),
-            Mix::ProlongInOrder | Mix::Prolong => {
-                let long = *mix == Mix::ProlongInOrder;
-                let length = self.of(&PROLONG, |length| !long || length >= LONG);
-                if length >= LONG && self.random.unit() < FULL { context } else { length }
+            Mix::InOrder(lengths) => {
+                let at = nth.checked_rem(lengths.len()).and_then(|at| lengths.get(at));
+                at.map_or(1.0, |&length| f64::from(length))
+            }
+            Mix::Pretrain => self.of(&PRETRAIN) * self.context / LONG,
+            Mix::Prolong => {
+                let length = self.of(&PROLONG);
+                if length >= LONG && self.random.unit() < FULL { self.context } else { length }
             }
         };
         (length.round() as usize).max(1)
     }
 
-    /// A length of the corpus that `fits`, long ones favoured.
-    fn of(&mut self, table: &[u32; 18], fits: impl Fn(f64) -> bool) -> f64 {
+    /// A length of the corpus, long ones favoured.
+    fn of(&mut self, table: &[Quantile]) -> f64 {
         let mut length = 0.0;
         for _ in 0..TRIES {
             length = at_quantile(table, self.random.unit());
-            if fits(length) && (length >= LONG || self.random.unit() < ODDS_OF_SHORT) {
+            if length >= LONG || self.random.unit() < ODDS_OF_SHORT {
                 break;
             }
         }
@@ -149,11 +191,11 @@ impl Stream<'_> {
 }
 
 /// Between the quantiles of a table, on the logarithm.
-fn at_quantile(table: &[u32; 18], part: f64) -> f64 {
-    let after = QUANTILES.partition_point(|&quantile| quantile <= part).clamp(1, QUANTILES.len() - 1);
-    let (below, above) = (f64::from(table[after - 1]), f64::from(table[after]));
-    let way = (part - QUANTILES[after - 1]) / (QUANTILES[after] - QUANTILES[after - 1]);
-    below * power(above / below, way)
+fn at_quantile(table: &[Quantile], part: f64) -> f64 {
+    let after = table.partition_point(|&(quantile, _)| quantile <= part).clamp(1, table.len() - 1);
+    let ((from, below), (to, above)) = (table[after - 1], table[after]);
+    let (below, above) = (f64::from(below), f64::from(above));
+    below * power(above / below, (part - from) / (to - from))
 }
 
 /// `base` to an exponent from 0 to 1, by square roots, which every machine rounds alike.
@@ -177,14 +219,25 @@ mod tests {
 
     #[test]
     fn lengths_follow_the_quantiles() {
-        for table in [&PRETRAIN, &PROLONG] {
-            assert!(table.windows(2).all(|pair| pair[0] < pair[1]));
-            for (&quantile, &tokens) in QUANTILES.iter().zip(table) {
+        for table in [&PRETRAIN[..], &PROLONG[..]] {
+            assert!(table.windows(2).all(|pair| pair[0].0 < pair[1].0 && pair[0].1 < pair[1].1));
+            for &(quantile, tokens) in table {
                 assert!((at_quantile(table, quantile) / f64::from(tokens) - 1.0).abs() < 1e-9);
             }
         }
         let middle = at_quantile(&PRETRAIN, 0.005);
         assert!((middle - 63f64.sqrt()).abs() < 1e-9, "{middle} halfway between 1 and 63");
+    }
+
+    #[test]
+    fn documents_come_in_order_and_again() {
+        let mix = Mix::InOrder([5, 7, 11].into());
+        let mut stream = mix.stream(100, Random::new(3));
+        let drawn: Vec<usize> = (0..7).map(|_| stream.draw()).collect();
+        assert_eq!(drawn, [5, 7, 11, 5, 7, 11, 5]);
+        mix.check(100).unwrap();
+        assert!(Mix::InOrder([5, 0].into()).check(1).is_err() && Mix::InOrder([].into()).check(1).is_err());
+        assert_eq!(Mix::InOrder([].into()).stream(1, Random::new(0)).draw(), 1);
     }
 
     #[test]

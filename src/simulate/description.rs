@@ -27,6 +27,8 @@ pub(crate) struct Description {
     profile: Option<Profile>,
     /// What the mix is called.
     mix: String,
+    /// Whether its documents are those of a file in their order.
+    in_order: bool,
     pub(super) policies: Vec<Policy>,
     pub(super) sweep: Vec<Axis>,
     /// From where files that the sweep names are looked for.
@@ -68,7 +70,8 @@ impl Description {
         let mix = scenario.mix.name().to_owned();
         let policies = Policy::ALL.to_vec();
         let (sweep, folder) = (Vec::new(), PathBuf::new());
-        Ok(Description { scenario, tokens: None, profile: None, mix, policies, sweep, folder })
+        let (tokens, profile, in_order) = (None, None, false);
+        Ok(Description { scenario, tokens, profile, mix, in_order, policies, sweep, folder })
     }
 
     /// Takes over what was said, in the order of the entries, so that what refines something comes after it. Files are
@@ -114,6 +117,7 @@ impl Description {
             "context" => self.scenario.context = usize::try_from(whole(text)?)?,
             "tokens" => self.tokens = Some(whole(text)?),
             "mix" => (self.scenario.mix, self.mix) = named_mix(text, folder)?,
+            "in_order" => self.in_order = truth(text)?,
             "seed" => self.scenario.seed = whole(text)?,
             "steps" => self.scenario.steps = small(text)?,
             "recompute" => {
@@ -160,14 +164,23 @@ impl Description {
     }
 
     /// What is said, with what nobody said.
-    pub(crate) fn named(&self) -> Named {
+    pub(crate) fn named(&self) -> anyhow::Result<Named> {
         let mut scenario = self.scenario.clone();
         if let Some(profile) = &self.profile {
             scenario.gpu.profile = profile.clone();
         }
         let shares = u64::from(scenario.layout.ranks()) * u64::from(scenario.layout.micro_batches);
         scenario.tokens = self.tokens.unwrap_or((TOKENS_A_RANK * shares).max(scenario.context as u64));
-        Named { scenario, mix: self.mix.clone() }
+        let mut mix = self.mix.clone();
+        if self.in_order {
+            let Mix::Lengths(lengths) = &scenario.mix else {
+                bail!("in-order: documents of the mix {mix} are drawn; name a file of lengths as the mix");
+            };
+            scenario.mix.check(scenario.context)?;
+            mix.push_str(" in order");
+            scenario.mix = Mix::InOrder(lengths.clone());
+        }
+        Ok(Named { scenario, mix })
     }
 }
 
@@ -240,9 +253,9 @@ mod tests {
         let before = Description::new().unwrap();
         for entry in ENTRIES.iter().filter(|entry| !entry.default.is_empty()) {
             let after = with(&[(entry.name, entry.default)]).unwrap();
-            assert_eq!(after.named(), before.named(), "{}", entry.name);
+            assert_eq!(after.named().unwrap(), before.named().unwrap(), "{}", entry.name);
         }
-        before.named().scenario.check().unwrap();
+        before.named().unwrap().scenario.check().unwrap();
     }
 
     #[test]
@@ -255,6 +268,7 @@ mod tests {
             ("layout.context_parallel", "2"),
             ("update", "false"),
             ("keep", "true"),
+            ("in_order", "false"),
             ("policy", "wlb,outboard"),
             ("sweep", "gpus=8,16"),
         ];
@@ -267,13 +281,14 @@ mod tests {
 
     #[test]
     fn what_refines_a_gpu_comes_after_it_whatever_the_order() {
-        let scenario = with(&[("gpu.memory_bytes", "1e11"), ("gpu", "h100")]).unwrap().named().scenario;
+        let description = with(&[("gpu.memory_bytes", "1e11"), ("gpu", "h100")]).unwrap();
+        let scenario = description.named().unwrap().scenario;
         assert_eq!((scenario.gpu.name.as_str(), scenario.gpu.memory_bytes), ("h100", 1e11));
     }
 
     #[test]
     fn tokens_follow_the_ranks() {
-        let tokens = |entries: &[(&str, &str)]| with(entries).unwrap().named().scenario.tokens;
+        let tokens = |entries: &[(&str, &str)]| with(entries).unwrap().named().unwrap().scenario.tokens;
         assert_eq!(tokens(&[]), 8 * 128 * 1024);
         assert_eq!(tokens(&[("layout.gpus", "256"), ("context", "1m")]), 32 * 128 * 1024);
         assert_eq!(tokens(&[("layout.gpus", "8")]), 512 * 1024, "a context at least");
@@ -281,8 +296,23 @@ mod tests {
     }
 
     #[test]
+    fn documents_of_a_file_may_come_in_order() {
+        let mut description = with(&[("in_order", "true"), ("context", "900")]).unwrap();
+        let refused = |description: &Description| format!("{:#}", description.named().unwrap_err());
+        assert!(refused(&description).contains("the mix prolong are drawn"), "{}", refused(&description));
+        (description.scenario.mix, description.mix) = (Mix::Lengths([5, 900, 70].into()), "a.txt".to_owned());
+        let named = description.named().unwrap();
+        assert_eq!(
+            (named.mix.as_str(), named.scenario.mix),
+            ("a.txt in order", Mix::InOrder([5, 900, 70].into()))
+        );
+        description.scenario.context = 901;
+        assert!(refused(&description).contains("no document reaches"), "{}", refused(&description));
+    }
+
+    #[test]
     fn policies_without_servers_have_all_gpus() {
-        let named = with(&[("layout.dedicated", "8")]).unwrap().named();
+        let named = with(&[("layout.dedicated", "8")]).unwrap().named().unwrap();
         assert_eq!(named.of_policy(Policy::Outboard).layout.ranks(), 7);
         assert_eq!(named.of_policy(Policy::Wlb).layout.ranks(), 8);
         assert_eq!(named.of_policy(Policy::Wlb).tokens, named.of_policy(Policy::Outboard).tokens);

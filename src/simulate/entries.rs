@@ -62,7 +62,7 @@ const fn entry(
     Entry { name, flag, kind: Kind::Value(value), default, about, heading }
 }
 
-const FIXED: [Entry; 32] = [
+const FIXED: [Entry; 33] = [
     entry(
         ["model", "model", "NAME|FILE.json", "llama-8b"],
         JOB,
@@ -96,6 +96,14 @@ const FIXED: [Entry; 32] = [
         JOB,
         "How long documents are: {mixes}, or a file of lengths, one a line or a JSON array, each as likely as another",
     ),
+    Entry {
+        name: "in_order",
+        flag: "in-order",
+        kind: Kind::Switch(true),
+        default: "",
+        about: "Take the documents of a file in its order, and from its start again, instead of drawing them",
+        heading: JOB,
+    },
     entry(["seed", "seed", "N", "0"], JOB, "Of the documents that are drawn"),
     entry(["steps", "steps", "N", "4"], JOB, "Steps that are simulated; results are their mean"),
     entry(

@@ -82,7 +82,7 @@ impl Described {
         if description.policies.len() < Policy::ALL.len() {
             bail!("policy: all that are of use are looked at; leave it out, or see `outboard simulate`");
         }
-        Ok(description.named())
+        description.named()
     }
 }
 

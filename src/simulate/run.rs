@@ -29,7 +29,7 @@ pub(super) fn points(
         .map(|n| {
             let point = sweep::point(axes, n);
             let labels = point.iter().map(|(_, text)| (*text).to_owned()).collect();
-            Ok((labels, description.at(&point)?.named()))
+            Ok((labels, description.at(&point)?.named()?))
         })
         .collect::<anyhow::Result<_>>()?;
     let tasks = named.len() * policies.len();

@@ -78,8 +78,12 @@ struct Work {
 
 fn any_work() -> impl Strategy<Value = Work> {
     let recompute = prop::sample::select(vec![Recompute::None, Recompute::Mlp, Recompute::Full]);
-    let mix =
-        prop::sample::select(vec![Some(Mix::Pretrain), Some(Mix::Prolong), Some(Mix::ProlongInOrder), None]);
+    let mix = prop::sample::select(vec![
+        Some(Mix::Pretrain),
+        Some(Mix::Prolong),
+        Some(Mix::InOrder([900, 1, 20_000].into())),
+        None,
+    ]);
     let context = prop_oneof![100usize..5000, Just(1), Just(2), Just(1 << 17)];
     let flags = (any::<bool>(), any::<bool>(), 0.0..0.5, 1u32..3, 1u32..4);
     (context, 1usize..12, any::<u16>(), mix, any::<u64>(), 1u32..4, recompute, flags).prop_map(
