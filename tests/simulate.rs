@@ -143,7 +143,7 @@ fn flags_count_for_more_than_the_file() {
 #[test]
 fn documents_of_a_file_come_in_its_order() {
     let folder = temporary_folder();
-    // Whoever cuts these into sequences of 1,024 in order has one document in each, and else would not.
+    // In order each sequence of 1,024 is one document; drawn, the documents of one token would shift the others.
     let file = write(folder.path(), "lengths.txt", "1024\n1024\n1024\n1024\n1\n");
     let run = |more: &[&str]| {
         let common =

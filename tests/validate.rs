@@ -16,12 +16,24 @@ fn lines(args: &[&str]) -> Vec<Value> {
 fn predictions_stay_as_near_to_what_was_published_as_the_documents_say() {
     let lines = lines(&["validate"]);
     let of = |kind: &'static str| lines.iter().filter(move |line| line["kind"] == kind);
+    // A little more than each group's ends are off, which is what simulator/README.md says of them.
+    let within = [
+        ("8B, pretrain", [0.03, 0.03]),
+        ("8B, prolong", [0.03, 0.03]),
+        ("8B, pretrain, pipeline", [0.03, 0.03]),
+        ("8B, prolong, pipeline", [0.03, 0.055]),
+        ("34B, pretrain", [0.035, 0.035]),
+        ("34B, prolong", [0.035, 0.035]),
+        ("34B, pretrain, pipeline", [0.0, 0.03]),
+        ("34B, prolong, pipeline", [0.0, 0.1]),
+    ];
     let (mut distance, mut null, mut ends) = (0.0, 0.0, 0);
-    for group in of("validation") {
-        for n in 0..2 {
+    for (group, (name, within)) in of("validation").zip(within) {
+        assert_eq!(group["group"], name);
+        for (n, within) in within.into_iter().enumerate() {
             let predicted = group["predicted"][n].as_f64().unwrap();
             let Some(published) = group["published"][n].as_f64() else { continue };
-            assert!((predicted - published).abs() < 0.085, "{group}");
+            assert!((predicted - published).abs() < within, "{group}");
             (distance, null) = (distance + (predicted - published).abs(), null + (1.13f64 - published).abs());
             ends += 1;
         }
@@ -34,18 +46,24 @@ fn predictions_stay_as_near_to_what_was_published_as_the_documents_say() {
             (seconds("predicted_seconds") / seconds("measured_seconds") - 1.0).abs()
         })
         .collect();
-    assert_eq!(errors.len(), 27);
-    assert!(errors.iter().all(|error| *error < 0.12), "{errors:?}");
-    assert!(errors.iter().sum::<f64>() / 27.0 < 0.05, "{errors:?}");
+    assert_eq!(errors.len(), 30);
+    assert!(errors.iter().all(|error| *error < 0.07), "{errors:?}");
+    assert!(errors.iter().sum::<f64>() / 30.0 < 0.02, "{errors:?}");
+    let gains: Vec<f64> = of("validation-gain")
+        .map(|gain| gain["predicted"].as_f64().unwrap() - gain["measured"].as_f64().unwrap())
+        .collect();
+    assert_eq!(gains.len(), 5);
+    assert!(gains.iter().all(|points| points.abs() < 0.08), "{gains:?}");
+    assert!(gains.iter().sum::<f64>() / 5.0 < 0.05, "{gains:?}");
     let facts: Vec<f64> = of("validation-fact").map(|fact| fact["predicted"].as_f64().unwrap()).collect();
     for (predicted, published, within) in [
-        (facts[0], 0.19, 0.05),
+        (facts[0], 0.19, 0.1),
         (facts[1], 0.55, 0.05),
-        (facts[2], 0.03, 0.03),
+        (facts[2], 0.03, 0.02),
         (facts[3], 0.4, 0.12),
-        (facts[4], 0.135, 0.05),
-        (facts[5], 0.135, 0.05),
-        (facts[6], 0.135, 0.05),
+        (facts[4], 0.135, 0.04),
+        (facts[5], 0.135, 0.04),
+        (facts[6], 0.135, 0.04),
     ] {
         assert!((predicted - published).abs() < within, "{predicted}, not {published}: {facts:?}");
     }

@@ -94,14 +94,14 @@ const FIXED: [Entry; 33] = [
     entry(
         ["mix", "mix", "NAME|FILE", "prolong"],
         JOB,
-        "How long documents are: {mixes}, or a file of lengths, one a line or a JSON array, each as likely as another",
+        "How long documents are: {mixes}, or a file of lengths, one a line or a JSON array, each as likely as another unless they come in order",
     ),
     Entry {
         name: "in_order",
         flag: "in-order",
         kind: Kind::Switch(true),
         default: "",
-        about: "Take the documents of a file in its order, and from its start again, instead of drawing them",
+        about: "Take the documents of the mix, a file, in its order, and from its start again, instead of drawing them; the context is where sequences are cut, whether one reaches it or not",
         heading: JOB,
     },
     entry(["seed", "seed", "N", "0"], JOB, "Of the documents that are drawn"),

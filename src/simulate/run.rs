@@ -5,6 +5,8 @@ use std::num::NonZero;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 
+use anyhow::Context;
+
 use super::description::{Description, Named};
 use super::point::{Point, Row};
 use super::sweep;
@@ -29,7 +31,9 @@ pub(super) fn points(
         .map(|n| {
             let point = sweep::point(axes, n);
             let labels = point.iter().map(|(_, text)| (*text).to_owned()).collect();
-            Ok((labels, description.at(&point)?.named()?))
+            let said = || point.iter().map(|(entry, text)| format!("{}={text}", entry.called()));
+            let named = description.at(&point)?.named();
+            Ok((labels, named.with_context(|| said().collect::<Vec<String>>().join(" "))?))
         })
         .collect::<anyhow::Result<_>>()?;
     let tasks = named.len() * policies.len();

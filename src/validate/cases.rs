@@ -1,12 +1,12 @@
 //! The published figures of `validation/`, which are part of this program.
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use outboard_simulator::{Gpu, Layout, Mix, Model, Network, Recompute, Scenario, Tuning};
 use serde::Deserialize;
 
+use super::documents::{Documents, steps_of};
+
 const PUBLISHED: &str = include_str!("../../validation/distca.json");
-/// Seed of the documents.
-const SEED: u64 = 1;
 /// Memory is not limited: what was published fitted.
 const MEMORY: f64 = 1e15;
 
@@ -43,12 +43,13 @@ pub(super) struct Group {
     pub(super) name: String,
     pub(super) section: String,
     model: String,
-    mix: String,
+    documents: String,
     pub(super) pipeline: u32,
     /// Smallest and largest gain of DistCA over WLB.
     pub(super) published: [Option<f64>; 2],
     /// Whether the simulator's parameters are fitted to it.
     pub(super) fitted: bool,
+    /// Steps that are averaged, or fewer where there are no more documents.
     steps: u32,
     /// Ranks that may share a sequence under WLB.
     pub(super) contexts: Vec<u32>,
@@ -66,6 +67,9 @@ pub(super) struct Case {
     pub(super) context: usize,
     sequences: u64,
     micro_batches: u32,
+    /// Whether there is memory for all of a step at once, so that both may do without a pipeline.
+    #[serde(default)]
+    one_stage: bool,
 }
 
 /// Steps that were measured, mean seconds.
@@ -74,8 +78,10 @@ pub(super) struct Case {
 pub(super) struct Measured {
     pub(super) model: String,
     layers: u32,
-    pub(super) mix: String,
+    pub(super) documents: String,
     pub(super) gpus: u32,
+    pub(super) pipeline: u32,
+    micro_batches: u32,
     pub(super) context: usize,
     sequences: u64,
     steps: u32,
@@ -98,40 +104,57 @@ impl Published {
         serde_json::from_str(PUBLISHED).context("validation/distca.json")
     }
 
-    /// A run of a group.
-    pub(super) fn scenario(&self, group: &Group, case: Case) -> anyhow::Result<Scenario> {
-        let layout = Layout {
-            pipeline: group.pipeline,
-            micro_batches: case.micro_batches,
-            ..Layout::new(case.gpus, self.tensor)
-        };
-        Ok(Scenario {
-            layout,
+    /// A run of a group, by each number of stages that it may have.
+    pub(super) fn scenarios(
+        &self,
+        group: &Group,
+        case: Case,
+        documents: &Documents,
+    ) -> anyhow::Result<Vec<Scenario>> {
+        let mix = documents.mix(&group.documents, case.context)?;
+        let tokens = case.sequences * case.context as u64;
+        let common = Scenario {
+            layout: Layout { pipeline: group.pipeline, ..Layout::new(case.gpus, self.tensor) },
             context: case.context,
-            tokens: case.sequences * case.context as u64,
-            steps: group.steps,
+            tokens,
+            steps: group.steps.min(steps_of(&mix, tokens)),
             tolerance: group.tolerance,
-            token_room: group.token_room.unwrap_or(1.0 / f64::from(case.micro_batches)),
-            ..self.common(&group.model, &group.mix)?
-        })
+            ..self.common(&group.model, mix)?
+        };
+        let by = |pipeline: u32, micro_batches: u32| Scenario {
+            layout: Layout { pipeline, micro_batches, ..common.layout },
+            token_room: group.token_room.unwrap_or(1.0 / f64::from(micro_batches)),
+            ..common.clone()
+        };
+        let mut scenarios = vec![by(group.pipeline, case.micro_batches)];
+        if case.one_stage {
+            scenarios.push(by(1, 1));
+        }
+        Ok(scenarios)
     }
 
     /// Steps that were measured.
-    pub(super) fn measured(&self, measured: &Measured) -> anyhow::Result<Scenario> {
-        let common = self.common(&measured.model, &measured.mix)?;
+    pub(super) fn measured(&self, measured: &Measured, documents: &Documents) -> anyhow::Result<Scenario> {
+        let mix = documents.mix(&measured.documents, measured.context)?;
+        let Measured { pipeline, micro_batches, steps, .. } = *measured;
+        let tokens = measured.sequences * measured.context as u64;
+        let there = steps_of(&mix, tokens);
+        let common = self.common(&measured.model, mix)?;
+        ensure!(steps <= there, "validation/distca.json: {steps} steps, and documents for {there}");
         Ok(Scenario {
             model: Model { layers: measured.layers, ..common.model },
-            layout: Layout::new(measured.gpus, self.tensor),
+            layout: Layout { pipeline, micro_batches, ..Layout::new(measured.gpus, self.tensor) },
             context: measured.context,
-            tokens: measured.sequences * measured.context as u64,
-            steps: measured.steps,
+            tokens,
+            steps,
             update: measured.update,
+            token_room: 1.0 / f64::from(micro_batches),
             ..common
         })
     }
 
     /// What all runs have in common.
-    pub(super) fn common(&self, model: &str, mix: &str) -> anyhow::Result<Scenario> {
+    pub(super) fn common(&self, model: &str, mix: Mix) -> anyhow::Result<Scenario> {
         let unknown = |what: &str, name: &str| format!("validation/distca.json: no {what} {name}");
         let gpu = Gpu::built_in(&self.gpu).with_context(|| unknown("gpu", &self.gpu))?;
         Ok(Scenario {
@@ -141,8 +164,8 @@ impl Published {
             layout: Layout::new(8, self.tensor),
             context: 1 << 19,
             tokens: 1 << 20,
-            mix: Mix::built_in(mix).with_context(|| unknown("mix", mix))?,
-            seed: SEED,
+            mix,
+            seed: 1,
             steps: 10,
             recompute: Recompute::named(&self.recompute)
                 .with_context(|| unknown("recompute", &self.recompute))?,

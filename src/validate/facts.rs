@@ -17,7 +17,7 @@ pub(super) struct Fact {
 const K: u64 = 1024;
 
 pub(super) fn facts(published: &Published) -> anyhow::Result<Vec<Fact>> {
-    let common = published.common("llama-8b", "pretrain")?;
+    let common = published.common("llama-8b", Mix::Pretrain)?;
     let on = |nodes: u32, context: Option<u32>, tokens: u64| Scenario {
         layout: Layout { context, ..Layout::new(8 * nodes, 8) },
         tokens,
@@ -32,7 +32,7 @@ pub(super) fn facts(published: &Published) -> anyhow::Result<Vec<Fact>> {
             what: format!("idle for imbalance, WLB at 512K on {replicas} replicas"),
             published,
             predicted: outcome.account.imbalance / outcome.seconds,
-            assumed: "8B, prolong, 4M tokens on 8 nodes, the nodes of a replica share its sequences; 4M were chosen because they match",
+            assumed: "8B, prolong, 4M tokens on 8 nodes, the nodes of a replica share its sequences; of 1M, 2M, 4M and 8M tokens those that come nearest",
         });
     }
     for (nodes, published) in [(2, "3%"), (32, "about 40%")] {

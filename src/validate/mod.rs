@@ -1,6 +1,7 @@
 //! `outboard validate`: what the simulator predicts of published and of own measurements, beside them.
 
 mod cases;
+mod documents;
 mod facts;
 mod gains;
 mod own;
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 
 use crate::bench::kernel::show::{Output, Progress};
 use cases::Published;
+use documents::Documents;
 
 /// Arguments of `outboard validate`.
 #[derive(Debug, clap::Args)]
@@ -47,9 +49,10 @@ pub(crate) fn run(args: Args) -> anyhow::Result<()> {
         published.measured.iter().map(|run| run.wlb.len() + usize::from(run.distca.is_some())).sum();
     let progress = Progress::new(cases + steps)?;
     let done = || progress.step();
-    let groups = gains::groups(&published, &done)?;
-    let steps = gains::steps(&published, &done)?;
+    let documents = Documents::built_in()?;
+    let groups = gains::groups(&published, &documents, &done)?;
+    let steps = gains::steps(&published, &documents, &done)?;
     drop(progress);
     let facts = facts::facts(&published)?;
-    show::show(&published, &groups, &steps, &facts, &mut output)
+    show::show(&published, &documents.source, &groups, &steps, &facts, &mut output)
 }
