@@ -17,6 +17,8 @@ pub struct Outcome {
     pub layout: Layout,
     /// Steps whose documents change places.
     pub window: usize,
+    /// The part of the links' speed that plans of a pool count on: what the rates of a job are to say.
+    pub link_share: f64,
     /// Of a step.
     pub seconds: f64,
     /// Of each step.
@@ -88,7 +90,8 @@ pub fn simulate_steps(
     for choice in choices(&setting, policy, sequences) {
         // What cannot be the fastest need not be simulated.
         if let Some(best) = &best
-            && floor(&Setting::new(scenario, choice.layout)?, policy) >= best.seconds
+            && (floor(&Setting::new(scenario, choice.layout)?, policy) >= best.seconds
+                || (choice.link_share < best.link_share && waits_for_nothing(best)))
         {
             continue;
         }
@@ -113,6 +116,11 @@ pub fn simulate_steps(
     })
 }
 
+/// Whether devices wait for so few bytes that plans need not weigh these more.
+fn waits_for_nothing(outcome: &Outcome) -> bool {
+    outcome.account.exposed < 1e-3 * outcome.seconds
+}
+
 /// Of two refusals the one that is nearer to fitting.
 pub(crate) fn nearer(first: Option<SimulationError>, second: SimulationError) -> SimulationError {
     match (first, &second) {
@@ -132,7 +140,7 @@ fn outcome(
     choice: Choice,
     batches: &[Sequences],
 ) -> Result<Outcome, SimulationError> {
-    let setting = Setting::new(scenario, choice.layout)?;
+    let setting = Setting { link_share: choice.link_share, ..Setting::new(scenario, choice.layout)? };
     let mut sum = Sum::default();
     for window in batches.chunks(choice.window) {
         let planned = plan(&setting, policy, window)?;
@@ -239,6 +247,7 @@ impl Sum {
             policy,
             layout: choice.layout,
             window: choice.window,
+            link_share: choice.link_share,
             seconds,
             tokens_per_second: scenario.tokens as f64 / seconds,
             mfu: flops / peak / seconds,

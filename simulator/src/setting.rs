@@ -21,6 +21,8 @@ pub(crate) struct Setting<'a> {
     /// Heads of one lane.
     pub(crate) heads: HeadGeometry,
     pub(crate) links: Links,
+    /// The part of the links' speed that plans of a pool count on.
+    pub(crate) link_share: f64,
     pub(crate) closing: Closing,
 }
 
@@ -67,7 +69,7 @@ impl Setting<'_> {
             weights: update(shared * element / among),
             optimizer: update(weights / ranks * UPDATE_BYTES / gpu.memory_bytes_per_second),
         };
-        Ok(Setting { scenario, layout, heads, links, closing })
+        Ok(Setting { scenario, layout, heads, links, link_share: 1.0, closing })
     }
 
     /// Whether two devices are of one node.

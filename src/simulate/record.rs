@@ -147,6 +147,7 @@ fn results(point: &Point, outcome: Option<&Outcome>, memory_bytes: f64) -> Vec<(
     vec![
         ("context_parallel", chosen(|outcome| outcome.layout.context.map(u64::from))),
         ("window", chosen(|outcome| Some(outcome.window as u64))),
+        ("link_share", real(|outcome| outcome.link_share)),
         ("step_seconds", real(|outcome| outcome.seconds)),
         ("tokens_per_second", real(|outcome| outcome.tokens_per_second)),
         ("mfu", real(|outcome| outcome.mfu)),

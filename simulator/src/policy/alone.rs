@@ -18,7 +18,7 @@ use crate::scenario::{Recompute, Sequences};
 use crate::setting::Setting;
 
 pub(super) fn choices(setting: &Setting<'_>, sequences: usize) -> Vec<Choice> {
-    by_context(setting.layout, sequences).into_iter().map(|layout| Choice { layout, window: 1 }).collect()
+    by_context(setting.layout, sequences).into_iter().map(Choice::of).collect()
 }
 
 /// Sequences dealt to replicas in turn.

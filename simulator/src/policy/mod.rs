@@ -83,11 +83,24 @@ impl FromStr for Policy {
 }
 
 /// What a policy may choose; of several choices the one whose steps take the least time is taken.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Choice {
     pub(crate) layout: Layout,
     /// Steps whose documents may change places.
     pub(crate) window: usize,
+    /// The part of the links' speed that plans of a pool count on.
+    pub(crate) link_share: f64,
+}
+
+/// What a pool's plans may count on. A nano-batch's tasks travel one way before they are computed and their results the other
+/// way after, so that each direction of a link carries for half of the time where both nano-batches are full of bytes.
+const LINK_SHARES: [f64; 2] = [1.0, 0.5];
+
+impl Choice {
+    /// A layout, and all else as it is by itself.
+    pub(crate) fn of(layout: Layout) -> Choice {
+        Choice { layout, window: 1, link_share: 1.0 }
+    }
 }
 
 /// A step by a policy.
@@ -105,9 +118,10 @@ pub(crate) struct Planned {
 /// What `policy` may choose in a scenario.
 pub(crate) fn choices(setting: &Setting<'_>, policy: Policy, sequences: usize) -> Vec<Choice> {
     match policy {
-        Policy::Outboard | Policy::OutboardFixedHomes | Policy::Distca | Policy::Flexsp | Policy::Hdp => {
-            vec![Choice { layout: setting.layout, window: 1 }]
+        Policy::Outboard | Policy::OutboardFixedHomes => {
+            LINK_SHARES.map(|link_share| Choice { link_share, ..Choice::of(setting.layout) }).into()
         }
+        Policy::Distca | Policy::Flexsp | Policy::Hdp => vec![Choice::of(setting.layout)],
         Policy::Fixed | Policy::Cp | Policy::CpRing => alone::choices(setting, sequences),
         Policy::Wlb => wlb::choices(setting, sequences),
     }

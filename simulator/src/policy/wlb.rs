@@ -20,7 +20,7 @@ pub(super) fn choices(setting: &Setting<'_>, sequences: usize) -> Vec<Choice> {
     windows
         .flat_map(|window| {
             let layouts = by_context(setting.layout, sequences).into_iter();
-            layouts.map(move |layout| Choice { layout, window })
+            layouts.map(move |layout| Choice { window, ..Choice::of(layout) })
         })
         .collect()
 }
