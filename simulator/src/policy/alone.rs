@@ -114,6 +114,7 @@ pub(super) fn apart(setting: &Setting<'_>, dealt: &[Vec<Vec<Share>>], keys: Keys
                     cells[device] += share.cells * setting.heads.kv_heads() as u64;
                     let held = &mut held[device];
                     held.tokens = held.tokens.max(own);
+                    held.at_once = held.tokens;
                     held.in_flight = (setting.closing.stages - stage).min(micro_batches.len()) as f64;
                     held.keys = held.keys.max(keys.of_others(own, together, ranks));
                     held.layers = keys.layers(setting, held.in_flight);
