@@ -11,8 +11,9 @@
 //!   attention is served, all stages at the same time. Then gradients are reduced, behind the last backward pass as far as it
 //!   lasts, and the optimizer runs.
 //! - **Bytes.** A transfer takes a latency and its bytes over a link's speed; what travels at one time shares its links.
-//! - **Memory.** Weights, gradients, the optimizer's state, activations of all micro-batches under way, what is held of other
-//!   ranks' attention, logits. A step that does not fit is an error that names the largest part.
+//! - **Memory.** Weights, gradients, the optimizer's state, activations of all micro-batches under way, what the layer at work
+//!   or the head needs besides, what is held of other ranks' attention, buffers of the transport ([`Memory`]). A step that
+//!   does not fit is an error that names the largest part.
 //!
 //! # What is guaranteed
 //! - The same scenario and policy give the same outcome, bit for bit: no clock, thread or hash order enters, and floating

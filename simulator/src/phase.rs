@@ -156,8 +156,17 @@ impl Exchange {
 
     /// Bytes that a device sends and receives.
     pub(crate) fn moved(&self, device: usize) -> f64 {
-        let of = |bytes: &[[f64; 2]]| bytes.get(device).map_or(0.0, |bytes| bytes[0] + bytes[1]);
-        of(&self.sends) + of(&self.receives)
+        self.sent(device) + self.received(device)
+    }
+
+    /// Bytes that a device sends.
+    pub(crate) fn sent(&self, device: usize) -> f64 {
+        self.sends.get(device).map_or(0.0, |bytes| bytes[0] + bytes[1])
+    }
+
+    /// Bytes that a device receives.
+    pub(crate) fn received(&self, device: usize) -> f64 {
+        self.receives.get(device).map_or(0.0, |bytes| bytes[0] + bytes[1])
     }
 
     /// The same, but nobody goes on before everybody has everything.
@@ -211,6 +220,18 @@ fn merged(borders: &[u32], senders: &[u32], other_borders: &[u32], other: &[u32]
         ends.push(all.len() as u32);
     }
     Senders::Each { borders: ends, senders: all }
+}
+
+impl Nano {
+    /// Bytes of a device's buffers that hold the most that it sends at one time, and the most that it receives.
+    pub(crate) fn buffers(&self, device: usize) -> f64 {
+        let (forward, backward) = (&self.forward, &self.backward);
+        let exchanges = [&forward.there, &forward.back, &backward.there, &backward.back];
+        let most = |bytes: fn(&Exchange, usize) -> f64| {
+            exchanges.iter().map(|exchange| bytes(exchange, device)).fold(0.0, f64::max)
+        };
+        most(Exchange::sent) + most(Exchange::received)
+    }
 }
 
 impl Attend {

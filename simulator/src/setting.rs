@@ -8,7 +8,7 @@ use crate::scenario::Recompute;
 use crate::{Layout, Scenario, SimulationError};
 
 /// Bytes of a gradient, of the optimizer's state and of what the optimizer reads and writes, each of one weight: f32
-/// gradients; f32 weights and both moments.
+/// gradients; f32 weights and both moments. As Megatron-LM has them with its distributed optimizer.
 const GRADIENT_BYTES: f64 = 4.0;
 const STATE_BYTES: f64 = 12.0;
 const UPDATE_BYTES: f64 = 30.0;

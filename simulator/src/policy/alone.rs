@@ -4,9 +4,10 @@
 //! cut in `2 c` chunks for `c` ranks, of which rank `i` has chunks `i` and `2 c - 1 - i` (Llama 3's context parallelism,
 //! arXiv 2407.21783, section 3.3.2; Megatron-LM's). `cp` cuts each document so (per-document sharding of WLB-LLM, arXiv
 //! 2503.17924, section on context parallelism). Both gather K and V of all ranks before attention, keep them, and reduce dK and dV after
-//! the backward pass; nothing hides that. `cp-ring` passes K and V around a ring, while what has come is computed (Ring
-//! Attention, arXiv 2310.01889); its tasks are those of two chunks, and smaller. All choose the number of
-//! ranks that share a sequence that takes the least time, where the layout names none.
+//! the backward pass; nothing hides that. `cp` keeps copies of what each chunk sees besides, as the code of WLB-LLM that
+//! DistCA's authors ran does. `cp-ring` passes K and V around a ring, while what has come is computed (Ring Attention, arXiv
+//! 2310.01889); its tasks are those of two chunks, and smaller. All choose the number of ranks that share a sequence that
+//! takes the least time, where the layout names none.
 
 use super::{Choice, Planned, Policy, by_context};
 use crate::SimulationError;
@@ -51,14 +52,46 @@ pub(super) fn plan(
             sum.seconds[1] += share.seconds[1];
         }
     }
-    Ok(apart(setting, &dealt, if policy == Policy::CpRing { Keys::Ring } else { Keys::Gathered }))
+    let keys = match policy {
+        Policy::Fixed => Keys::Gathered,
+        Policy::CpRing => Keys::Ring,
+        _ => Keys::Copied,
+    };
+    Ok(apart(setting, &dealt, keys))
 }
 
 /// How ranks that share a sequence come by its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keys {
+    /// They are gathered in the order of the sequence, and what a chunk sees is a part of that.
     Gathered,
+    /// They are gathered, and copied for each chunk, since what it sees of several documents does not lie in one piece.
+    Copied,
+    /// They come from neighbours, and go on to others.
     Ring,
+}
+
+impl Keys {
+    /// Tokens of others whose K and V a rank holds in a layer that has `own` of the `together` tokens that `ranks` share,
+    /// each as often as it holds them.
+    fn of_others(self, own: f64, together: f64, ranks: usize) -> f64 {
+        let others = together - own;
+        match self {
+            _ if ranks == 1 => 0.0,
+            Keys::Gathered => others,
+            // Chunks `i` and `2 ranks - 1 - i` of a document see `2 ranks + 1` chunks of it; own tokens have their copy anyhow.
+            Keys::Copied => others + together * (1.0 + 0.5 / ranks as f64) - own,
+            // Those that are computed with, and those that come next.
+            Keys::Ring => 2.0 * others / ranks as f64,
+        }
+    }
+
+    /// In how many layers at once.
+    fn layers(self, setting: &Setting<'_>, in_flight: f64) -> f64 {
+        // A layer that is computed again gathers its keys again.
+        let are_kept = self != Keys::Ring && setting.scenario.recompute != Recompute::Full;
+        if are_kept { f64::from(setting.closing.layers) * in_flight } else { 1.0 }
+    }
 }
 
 /// The program of replicas whose ranks compute `dealt[replica][micro-batch][rank]`.
@@ -75,19 +108,16 @@ pub(super) fn apart(setting: &Setting<'_>, dealt: &[Vec<Vec<Share>>], keys: Keys
         for shares in micro_batches {
             let together: f64 = shares.iter().map(|share| share.tokens as f64).sum();
             for (rank, share) in shares.iter().enumerate() {
+                let own = share.tokens as f64;
                 for stage in 0..setting.closing.stages {
                     let device = stage * setting.ranks() + first + rank;
                     cells[device] += share.cells * setting.heads.kv_heads() as u64;
                     let held = &mut held[device];
-                    held.tokens = held.tokens.max(share.tokens as f64);
+                    held.tokens = held.tokens.max(own);
+                    held.at_once = held.tokens;
                     held.in_flight = (setting.closing.stages - stage).min(micro_batches.len()) as f64;
-                    held.keys = held.keys.max(together - share.tokens as f64);
-                    held.layers = match keys {
-                        // A layer that is computed again gathers its keys again.
-                        Keys::Gathered if setting.scenario.recompute == Recompute::Full => 1.0,
-                        Keys::Gathered => f64::from(setting.closing.layers) * held.in_flight,
-                        Keys::Ring => 2.0 / ranks as f64,
-                    };
+                    held.keys = held.keys.max(keys.of_others(own, together, ranks));
+                    held.layers = keys.layers(setting, held.in_flight);
                 }
             }
         }
@@ -112,9 +142,9 @@ fn phase(setting: &Setting<'_>, first: usize, shares: &[Share], keys: Keys) -> P
         let near = |a: u32, b: u32| setting.closing.near(first as u32 + a, first as u32 + b);
         let group = vec![(0..ranks as u32).collect::<Vec<_>>()];
         let gather = Exchange::gather(ranks, group, bytes, near);
-        let gather = if keys == Keys::Gathered { gather.dragged(setting.gather_drag()) } else { gather };
         match keys {
-            Keys::Gathered => {
+            Keys::Gathered | Keys::Copied => {
+                let gather = gather.dragged(setting.gather_drag());
                 forward.there = gather.clone();
                 backward.back = gather;
             }
@@ -128,4 +158,26 @@ fn phase(setting: &Setting<'_>, first: usize, shares: &[Share], keys: Keys) -> P
     }
     let tokens = shares.iter().map(|share| share.tokens as f64).collect();
     Phase { nanos: vec![Nano { tokens, forward, backward }] }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_are_held_as_often_as_policies_copy_them() {
+        for ranks in [1usize, 2, 3, 8] {
+            let (own, together) = (1000.0, 1000.0 * ranks as f64);
+            let held = |keys: Keys| keys.of_others(own, together, ranks);
+            assert_eq!(held(Keys::Gathered), together - own);
+            for rank in 0..ranks {
+                // What chunks of a document see, of which own keys are counted with the rank's own tokens.
+                let seen = |chunk: usize| together * (chunk + 1) as f64 / (2 * ranks) as f64;
+                let copies = seen(rank) + seen(2 * ranks - 1 - rank) - own;
+                let expected = if ranks == 1 { 0.0 } else { together - own + copies };
+                assert!((held(Keys::Copied) - expected).abs() < 1e-9, "{ranks} ranks");
+            }
+            assert_eq!(held(Keys::Ring), 2.0 * (together - own) / ranks as f64);
+        }
+    }
 }

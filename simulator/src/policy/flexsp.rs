@@ -95,7 +95,7 @@ fn held(setting: &Setting<'_>, tokens: f64, degree: usize) -> Held {
     let keys = (degree as f64 / setting.heads.kv_heads() as f64 - 1.0).max(0.0) * tokens;
     let all = setting.scenario.recompute != Recompute::Full;
     let layers = if all { f64::from(setting.closing.layers) } else { 1.0 };
-    Held { tokens, in_flight: 1.0, keys, queries: 0.0, layers }
+    Held { tokens, at_once: tokens, in_flight: 1.0, keys, layers, ..Held::default() }
 }
 
 /// Finds groups for the documents of a step.
@@ -278,6 +278,7 @@ fn planned(setting: &Setting<'_>, micro_batches: &[Vec<Group>]) -> Planned {
                 let held = held(setting, phase.tokens_of(rank as usize), group.ranks.len());
                 let most = &mut most[rank as usize];
                 most.tokens = most.tokens.max(held.tokens);
+                most.at_once = most.tokens;
                 most.keys = most.keys.max(held.keys);
             }
         }

@@ -56,8 +56,14 @@ pub(super) fn capacity(
     held: impl Fn(f64) -> Held,
 ) -> Result<usize, SimulationError> {
     let total = |tokens: f64| Memory::of(setting, 0, held(tokens)).total();
-    let (none, one) = (total(0.0), total(1.0));
-    let room = (setting.scenario.gpu.memory_bytes - none) / (one - none).max(f64::MIN_POSITIVE);
+    let none = total(0.0);
+    let room_at = |tokens: f64| {
+        let a_token = (total(tokens) - none) / tokens;
+        (setting.scenario.gpu.memory_bytes - none) / a_token.max(f64::MIN_POSITIVE)
+    };
+    // A token may need more where there are more of them, since another part comes to need most, but never less.
+    let at_most = room_at(1.0);
+    let room = if at_most > 1.0 { room_at(at_most) } else { at_most };
     if room < 1.0 {
         fits(setting.scenario, policy, &[Memory::of(setting, 0, held(1.0))])?;
     }

@@ -57,7 +57,7 @@ pub(super) fn plan(setting: &Setting<'_>, batch: &Sequences) -> Result<Planned, 
 
 /// What a rank holds that has `tokens`, and `keys` tokens' K and V of its neighbours in one layer.
 fn held(tokens: f64, keys: f64) -> Held {
-    Held { tokens, in_flight: 1.0, keys, queries: 0.0, layers: 1.0 }
+    Held { tokens, at_once: tokens, in_flight: 1.0, keys, layers: 1.0, ..Held::default() }
 }
 
 /// Who computes what, in which order.
@@ -145,6 +145,7 @@ impl Arranged {
                 for &rank in &group.ranks {
                     let (held, tokens) = (&mut most[rank as usize], phase.tokens_of(rank as usize));
                     held.tokens = held.tokens.max(tokens);
+                    held.at_once = held.tokens;
                     // Two neighbours' K and V: what is computed with, and what comes next.
                     let keys = 2.0 * (together as f64 - tokens) / group.ranks.len() as f64;
                     held.keys = held.keys.max(keys);

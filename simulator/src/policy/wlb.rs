@@ -4,6 +4,7 @@
 //!
 //! Documents go longest first to the micro-batch with the least work if that has room, else to the one with the fewest
 //! tokens if that has, and what is left to the one with the least work. Room is [`crate::Scenario::token_room`] times the mean number of tokens.
+//! K and V of the ranks that share a document are gathered, copied and kept, as by `cp`.
 //! Simplified: work is what the simulator itself predicts; a delay lets all documents of a few steps change places, not only
 //! outliers, and steps take micro-batches of similar work together, which is at least as good as what WLB-LLM's queues do.
 
@@ -51,7 +52,7 @@ pub(super) fn plan(setting: &Setting<'_>, window: &[Sequences]) -> Vec<Planned> 
             let replica = if round.is_multiple_of(2) { n % replicas } else { replicas - 1 - n % replicas };
             dealt[replica].push(by_document(&bin.documents, ranks, Arriving::AtOnce, setting));
         }
-        apart(setting, &dealt, Keys::Gathered)
+        apart(setting, &dealt, Keys::Copied)
     };
     bins.chunks(replicas * micro_batches).map(of_step).collect()
 }

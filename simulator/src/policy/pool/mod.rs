@@ -121,7 +121,8 @@ struct Tally {
     held: Vec<Held>,
     most: f64,
     mean: f64,
-    tokens: Vec<f64>,
+    /// Tokens of each rank, the most of a micro-batch and of a nano-batch.
+    tokens: Vec<[f64; 2]>,
 }
 
 impl Tally {
@@ -132,7 +133,7 @@ impl Tally {
             held: vec![Held::default(); devices],
             most: 0.0,
             mean: 0.0,
-            tokens: vec![0.0; setting.ranks()],
+            tokens: vec![[0.0; 2]; setting.ranks()],
         }
     }
 
@@ -157,33 +158,35 @@ impl Tally {
     }
 
     /// Adds what devices hold of others' tokens while a phase is computed, or until the backward pass where it is kept: Q, K
-    /// and V, by their bytes; O comes on top.
+    /// and V, by their bytes; and what lies in the buffers of the transport, for each nano-batch the most that goes out and
+    /// the most that comes in at one time.
     fn hold(&mut self, setting: &Setting<'_>, phase: &Phase) {
         let bytes = setting.key_bytes() + setting.query_bytes();
         for (device, held) in self.held.iter_mut().enumerate() {
-            let of = |nano: &Nano| {
-                nano.forward.there.receives.get(device).map_or(0.0, |bytes| bytes[0] + bytes[1])
-            };
+            let of = |nano: &Nano| nano.forward.there.received(device);
             let tokens = phase.nanos.iter().map(of).sum::<f64>() / bytes;
             held.keys = held.keys.max(tokens);
             held.queries = held.queries.max(tokens);
+            let buffers = phase.nanos.iter().map(|nano| nano.buffers(device)).sum();
+            held.buffers = held.buffers.max(buffers);
         }
     }
 
     /// Adds a micro-batch.
     fn count(&mut self, nanos: &[Group]) {
-        for (rank, most) in self.tokens.iter_mut().enumerate() {
-            let tokens: u64 = nanos.iter().map(|group| group.tokens[rank]).sum();
-            *most = most.max(tokens as f64);
+        for (rank, [together, at_once]) in self.tokens.iter_mut().enumerate() {
+            let of_nanos = nanos.iter().map(|group| group.tokens[rank] as f64);
+            *together = together.max(of_nanos.clone().sum());
+            *at_once = of_nanos.fold(*at_once, f64::max);
         }
     }
 
     fn planned(mut self, setting: &Setting<'_>, micro_batches: usize, program: Program) -> Planned {
         let (stages, ranks) = (setting.closing.stages, setting.ranks());
         for stage in 0..stages {
-            for (rank, &tokens) in self.tokens.iter().enumerate() {
+            for (rank, &[together, at_once]) in self.tokens.iter().enumerate() {
                 let held = &mut self.held[stage * ranks + rank];
-                held.tokens = tokens;
+                (held.tokens, held.at_once) = (together, at_once);
                 held.in_flight = (2 * (stages - stage) - 1).min(micro_batches) as f64;
             }
         }
