@@ -57,7 +57,7 @@ impl Description {
             mix: Mix::Prolong,
             seed: 0,
             steps: 4,
-            recompute: Recompute::None,
+            recompute: Recompute::Mlp,
             update: true,
             keep: false,
             nano_batches: 2,

@@ -107,7 +107,7 @@ const FIXED: [Entry; 33] = [
     entry(["seed", "seed", "N", "0"], JOB, "Of the documents that are drawn"),
     entry(["steps", "steps", "N", "4"], JOB, "Steps that are simulated; results are their mean"),
     entry(
-        ["recompute", "recompute", "NAME", "none"],
+        ["recompute", "recompute", "NAME", "mlp"],
         JOB,
         "What of a layer's forward pass is done again backward: {recomputes}",
     ),

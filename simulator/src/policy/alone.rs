@@ -4,8 +4,7 @@
 //! cut in `2 c` chunks for `c` ranks, of which rank `i` has chunks `i` and `2 c - 1 - i` (Llama 3's context parallelism,
 //! arXiv 2407.21783, section 3.3.2; Megatron-LM's). `cp` cuts each document so (per-document sharding of WLB-LLM, arXiv
 //! 2503.17924, section on context parallelism). Both gather K and V of all ranks before attention, keep them, and reduce dK and dV after
-//! the backward pass; nothing hides that. `cp` keeps copies of what each chunk sees besides, as the code of WLB-LLM that
-//! DistCA's authors ran does. `cp-ring` passes K and V around a ring, while what has come is computed (Ring Attention, arXiv
+//! the backward pass; nothing hides that. `cp-ring` passes K and V around a ring, while what has come is computed (Ring Attention, arXiv
 //! 2310.01889); its tasks are those of two chunks, and smaller. All choose the number of ranks that share a sequence that
 //! takes the least time, where the layout names none.
 
@@ -52,20 +51,15 @@ pub(super) fn plan(
             sum.seconds[1] += share.seconds[1];
         }
     }
-    let keys = match policy {
-        Policy::Fixed => Keys::Gathered,
-        Policy::CpRing => Keys::Ring,
-        _ => Keys::Copied,
-    };
-    Ok(apart(setting, &dealt, keys))
+    Ok(apart(setting, &dealt, if policy == Policy::CpRing { Keys::Ring } else { Keys::Gathered }))
 }
 
 /// How ranks that share a sequence come by its keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Keys {
-    /// They are gathered in the order of the sequence, and what a chunk sees is a part of that.
+    /// They are gathered, and what a chunk sees is read where it lies.
     Gathered,
-    /// They are gathered, and copied for each chunk, since what it sees of several documents does not lie in one piece.
+    /// They are gathered, and what each chunk sees of every document is copied into one piece.
     Copied,
     /// They come from neighbours, and go on to others.
     Ring,

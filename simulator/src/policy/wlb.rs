@@ -4,7 +4,8 @@
 //!
 //! Documents go longest first to the micro-batch with the least work if that has room, else to the one with the fewest
 //! tokens if that has, and what is left to the one with the least work. Room is [`crate::Scenario::token_room`] times the mean number of tokens.
-//! K and V of the ranks that share a document are gathered, copied and kept, as by `cp`.
+//! K and V of the ranks that share a document are gathered and kept, with copies of what each of a rank's two chunks sees, as
+//! the code of WLB-LLM that DistCA's authors ran does.
 //! Simplified: work is what the simulator itself predicts; a delay lets all documents of a few steps change places, not only
 //! outliers, and steps take micro-batches of similar work together, which is at least as good as what WLB-LLM's queues do.
 
