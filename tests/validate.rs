@@ -149,7 +149,7 @@ fn advice_begins_with_yes_or_no() {
 
 #[test]
 fn servers_that_cannot_do_it_or_are_too_few_are_advised_against() {
-    let full = ["advise", "--pipeline", "2", "--micro-batches", "8", "--steps", "1"];
+    let full = ["advise", "--pipeline", "2", "--micro-batches", "8", "--recompute", "none", "--steps", "1"];
     let no = outboard(&full);
     assert!(no.starts_with("No: attention servers cannot do it; outboard needs "), "{no}");
     let line = &lines(&full)[0];
