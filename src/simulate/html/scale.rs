@@ -70,18 +70,18 @@ fn drawn(description: &Description, across: usize, chart: &Chart<'_>, width: f64
     let plot = width - LEFT - RIGHT;
     let bottom = TOP + PLOT;
     let values = || chart.points.iter().flat_map(|point| point.outcomes()).map(per_gpu);
-    let (least, most) = (values().fold(f64::INFINITY, f64::min), values().fold(0.0, f64::max));
+    let most = values().fold(0.0, f64::max);
     if most <= 0.0 {
         return String::new();
     }
-    let margin = ((most - least) * 0.08).max(most * 0.02);
-    let (low, high) = ((least - margin).max(0.0), most + margin);
-    let y = |value: f64| bottom - (value - low) / (high - low) * PLOT;
+    // From 0 on, so that heights are to each other as what they stand for.
+    let high = most * 1.05;
+    let y = |value: f64| bottom - value / high * PLOT;
     let step = plot / axis.values.len() as f64;
     let x = |n: usize| LEFT + (n as f64 + 0.5) * step;
     let title = if chart.title.is_empty() { "Tokens a second of each GPU" } else { &chart.title };
     let mut content = text("title", [LEFT, 14.0], title);
-    for tick in ticks(low, high, 5.0) {
+    for tick in ticks(0.0, high, 5.0) {
         content.push_str(&line("grid", [LEFT, y(tick), LEFT + plot, y(tick)]));
         content.push_str(&text("label end", [LEFT - 6.0, y(tick) + 4.0], &count(tick.round() as u64)));
     }
