@@ -2,8 +2,8 @@
 //!
 //! `outboard` is what the rest of this repository does: `outboard_planner::settle` chooses homes and plans
 //! (`outboard-fixed-homes`: `plan`, documents laid out over ranks in order); a server starts when what it needs is there, and
-//! a rank goes on when what it needs is. Where bytes are not all hidden, plans count on the links' speed or on half of it,
-//! whichever makes shorter steps. `distca` is DistCA (arXiv 2510.18121; its planner as in `outboard_planner::plan_by`),
+//! a rank goes on when what it needs is. Where more than a tenth of a step waits for bytes, plans count on the links' speed or
+//! on half of it, whichever makes shorter steps. `distca` is DistCA (arXiv 2510.18121; its planner as in `outboard_planner::plan_by`),
 //! documents laid out in order, every transfer a barrier of all (`distca` code, all-to-all). Both work on two nano-batches
 //! that take turns, and, with a pipeline, all stages do the same at one time.
 //!
