@@ -267,3 +267,47 @@ impl Sum {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Gpu, Link, Mix, Model, Network, Recompute, Tuning};
+
+    fn scenario(between: f64) -> Scenario {
+        let network = Network::default();
+        let layout = Layout::new(64, 8);
+        Scenario {
+            model: Model::built_in("llama-8b").unwrap(),
+            gpu: Gpu::built_in("h200").unwrap(),
+            network: Network { between: Link { bytes_per_second: between, ..network.between }, ..network },
+            layout,
+            context: 128 << 10,
+            tokens: u64::from(layout.ranks()) << 17,
+            mix: Mix::Prolong,
+            seed: 0,
+            steps: 1,
+            recompute: Recompute::Mlp,
+            update: false,
+            keep: false,
+            nano_batches: 2,
+            token_room: 1.0,
+            tolerance: 0.05,
+            delay: 1,
+            token_slack: 0.02,
+            tuning: Tuning::default(),
+        }
+    }
+
+    #[test]
+    fn plans_count_on_half_of_links_that_much_waits_for_if_that_is_sooner_done() {
+        for (between, share) in [(6e9, 0.5), (400e9, 1.0)] {
+            let scenario = scenario(between);
+            let policy = Policy::Outboard;
+            let kept = simulate(&scenario, policy).unwrap();
+            let all = outcome(&scenario, policy, Choice::of(scenario.layout), &scenario.batches()).unwrap();
+            assert_eq!(kept.link_share, share, "{between}: {:?}, with all {:?}", kept.account, all.account);
+            assert_eq!(waits_for_little(&all), share == 1.0, "{:?}", all.account);
+            assert_eq!(kept.seconds < all.seconds, share < 1.0, "{} and {}", kept.seconds, all.seconds);
+        }
+    }
+}

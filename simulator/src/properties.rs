@@ -20,8 +20,9 @@ fn each_step(scenario: &Scenario, policy: Policy, check: impl Fn(&Setting<'_>, &
     scenario.check().expect("a scenario that makes sense");
     let batches = scenario.batches();
     let first = Setting::new(scenario, scenario.layout).expect("a layout that makes sense");
-    for Choice { layout, window, .. } in choices(&first, policy, batches[0].len()) {
+    for Choice { layout, window, link_share } in choices(&first, policy, batches[0].len()) {
         let setting = Setting::new(scenario, layout).expect("a layout that makes sense");
+        let setting = Setting { link_share, ..setting };
         for batches in batches.chunks(window) {
             match plan(&setting, policy, batches) {
                 Ok(steps) => steps.iter().for_each(|step| check(&setting, step)),

@@ -3,10 +3,10 @@
 //! `fixed` is plain packing: sequences are filled in order and dealt to replicas in turn; within a replica a sequence is
 //! cut in `2 c` chunks for `c` ranks, of which rank `i` has chunks `i` and `2 c - 1 - i` (Llama 3's context parallelism,
 //! arXiv 2407.21783, section 3.3.2; Megatron-LM's). `cp` cuts each document so (per-document sharding of WLB-LLM, arXiv
-//! 2503.17924, section on context parallelism). Both gather K and V of all ranks before attention, keep them, and reduce dK and dV after
-//! the backward pass; nothing hides that. `cp-ring` passes K and V around a ring, while what has come is computed (Ring Attention, arXiv
-//! 2310.01889); its tasks are those of two chunks, and smaller. All choose the number of ranks that share a sequence that
-//! takes the least time, where the layout names none.
+//! 2503.17924, section on context parallelism). Both gather K and V of all ranks before attention, keep them, and reduce dK
+//! and dV after the backward pass; nothing hides that. `cp-ring` passes K and V around a ring, while what has come is
+//! computed (Ring Attention, arXiv 2310.01889); its tasks are those of two chunks, and smaller. All choose the number of
+//! ranks that share a sequence that takes the least time, where the layout names none.
 
 use super::{Choice, Planned, Policy, by_context};
 use crate::SimulationError;

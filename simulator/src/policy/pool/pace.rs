@@ -26,7 +26,7 @@ impl Pace {
         Pace {
             attention: (forward + backward) / setting.scenario.tuning.attention_efficiency,
             dense: setting.token_seconds() * tokens,
-            carried: bytes / link(setting) * f(),
+            carried: bytes / link(setting),
         }
     }
 
@@ -44,7 +44,7 @@ impl Pace {
         let loads = Loads::planned(plan, &problem.documents, &problem.geometry).totals();
         let most = loads.into_iter().max().unwrap_or(0);
         let flops = problem.geometry.forward_flops(most) + problem.geometry.backward_flops(most);
-        let bytes_per_second = link(setting) / f() * (1.0 + self.dense / self.attention).min(1e3);
+        let bytes_per_second = link(setting) * (1.0 + self.dense / self.attention).min(1e3);
         (flops > 0.0).then(|| Rates { flops_per_second: flops / self.attention, bytes_per_second })
     }
 }
@@ -53,8 +53,4 @@ impl Pace {
 fn link(setting: &Setting<'_>) -> f64 {
     let link = usize::from(setting.devices() > setting.closing.devices_per_node);
     setting.links.bytes_per_second[link] * setting.link_share
-}
-
-fn f() -> f64 {
-    std::env::var("F").ok().and_then(|x| x.parse().ok()).unwrap_or(1.0)
 }
